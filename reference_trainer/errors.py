@@ -1,0 +1,8 @@
+"""The error that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """Something given is wrong: one line that names the rule, the value and the fix.
+
+    The command line prints it without a traceback and exits with 2.
+    """

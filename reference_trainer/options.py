@@ -1,0 +1,125 @@
+"""Configuration from a YAML file and the command line, and back into a file."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from reference_trainer.config import Config
+from reference_trainer.errors import UserError
+
+_CONFIG = TypeAdapter(Config)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` one option for every field of Config."""
+    group: Any = parser
+    for path, field in leaves():
+        head, _, leaf = path.rpartition(".")
+        if head and (group is parser or group.title != head):
+            group = parser.add_argument_group(head, _field(head).metadata["help"])
+        default = field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        note = "" if default is None or default == () else f" [{shown}]"
+        group.add_argument(
+            f"--{path}",
+            metavar=leaf.upper(),
+            nargs="+" if isinstance(default, tuple) else None,
+            help=(field.metadata["help"] + note).replace("%", "%%"),
+            default=argparse.SUPPRESS,
+        )
+
+
+def given(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were on the command line, by dotted name."""
+    known = {path for path, _ in leaves()}
+    return {path: value for path, value in vars(namespace).items() if path in known}
+
+
+def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
+    """Return the configuration: defaults, then the file's values, then the overrides.
+
+    Raises:
+        UserError: if the file cannot be read, a key is unknown or a value is wrong.
+    """
+    tree = read_tree(file) if file else {}
+    for path, value in overrides.items():
+        *heads, leaf = path.split(".")
+        branch = tree
+        for head in heads:
+            branch = branch.setdefault(head, {})
+            if not isinstance(branch, dict):
+                raise UserError(f"{head} is a section, not a value; got {branch!r} in {file}")
+        branch[leaf] = value
+    try:
+        return _CONFIG.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def read_tree(file: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} must hold a mapping of options; got {type(tree).__name__}")
+    return tree
+
+
+def write(config: Config, file: Path) -> None:
+    """Write the configuration, every field of it, so that `resolve` reads it back."""
+    tree = _CONFIG.dump_python(config, mode="json")
+    file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def changed(one: Config, other: Config) -> list[str]:
+    """Return the dotted names of the fields in which two configurations differ."""
+    return [path for path, _ in leaves() if _value(one, path) != _value(other, path)]
+
+
+def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Iterate over (dotted name, field) of every option."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            assert isinstance(field.type, type)
+            yield from leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
+def nearest(name: str) -> str:
+    """Return a hint with the option whose name is most like `name`."""
+    names = [path for path, _ in leaves()]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"the nearest is {close[0]}"
+
+
+def _field(path: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(Config) if field.name == path)
+
+
+def _value(config: Config, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"] if part != "function-after")
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown option {name}: {nearest(name)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return (
+        message if first["type"] == "value_error" else f"{name}: {message}; got {first['input']!r}"
+    )

@@ -1,0 +1,35 @@
+"""ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
+
+from relora_core.low_rank import LowRank, is_low_rank, register_low_rank, remove_low_rank
+from relora_core.moments import declare_moments
+from relora_core.optimizer import ResetReport, ResettableOptimizer, reset_optimizer_
+from relora_core.pruning import magnitude_prune_
+from relora_core.restart import RestartReport, restart_
+from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
+from relora_core.serialization import merged_state_dict, save_merged
+from relora_core.sites import Site, add_low_rank_, clean_name, low_rank_sites, merge_, reinit_
+
+__all__ = [
+    "JaggedCosine",
+    "JaggedLR",
+    "LowRank",
+    "ResetReport",
+    "ResettableOptimizer",
+    "RestartReport",
+    "Restarts",
+    "Site",
+    "add_low_rank_",
+    "clean_name",
+    "declare_moments",
+    "is_low_rank",
+    "low_rank_sites",
+    "magnitude_prune_",
+    "merge_",
+    "merged_state_dict",
+    "register_low_rank",
+    "reinit_",
+    "remove_low_rank",
+    "reset_optimizer_",
+    "restart_",
+    "save_merged",
+]

@@ -1,0 +1,52 @@
+"""How a tensor is spread over processes. The only file that names DTensor or FSDP."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is spread over processes."""
+    return isinstance(tensor, DTensor)
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been applied to `model` or to a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor on every rank: one all-gather if sharded, else `tensor` itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of `tensor`, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of `whole` that this rank holds of `like`. No communication."""
+    if not isinstance(like, DTensor):
+        return whole.to(like.device)
+    placed = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return placed.to_local()
+
+
+@torch.no_grad()
+def copy_from_full_(target: Tensor, whole: Tensor) -> None:
+    """Copy into `target` the part of `whole` that this rank holds. No communication."""
+    local(target).copy_(local_part(whole, target))
+
+
+def reshard_(model: nn.Module) -> None:
+    """Make every FSDP2 module of `model` hold its shards again.
+
+    After a forward without backward, the root's parameters (and, with
+    `reshard_after_forward=False`, all of them) are gathered copies, and a write to a copy is
+    lost when FSDP drops it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

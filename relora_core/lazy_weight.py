@@ -1,0 +1,190 @@
+"""A weight that stands for W + s B A and is formed only when an operation needs it whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relora_core.embedding import low_rank_embedding
+from relora_core.linear import autocasts, low_rank_linear
+
+_OPERATORS = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
+    *("pow", "rpow", "neg", "abs", "getitem", "len", "iter", "lt", "le", "gt", "ge", "eq", "ne"),
+)
+
+
+class LazyWeight:
+    r"""What `module.weight` evaluates to at a low-rank site: $W + s B A$, not yet formed.
+
+    `F.linear` and `F.embedding` compute their two-path form; every other function, method or
+    operator receives the materialized tensor, so that any module is right and linears are fast.
+    It is not a `torch.Tensor` (`isinstance` says so): tensor subclasses cannot be traced by
+    `torch.compile` inside the layer that owns them.
+
+    Args:
+        base: $W$, of any shape `(out, ...)`.
+        lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions.
+        lora_B: $B$, `(out, rank)`.
+        scale: $s$.
+
+    Raises:
+        AttributeError: at an in-place method: it would change a temporary, and be lost.
+
+    Example:
+        >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
+        >>> weight = LazyWeight(W, A, B, 0.5)
+        >>> F.linear(torch.ones(1, 2), weight)  # two paths
+        tensor([[2., 2.]])
+        >>> weight.t()                          # anything else: materialized
+        tensor([[1.5000, 0.5000],
+                [0.5000, 1.5000]])
+    """
+
+    def __init__(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
+        self.base = base
+        self.lora_A = lora_A
+        self.lora_B = lora_B
+        self.scale = scale
+
+    def materialize(self) -> Tensor:
+        """Return W + s B A as a tensor in W's dtype, differentiable in W, A and B."""
+        update = self.delta()
+        return (self.base.to(update.dtype) + update).to(self.base.dtype)
+
+    def delta(self) -> Tensor:
+        """Return s B A in W's shape; a W of 16 bits gets it in fp32, to round once, at the sum."""
+        if autocasts(self.device.type):
+            # Autocast would form it in 16 bits, whatever the weights are stored in.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.delta()
+        A, B = self.lora_A, self.lora_B
+        if self.dtype.itemsize < 4 or A.dtype != B.dtype:
+            wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+            A, B = A.to(wide), B.to(wide)
+        return self.scale * (B @ A).view(self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """W's shape."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """W's dtype."""
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """W's device."""
+        return self.base.device
+
+    @property
+    def ndim(self) -> int:
+        """W's number of dimensions."""
+        return self.base.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether W, A or B is trained."""
+        return any(t.requires_grad for t in (self.base, self.lora_A, self.lora_B))
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """W's size."""
+        return self.base.shape if dim is None else self.base.shape[dim]
+
+    def dim(self) -> int:
+        """W's number of dimensions."""
+        return self.base.ndim
+
+    def numel(self) -> int:
+        """W's number of entries."""
+        return self.base.numel()
+
+    def __repr__(self) -> str:
+        rank = self.lora_A.shape[0]
+        return f"LazyWeight(shape={tuple(self.shape)}, rank={rank}, dtype={self.dtype})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        _refuse_in_place(name)
+        return getattr(self.materialize(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
+        _refuse_in_place(getattr(func, "__name__", ""))
+        return func(*_materialized(args), **_materialized(kwargs))
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    others = (input, bias)
+    if isinstance(weight, LazyWeight) and not any(isinstance(t, LazyWeight) for t in others):
+        W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
+        return low_rank_linear(input, W, A, B, s, bias)
+    return F.linear(*_materialized((input, weight, bias)))
+
+
+def _embedding(
+    input: Tensor,
+    weight: LazyWeight,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if max_norm is not None:
+        raise ValueError(
+            "an embedding with max_norm rewrites its weight at every look-up, which a low-rank "
+            f"site forbids; got max_norm={max_norm}: build the embedding without it"
+        )
+    if scale_grad_by_freq:
+        whole = weight.materialize()
+        return F.embedding(input, whole, padding_idx, None, norm_type, True, sparse)
+    W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
+    return low_rank_embedding(input, W, A, B, s, padding_idx, sparse)
+
+
+def _materialized(value: Any) -> Any:
+    if isinstance(value, LazyWeight):
+        return value.materialize()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_materialized(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _materialized(item) for key, item in value.items()}
+    return value
+
+
+def _refuse_in_place(name: str) -> None:
+    if name.endswith("_") and not name.endswith("__"):
+        raise AttributeError(
+            f"{name} would change a temporary copy of the weight and be lost: a low-rank site's "
+            "weight is computed. Write to `parametrizations.weight.original` instead"
+        )
+
+
+def _define_operator(name: str) -> None:
+    def operator(self: LazyWeight, *others: Any) -> Any:
+        return getattr(self.materialize(), name)(*_materialized(others))
+
+    operator.__name__ = name
+    setattr(LazyWeight, name, operator)
+
+
+for _name in _OPERATORS:
+    _define_operator(f"__{_name}__")
+LazyWeight.__hash__ = object.__hash__  # type: ignore[method-assign]

@@ -1,0 +1,300 @@
+"""One low-rank site: a tensor of a module, parametrized as W + s B A with W frozen."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from relora_core._sharding import copy_from_full_, is_sharded
+from relora_core.lazy_weight import LazyWeight
+
+
+class LowRank(nn.Module):
+    r"""The parametrization $W \mapsto W + s B A$, with $s$ = `alpha / rank`.
+
+    $A$ starts at `kaiming_uniform(a=sqrt(5))`, that is uniform in $\pm 1/\sqrt{in}$, and $B$ at
+    zero, so the function is unchanged at first and $B$ has a gradient from the first step. The
+    draw depends on nothing but (`seed`, `name`, the number of redraws so far), so every rank of
+    every world size draws the same. Seed and number travel in the state dict.
+
+    This is LoRA's initialization. The ReLoRA authors' released code zeroes both factors at first,
+    which trains neither until the first restart.
+
+    Args:
+        base: $W$, `(out, ...)`; $A$ is `(rank, in)` and $B$ `(out, rank)` in its dtype and on its
+            device, `in` being the product of the other dimensions.
+        rank: $r$, from 1 to `min(out, in)`.
+        alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
+        seed: of every draw, from 0 to 2**63 - 1.
+        name: what tells this site's draws from another's; `add_low_rank_` gives the module's name.
+
+    Raises:
+        ValueError: if `base` has fewer than two dimensions, or an argument is out of range.
+        TypeError: if `base` is not a floating-point tensor.
+
+    Example:
+        >>> site = LowRank(torch.zeros(4, 6), rank=2, alpha=8)
+        >>> site.lora_A.shape, site.lora_B.shape, site.scale
+        (torch.Size([2, 6]), torch.Size([4, 2]), 4.0)
+
+    Reference: https://arxiv.org/abs/2307.05695, section 3.
+    """
+
+    def __init__(
+        self,
+        base: Tensor,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        check_low_rank(base, rank=rank, alpha=alpha, seed=seed)
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.seed = seed
+        self.name = name
+        self.restart = 0
+        self.base_requires_grad = base.requires_grad  # what remove_low_rank gives back
+        self.lora_A = nn.Parameter(base.new_empty(rank, base[0].numel()))
+        self.lora_B = nn.Parameter(base.new_empty(base.shape[0], rank))
+        self.reset_parameters()
+
+    @property
+    def scale(self) -> float:
+        """The factor s = alpha / rank of every use of B A, the merge included."""
+        return self.alpha / self.rank
+
+    def forward(self, base: Tensor) -> LazyWeight:
+        """Return the lazy W + s B A."""
+        return LazyWeight(base, self.lora_A, self.lora_B, self.scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set A to its current draw and B to zero; needed after `to_empty`."""
+        if not self.lora_A.is_meta:
+            shape = torch.Size(self.lora_A.shape)
+            draw = draw_A(shape, seed=self.seed, name=self.name, restart=self.restart)
+            copy_from_full_(self.lora_A, draw)
+        self.lora_B.zero_()
+
+    def redraw_(self) -> None:
+        """Set A to its next draw and B to zero."""
+        self.restart += 1
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def merge_into_(self, base: Tensor) -> None:
+        """Add s B A to `base` in place and zero B: together they keep the function.
+
+        Sharded, it needs A whole and neither W nor B.
+        """
+        update = self(base).delta()
+        if base.dtype == update.dtype:
+            base.add_(update)
+        else:
+            base.copy_(base.to(update.dtype) + update)
+        self.lora_B.zero_()
+
+    def get_extra_state(self) -> Tensor:
+        """Return the key of the draws, `[seed, restart]`, for the state dict."""
+        return torch.tensor([self.seed, self.restart], dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the key of the draws from a state dict."""
+        self.seed, self.restart = (int(value) for value in state.tolist())
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of this site."""
+        return f"rank={self.rank}, alpha={self.alpha:g}, seed={self.seed}, restart={self.restart}"
+
+
+def draw_A(shape: torch.Size, *, seed: int, name: str, restart: int) -> Tensor:
+    r"""Draw the whole of $A$, fp32 on the CPU: uniform in $\pm 1/\sqrt{in}$.
+
+    The generator is keyed by a hash of the three names, and the global one is left alone.
+    `uniform_` in fp32 gives the same bits on every CPU, which `normal_` does not.
+    """
+    digest = hashlib.blake2b(f"{seed}/{name}/{restart}".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    bound = 1 / math.sqrt(shape[1])
+    empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return empty.uniform_(-bound, bound, generator=generator)
+
+
+def check_low_rank(base: Tensor, *, rank: int, alpha: float | None, seed: int) -> None:
+    """Raise what `LowRank` raises for these arguments."""
+    if is_lazy(base):
+        raise ValueError(
+            "the weight has no shape yet (a lazy module): run one batch through it first"
+        )
+    if base.ndim < 2:
+        shape = tuple(base.shape)
+        raise ValueError(f"a low-rank weight needs two dimensions or more; got shape {shape}")
+    if not base.is_floating_point():
+        raise TypeError(f"a low-rank weight must be floating point; got {base.dtype}")
+    if base.numel() == 0:
+        raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
+    out, inner = base.shape[0], base[0].numel()
+    if not 1 <= rank <= min(out, inner):
+        raise ValueError(
+            f"rank must be between 1 and min(out, in) = {min(out, inner)} for a weight of "
+            f"{out} x {inner}; got {rank}"
+        )
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha must be positive and finite; got {alpha}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2**63 - 1; got {seed}")
+
+
+def register_low_rank(
+    module: nn.Module,
+    tensor_name: str = "weight",
+    *,
+    rank: int,
+    alpha: float | None = None,
+    seed: int = 0,
+    name: str = "",
+) -> nn.Module:
+    r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
+
+    `nn.Linear` and `nn.Embedding` then compute two paths and never form the sum or $W$'s gradient;
+    every other module receives the materialized sum. The Parameter moves, as the same object, to
+    `module.parametrizations.<tensor_name>.original`. Do this before `fully_shard` and before
+    building the optimizer.
+
+    Args:
+        module: the module to change in place.
+        tensor_name: its Parameter to parametrize, of two or more dimensions.
+        rank: $r$, from 1 to `min(out, in)`.
+        alpha: $s$ = `alpha / rank`; `rank` if None.
+        seed: of every draw of $A$.
+        name: what tells this site's draws from another's of the same seed.
+
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: if the tensor is absent, already parametrized or sharded, or an argument is
+            out of range. Nothing is changed then.
+        TypeError: if the tensor is not floating point.
+
+    Example:
+        >>> layer = register_low_rank(torch.nn.Linear(6, 4), rank=2)
+        >>> layer.weight
+        LazyWeight(shape=(4, 6), rank=2, dtype=torch.float32)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['bias', 'parametrizations.weight.0.lora_A', 'parametrizations.weight.0.lora_B']
+    """
+    base = check_target(module, tensor_name)
+    low_rank = LowRank(base, rank=rank, alpha=alpha, seed=seed, name=name)
+    low_rank.train(module.training)
+    # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
+    parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
+    base.requires_grad_(False)
+    return module
+
+
+def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
+    """Return the Parameter to parametrize, or raise what `register_low_rank` raises for it."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module, tensor_name):
+        raise ValueError(
+            f"{kind}.{tensor_name} is parametrized already: remove that parametrization first"
+        )
+    base = module._parameters.get(tensor_name)
+    if base is None:
+        own = sorted(key for key, value in module._parameters.items() if value is not None)
+        raise ValueError(f"{kind} has no Parameter {tensor_name!r}; it has {own}")
+    if is_sharded(base):
+        raise ValueError(
+            f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            "an Embedding with max_norm rewrites its weight at every look-up, which a low-rank "
+            f"site forbids; got max_norm={module.max_norm}: build it without"
+        )
+    return base
+
+
+def remove_low_rank(
+    module: nn.Module, tensor_name: str = "weight", *, merge: bool = True
+) -> nn.Module:
+    """Make `module.<tensor_name>` a plain Parameter again: the object it was before.
+
+    Args:
+        module: the module to change in place.
+        tensor_name: its low-rank tensor.
+        merge: whether to keep the function by adding s B A to W first; otherwise the update is
+            dropped.
+
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: if there is no low-rank site there, or it is sharded.
+
+    Example:
+        >>> layer = torch.nn.Linear(6, 4)
+        >>> weight = layer.weight
+        >>> remove_low_rank(register_low_rank(layer, rank=2)).weight is weight
+        True
+    """
+    if tensor_name not in low_rank_tensors(module):
+        raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
+    low_rank, base = low_rank_and_base(module, tensor_name)
+    if is_sharded(base):
+        raise ValueError(
+            "a low-rank site cannot be removed after fully_shard: export with "
+            "merged_state_dict, or remove it before sharding"
+        )
+    if merge:
+        low_rank.merge_into_(base)
+    # A deepcopy shares the class that torch made for the original, and torch removes the
+    # property from that class: without a class of its own, removal here would break the other.
+    cls = type(module)
+    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
+    base.requires_grad_(low_rank.base_requires_grad)
+    return module
+
+
+def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.Parameter]:
+    """Return a site's parametrization and its W."""
+    found = _parametrizations(module)[tensor_name]
+    assert isinstance(found, parametrize.ParametrizationList)
+    low_rank, base = found[0], found.original
+    assert isinstance(low_rank, LowRank)
+    assert isinstance(base, nn.Parameter)
+    return low_rank, base
+
+
+def low_rank_tensors(module: nn.Module) -> list[str]:
+    """Return the names of `module`'s own tensors that are low-rank sites."""
+    if not parametrize.is_parametrized(module):
+        return []
+    lists = _parametrizations(module)
+    return [name for name in lists if isinstance(lists[name][0], LowRank)]  # type: ignore[index]
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Whether a tensor of `module` itself (not of a child) is a low-rank site.
+
+    Example:
+        >>> layer = torch.nn.Linear(6, 4)
+        >>> is_low_rank(layer), is_low_rank(register_low_rank(layer, rank=2))
+        (False, True)
+    """
+    return bool(low_rank_tensors(module))
+
+
+def _parametrizations(module: nn.Module) -> nn.ModuleDict:
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return lists

@@ -1,0 +1,106 @@
+"""The restart: the inner block of Algorithm 1 as one call that does everything or nothing."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora_core._sharding import full
+from relora_core.optimizer import Masks, ResetReport, apply_reset_, plan_reset
+from relora_core.sites import Site, sites_of
+
+
+@dataclass(frozen=True)
+class RestartReport:
+    """What a restart did.
+
+    Args:
+        update_norms: for each site's name the Frobenius norm of the s B A that was merged.
+        reset: how much of the optimizer's moments was zeroed.
+    """
+
+    update_norms: dict[str, float]
+    reset: ResetReport
+
+    @property
+    def sites(self) -> int:
+        """How many sites were merged and redrawn."""
+        return len(self.update_norms)
+
+    @property
+    def zeroed_fraction(self) -> float:
+        """The fraction of the adapters' moments that was zeroed, exactly."""
+        return self.reset.zeroed_fraction
+
+
+def restart_(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    prune_ratio: float = 0.99,
+    masks: Masks = "joint",
+) -> RestartReport:
+    r"""Merge, redraw and prune: $W \leftarrow W + s B A$, $A \leftarrow$ new, $B \leftarrow 0$.
+
+    The function stays; the moments of every $A$ and $B$ are pruned. Call it before the step at
+    which `Restarts.at` is true: `JaggedLR` makes that step's learning rate zero, so it only
+    refills the moments. Every rank must call it.
+
+    Args:
+        model: with low-rank sites, sharded or not.
+        optimizer: that holds the sites' factors; any wrapper `reset_optimizer_` accepts.
+        prune_ratio: fraction of the factors' moments to zero, from 0 to 1.
+        masks: "joint" or "independent", see `reset_optimizer_`.
+
+    Returns:
+        A `RestartReport`.
+
+    Raises:
+        ValueError: if there is no site, a factor is not finite, or the reset refuses. Nothing is
+            changed then.
+
+    Example:
+        >>> from relora_core import add_low_rank_
+        >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        >>> restart_(model, optimizer).sites
+        1
+
+    Reference: https://arxiv.org/abs/2307.05695, Algorithm 1, lines 8 to 12.
+    """
+    sites = sites_of(model)
+    factors = [p for _, site in sites for p in (site.lora_A, site.lora_B)]
+    moments = plan_reset(optimizer, factors, prune_ratio=prune_ratio, masks=masks)
+    norms = update_norms(sites)
+    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if broken:
+        raise ValueError(
+            f"the update of {len(broken)} sites is not finite (first: {broken[0]}): go back to a "
+            "checkpoint from before, and skip steps whose gradients are not finite"
+        )
+
+    for _, site in sites:
+        site.merge_()
+        site.redraw_()
+    return RestartReport(norms, apply_reset_(moments, prune_ratio=prune_ratio, masks=masks))
+
+
+@torch.no_grad()
+def update_norms(sites: list[tuple[str, Site]]) -> dict[str, float]:
+    """Return the Frobenius norm of s B A for each site, without forming it.
+
+    It is s sqrt(tr((Bᵀ B)(A Aᵀ))), from two r x r products; not finite if a factor is not.
+    """
+    squares = torch.stack([_squared_norm(site) for _, site in sites])
+    norms = squares.clamp(min=0).sqrt().tolist()  # rounding may leave -0 for a zero B
+    scales = [site.scale for _, site in sites]
+    return {name: s * norm for (name, _), s, norm in zip(sites, scales, norms, strict=True)}
+
+
+def _squared_norm(site: Site) -> Tensor:
+    A, B = site.lora_A.detach(), site.lora_B.detach()
+    wide = torch.promote_types(A.dtype, torch.float32)
+    A, B = A.to(wide), B.to(wide)
+    return (full(A @ A.t()) * full(B.t() @ B)).sum()

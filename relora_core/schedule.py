@@ -1,0 +1,208 @@
+"""When to restart, and the learning rate around it: one clock, in optimizer steps."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass(frozen=True)
+class Restarts:
+    r"""The clock: a restart before every step $t = k \cdot$ `every`, $k \ge 1$.
+
+    Args:
+        every: the period, in optimizer steps.
+        warmup: how many steps the learning rate takes from 0 at a restart back to full, from 1
+            to `every - 1`.
+
+    Raises:
+        ValueError: if `warmup` is not in that range.
+        TypeError: if an argument is not an int.
+
+    Example:
+        >>> restarts = Restarts(every=10, warmup=4)
+        >>> [step for step in range(31) if restarts.at(step)]
+        [10, 20, 30]
+        >>> [restarts.factor(step) for step in range(9, 16)]
+        [1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+    Reference: https://arxiv.org/abs/2307.05695, section 3, "jagged cosine".
+    """
+
+    every: int
+    warmup: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, in optimizer steps; got {value!r}")
+        if not 1 <= self.warmup < self.every:
+            raise ValueError(
+                "a restart period must be longer than its warm-up, and the warm-up at least one "
+                f"step; got every={self.every}, warmup={self.warmup}"
+            )
+
+    def at(self, step: int) -> bool:
+        """Whether a restart runs before `step` (counted from 0)."""
+        return step > 0 and step % self.every == 0
+
+    def count(self, step: int) -> int:
+        """How many restarts have run when `step` runs, the one at `step` included."""
+        return max(step, 0) // self.every
+
+    def factor(self, step: int) -> float:
+        """Return the ramp in [0, 1] at `step`: 0 at a restart, 1 from `warmup` steps after it."""
+        if step < self.every:
+            return 1.0
+        return min(1.0, step % self.every / self.warmup)
+
+
+@dataclass(frozen=True)
+class JaggedCosine:
+    r"""A warm-up and cosine decay, times the ramp after each restart, as a function of the step.
+
+    $$f(t) = \min(1, t / w) \cdot
+    (f_{min} + (1 - f_{min}) (1 + \cos(\pi \min(1, t / T))) / 2) \cdot j(t)$$
+
+    with $w$ = `warmup`, $T$ = `total`, $f_{min}$ = `min_ratio` and $j$ = `restarts.factor`. Give
+    it to `LambdaLR`. Unlike the authors' scheduler, the decay runs over all steps rather than the
+    steps after the warm-up, and `total` need not be a multiple of the period.
+
+    Args:
+        total: $T$, in steps, at least 1.
+        restarts: the clock; None for a smooth schedule.
+        warmup: $w$, in steps; 0 for none.
+        min_ratio: the factor at the end, from 0 to 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> schedule = JaggedCosine(total=100, restarts=Restarts(every=50, warmup=10), warmup=10)
+        >>> [round(schedule(step), 3) for step in (0, 10, 49, 50, 60, 100)]
+        [0.0, 0.978, 0.564, 0.0, 0.411, 0.0]
+    """
+
+    total: int
+    restarts: Restarts | None = None
+    warmup: int = 0
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.total < 1:
+            raise ValueError(f"total must be at least 1 step; got {self.total}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be 0 steps or more; got {self.warmup}")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"min_ratio must be between 0 and 1; got {self.min_ratio}")
+
+    def __call__(self, step: int) -> float:
+        """Return the factor at `step`."""
+        ramp = min(1.0, step / self.warmup) if self.warmup else 1.0
+        decay = (1 + math.cos(math.pi * min(1.0, step / self.total))) / 2
+        jag = self.restarts.factor(step) if self.restarts else 1.0
+        return ramp * (self.min_ratio + (1 - self.min_ratio) * decay) * jag
+
+
+class JaggedLR(LRScheduler):
+    r"""Any torch scheduler, times the ramp after each restart.
+
+    $\eta(t) = j(t) \cdot \eta_{inner}(t)$ with $j$ = `restarts.factor`. Most torch schedulers
+    compute the next value from `group["lr"]`; they are handed their own smooth value back before
+    they step, so that the ramp never feeds on itself. Without a restart it equals `inner`.
+
+    Args:
+        inner: a scheduler that drives the optimizer's `lr`; from now on step this one instead.
+        restarts: the clock. This scheduler's step 0 is the optimizer's first step.
+
+    Raises:
+        TypeError: if `inner` is not a torch scheduler or `restarts` not a `Restarts`.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> inner = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        >>> schedule = JaggedLR(inner, Restarts(every=3, warmup=2))
+        >>> for step in range(6):
+        ...     print(step, schedule.get_last_lr())
+        ...     optimizer.step(); schedule.step()
+        0 [1.0]
+        1 [0.5]
+        2 [0.25]
+        3 [0.0]
+        4 [0.03125]
+        5 [0.03125]
+    """
+
+    def __init__(self, inner: LRScheduler, restarts: Restarts) -> None:
+        # LRScheduler.__init__ would take a step of its own.
+        if not isinstance(inner, LRScheduler):
+            raise TypeError(f"inner must be a torch LRScheduler; got {type(inner).__name__}")
+        if not isinstance(restarts, Restarts):
+            raise TypeError(f"restarts must be a Restarts; got {type(restarts).__name__}")
+        self.inner = inner
+        self.restarts = restarts
+        self.optimizer = inner.optimizer
+        self.last_epoch = 0
+        self._apply_ramp()
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Advance one optimizer step; arguments (a metric, for instance) go to `inner`."""
+        for group, smooth in zip(self.optimizer.param_groups, self._smooth, strict=False):
+            _set_lr(group, smooth)
+        self.inner.step(*args, **kwargs)
+        self.last_epoch += 1
+        self._apply_ramp()
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Return each group's current learning rate, ramp included."""
+        return self._last_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state, `inner`'s included."""
+        return {
+            "inner": self.inner.state_dict(),
+            "restarts": asdict(self.restarts),
+            "last_epoch": self.last_epoch,
+            "smooth": list(self._smooth),
+            "last_lr": list(self._last_lr),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; the optimizer's own state holds its `lr`.
+
+        Raises:
+            ValueError: if it was saved under another clock. Nothing is changed then.
+        """
+        if state_dict["restarts"] != asdict(self.restarts):
+            raise ValueError(
+                f"the schedule was saved under the clock {state_dict['restarts']}, this one has "
+                f"{asdict(self.restarts)}: a run keeps one clock"
+            )
+        self.inner.load_state_dict(state_dict["inner"])
+        self.last_epoch = state_dict["last_epoch"]
+        self._smooth = list(state_dict["smooth"])
+        self._last_lr = list(state_dict["last_lr"])
+
+    def _apply_ramp(self) -> None:
+        groups = self.optimizer.param_groups
+        self._smooth = [_copied(group["lr"]) for group in groups]
+        factor = self.restarts.factor(self.last_epoch)
+        if factor != 1.0:
+            for group in groups:
+                _set_lr(group, group["lr"] * factor)
+        self._last_lr: list[float | Tensor] = [_copied(group["lr"]) for group in groups]
+
+
+def _copied(lr: Any) -> Any:
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    # A tensor rate is read by a captured graph: it keeps its memory.
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(lr)
+    else:
+        group["lr"] = lr

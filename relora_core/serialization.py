@@ -1,0 +1,82 @@
+"""Plain weights out of a model with low-rank sites."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relora_core._sharding import full
+from relora_core.low_rank import low_rank_tensors
+from relora_core.sites import Site, clean_name, unwrapped
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state dict as if it had never had low-rank sites.
+
+    Every site's `weight` is W + s B A under its plain name, and no wrapper shows in any name, so
+    that it loads into the plain module. The model is not changed. Sharded tensors stay sharded;
+    tensors that are not sites share memory with the model.
+
+    Example:
+        >>> from relora_core import add_low_rank_
+        >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+        >>> sorted(merged_state_dict(model))
+        ['0.bias', '0.weight']
+    """
+    model = unwrapped(model)
+    sites: dict[str, tuple[str, Site]] = {}
+    for module_name, module in model.named_modules():
+        prefix = clean_name(module_name) + "." if clean_name(module_name) else ""
+        for tensor_name in low_rank_tensors(module):
+            inside = f"{prefix}parametrizations.{tensor_name}"
+            sites[inside] = (prefix + tensor_name, Site(module, tensor_name))
+
+    merged: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        key = clean_name(key)
+        if key.removesuffix(".original") in sites:
+            plain, site = sites[key.removesuffix(".original")]
+            merged[plain] = site.merged()
+        elif key.rsplit(".", 2)[0] not in sites:  # not <site>.0.lora_A and the like
+            merged[key] = tensor
+    return merged
+
+
+def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write the merged weights to `directory/model.safetensors` under plain names.
+
+    Every rank must call it; sharded tensors are gathered one at a time and rank 0 writes. The
+    file appears whole or not at all.
+
+    Args:
+        model: with or without low-rank sites; not changed.
+        directory: made if absent.
+
+    Returns:
+        The file's path.
+
+    Example:
+        >>> import tempfile
+        >>> from relora_core import add_low_rank_
+        >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+        >>> save_merged(model, tempfile.mkdtemp()).name
+        'model.safetensors'
+    """
+    path = Path(directory) / "model.safetensors"
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = {}
+    for name, tensor in merged_state_dict(model).items():
+        whole = full(tensor)
+        if writes:
+            # Tied tensors are written once each: a reader expects every name.
+            tensors[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    return path
