@@ -170,7 +170,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Map ids (b, t) to logits (b, t, vocab), or with targets (b, t) to the mean loss in nats."""
+        """Map ids (b, t) to logits (b, t, vocab); with targets (b, t), to the mean loss in nats."""
         logits: Tensor = self.lm_head(self.model(tokens))
         if targets is None:
             return logits

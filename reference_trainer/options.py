@@ -16,11 +16,13 @@ from reference_trainer.errors import UserError
 _CONFIG = TypeAdapter(Config)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one option for every field of Config."""
+def add_options(parser: argparse.ArgumentParser, *, only: str | None = None) -> None:
+    """Give `parser` one option for every field of Config, or of one section of it."""
     group: Any = parser
     for path, field in leaves():
         head, _, leaf = path.rpartition(".")
+        if only is not None and head != only:
+            continue
         if head and (group is parser or group.title != head):
             group = parser.add_argument_group(head, _field(head).metadata["help"])
         default = field.default

@@ -6,7 +6,7 @@ from relora_core.optimizer import ResetReport, ResettableOptimizer, reset_optimi
 from relora_core.pruning import magnitude_prune_
 from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
-from relora_core.serialization import merged_state_dict, save_merged
+from relora_core.serialization import base_state_dict, merged_state_dict, save_merged
 from relora_core.sites import Site, add_low_rank_, clean_name, low_rank_sites, merge_, reinit_
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Restarts",
     "Site",
     "add_low_rank_",
+    "base_state_dict",
     "clean_name",
     "declare_moments",
     "is_low_rank",

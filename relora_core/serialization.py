@@ -1,6 +1,7 @@
 """Plain weights out of a model with low-rank sites."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from relora_core.low_rank import low_rank_tensors
 from relora_core.sites import Site, clean_name, unwrapped
 
 
-@torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state dict as if it had never had low-rank sites.
 
@@ -27,23 +27,24 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> sorted(merged_state_dict(model))
         ['0.bias', '0.weight']
     """
-    model = unwrapped(model)
-    sites: dict[str, tuple[str, Site]] = {}
-    for module_name, module in model.named_modules():
-        prefix = clean_name(module_name) + "." if clean_name(module_name) else ""
-        for tensor_name in low_rank_tensors(module):
-            inside = f"{prefix}parametrizations.{tensor_name}"
-            sites[inside] = (prefix + tensor_name, Site(module, tensor_name))
+    return _plain(model, Site.merged)
 
-    merged: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
-        key = clean_name(key)
-        if key.removesuffix(".original") in sites:
-            plain, site = sites[key.removesuffix(".original")]
-            merged[plain] = site.merged()
-        elif key.rsplit(".", 2)[0] not in sites:  # not <site>.0.lora_A and the like
-            merged[key] = tensor
-    return merged
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of the plain module is loaded into: the model's own memory.
+
+    Every site's base W stands under its plain name, without B A. Copy a full-rank warm start into
+    these tensors and the sites continue from it.
+
+    Example:
+        >>> from relora_core import add_low_rank_
+        >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+        >>> with torch.no_grad():
+        ...     _ = base_state_dict(model)["0.weight"].fill_(1.0)
+        >>> model[0].parametrizations.weight.original[0]
+        tensor([1., 1., 1., 1., 1., 1.])
+    """
+    return _plain(model, lambda site: site.weight.detach())
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -80,3 +81,24 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.replace(path)
     return path
+
+
+@torch.no_grad()
+def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, Tensor]:
+    model = unwrapped(model)
+    sites: dict[str, tuple[str, Site]] = {}
+    for module_name, module in model.named_modules():
+        prefix = clean_name(module_name) + "." if clean_name(module_name) else ""
+        for tensor_name in low_rank_tensors(module):
+            inside = f"{prefix}parametrizations.{tensor_name}"
+            sites[inside] = (prefix + tensor_name, Site(module, tensor_name))
+
+    plain: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        key = clean_name(key)
+        if key.removesuffix(".original") in sites:
+            name, site = sites[key.removesuffix(".original")]
+            plain[name] = tensor_of(site)
+        elif key.rsplit(".", 2)[0] not in sites:  # not <site>.0.lora_A and the like
+            plain[key] = tensor
+    return plain

@@ -1,0 +1,164 @@
+"""The command line: `python -m reference_trainer <command>`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from reference_trainer import options
+from reference_trainer.config import Config, DataConfig
+from reference_trainer.errors import UserError
+from reference_trainer.export import export
+from reference_trainer.files import fresh_directory
+from reference_trainer.prepare import prepare
+from reference_trainer.report import draw, learned
+from reference_trainer.train import train
+
+_EXAMPLES = """examples:
+  python -m reference_trainer train
+      a small model on this Python's standard library, in minutes, in runs/first-run
+  python -m reference_trainer train --name wiki --data.files 'wiki/*.jsonl' --model.preset 60m \\
+      --batch.length 512 --steps 20000 --relora.warm_start 5000 --relora.every 5000
+      your own text, a larger model
+  torchrun --nproc-per-node 8 -m reference_trainer train --config run.yaml
+      every option from a file; FSDP2 over 8 GPUs
+  python -m reference_trainer train --resume --name wiki
+      go on after a crash, from the newest complete checkpoint
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, exit code 2, and name the nearest option."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 for something given that is wrong."""
+    try:
+        parser = _parser()
+        known, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise UserError(_unknown(known.command, unknown[0]))
+        known.run(known)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        if "--debug" in (sys.argv if arguments is None else arguments):
+            raise
+        return 2
+    return 0
+
+
+def _parser() -> _Parser:
+    formatting = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        prog="python -m reference_trainer",
+        description="Train a Llama with ReLoRA: a full-rank warm start, then low-rank cycles.",
+        epilog=_EXAMPLES,
+        formatter_class=formatting,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=help, description=help, formatter_class=formatting, allow_abbrev=False
+        )
+        return made
+
+    one = command("train", "train a model, export it and draw its picture")
+    one.epilog = _EXAMPLES
+    one.add_argument("--config", type=Path, help="a YAML file of options; the command line wins")
+    one.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    options.add_options(one)
+    one.set_defaults(run=_train)
+
+    one = command("prepare", "tokenize text into memory-mapped shards, once for many runs")
+    one.add_argument("out", type=Path, help="the directory to make; give it to --data.prepared")
+    one.add_argument("--config", type=Path, help="a YAML file of options; the command line wins")
+    options.add_options(one, only="data")
+    one.set_defaults(run=_prepare)
+
+    one = command("export", "write a run's newest checkpoint as a merged Hugging Face Llama")
+    one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
+    one.set_defaults(run=_export)
+
+    one = command("report", "draw a run's picture from its metrics, also while it runs")
+    one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
+    one.add_argument("--out", type=Path, help="the PNG to write (default: report.png in the run)")
+    one.set_defaults(run=_report)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    given = options.given(arguments)
+    file = arguments.config
+    if arguments.resume and file is None:
+        base = options.resolve(None, {k: v for k, v in given.items() if k in ("name", "runs")})
+        saved = base.directory / "config.yaml"
+        file = saved if saved.is_file() else None
+    config = options.resolve(file, given)
+    train(config, resume=arguments.resume)
+    directory = export(config)
+    if os.environ.get("RANK", "0") == "0":
+        _finish(config, directory)
+
+
+def _finish(config: Config, exported: Path) -> None:
+    metrics, picture = config.directory / "metrics.jsonl", config.directory / "report.png"
+    draw(metrics, picture)
+    _say("", *learned(metrics), "", f"model:   {exported}", f"picture: {picture}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    config = options.resolve(arguments.config, options.given(arguments)).data
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} exists already: give another directory")
+    with fresh_directory(arguments.out):
+        index = prepare(_without_prepared(config), arguments.out)
+    counts = ", ".join(f"{split} {index.tokens(split):,}" for split in index.shards)
+    _say(f"{arguments.out}: tokens {counts}", f"use it with --data.prepared {arguments.out}")
+
+
+def _without_prepared(config: DataConfig) -> DataConfig:
+    if config.prepared:
+        raise UserError("`prepare` makes prepared data: give data.files instead of data.prepared")
+    return config
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _say(f"model: {export(_run(arguments.directory))}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    metrics = arguments.directory / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{arguments.directory} holds no metrics.jsonl: give a run's directory")
+    picture = arguments.out or arguments.directory / "report.png"
+    draw(metrics, picture)
+    _say(f"picture: {picture}")
+
+
+def _run(directory: Path) -> Config:
+    file = directory / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{directory} holds no run (no config.yaml): give a run's directory")
+    where = {"runs": str(directory.parent), "name": directory.resolve().name}
+    return options.resolve(file, where)
+
+
+def _unknown(command: str, argument: str) -> str:
+    name = argument.removeprefix("--").partition("=")[0]
+    return f"unknown option {argument}: {options.nearest(name)} (see {command} --help)"
+
+
+def _say(*lines: str) -> None:
+    print(*lines, sep="\n")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

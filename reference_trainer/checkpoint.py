@@ -1,0 +1,176 @@
+"""Checkpoints that are complete or absent: safetensors written by every process, JSON beside them.
+
+checkpoints/step-00000200/
+    shard-...-model-....safetensors   every process's part of model and optimizer
+    state.json                        step, phase, schedule, and what each tensor is
+    manifest.json                     sizes and checksums; written last, so it marks completeness
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+
+from reference_trainer.errors import UserError
+from reference_trainer.files import write_whole
+from reference_trainer.world import World
+
+_MODEL = "model."
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Args:
+        step: the next step to run.
+        phase: the name of the phase that the checkpoint was written in.
+        schedule: the scheduler's state.
+        optimizer: for each parameter the keys and shapes of its optimizer state.
+    """
+
+    step: int
+    phase: str
+    schedule: dict[str, Any]
+    optimizer: dict[str, dict[str, list[int]]]
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    phase: str,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    schedule: dict[str, Any],
+    world: World,
+    keep: int,
+) -> Path:
+    """Write a checkpoint under `directory`, then remove all but the newest `keep`.
+
+    Every process calls it. The name is new for each step, so nothing complete is written over.
+
+    Args:
+        directory: of all the run's checkpoints.
+        step: the next step to run.
+        phase: the name of the running phase.
+        tensors: the model's state by name, sharded or not.
+        parameters: the trained parameters by name.
+        optimizer: theirs.
+        schedule: the scheduler's state.
+        world: the processes.
+        keep: how many checkpoints stay.
+
+    Returns:
+        Where it lies.
+    """
+    target = directory / f"step-{step:08d}"
+    if world.first:
+        if target.exists():  # incomplete: a complete one of this step would have been resumed from
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+    world.barrier()
+    states = {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
+    everything = {_MODEL + name: tensor for name, tensor in tensors.items()}
+    everything |= {_key(n, k): t for n, state in states.items() for k, t in state.items()}
+    writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
+    dcp_save(everything, storage_writer=writer)
+    if world.first:
+        shapes = {n: {k: list(t.shape) for k, t in state.items()} for n, state in states.items()}
+        position = Position(step, phase, schedule, shapes)
+        write_whole(target / "state.json", json.dumps(asdict(position)))
+        files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(target.iterdir())}
+        write_whole(target / "manifest.json", json.dumps({"format": 1, "files": files}, indent=2))
+        for old in complete(directory)[:-keep]:
+            (old / "manifest.json").unlink()  # from here on it does not count
+            shutil.rmtree(old)
+    world.barrier()
+    return target
+
+
+def complete(directory: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, oldest first."""
+    return sorted(path.parent for path in directory.glob("step-*/manifest.json"))
+
+
+def newest(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint."""
+    found = complete(directory)
+    return found[-1] if found else None
+
+
+def read_position(checkpoint: Path) -> Position:
+    """Check every file against the manifest and return where the checkpoint stands.
+
+    Raises:
+        UserError: if a file is absent or damaged.
+    """
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name, (size, checksum) in manifest["files"].items():
+            file = checkpoint / name
+            if file.stat().st_size != size or _checksum(file) != checksum:
+                raise UserError(f"{file} is damaged: remove {checkpoint} to resume from before it")
+        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{checkpoint} is damaged ({error}): remove it to resume from before it"
+        ) from None
+
+
+def load_(
+    checkpoint: Path,
+    position: Position,
+    *,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+) -> None:
+    """Load into `tensors` and the optimizer's state in place, at any world size.
+
+    Args:
+        checkpoint: a complete one.
+        position: what `read_position` returned for it.
+        tensors: what to fill, by the names of the checkpoint; it may hold more.
+        parameters: the trained parameters by name; those that the checkpoint has optimizer state
+            for take it, the others start without.
+        optimizer: theirs.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+    for name, parameter in parameters.items():
+        scalar = torch.zeros((), device=parameter.device if on_device else "cpu")
+        shapes = position.optimizer.get(name, {})
+        states[name] = {
+            key: torch.zeros_like(parameter, requires_grad=False) if shape else scalar.clone()
+            for key, shape in shapes.items()
+        }
+    everything = {_MODEL + name: tensor for name, tensor in tensors.items()}
+    everything |= {_key(n, k): t for n, state in states.items() for k, t in state.items()}
+    dcp_load(everything, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    for name, state in states.items():
+        if state:
+            optimizer.state[parameters[name]] = state
+
+
+def _key(name: str, key: str) -> str:
+    return f"optimizer.{name}.{key}"
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()

@@ -1,0 +1,125 @@
+"""Batches out of prepared shards: a pure function of the seed and the step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reference_trainer.errors import UserError
+from reference_trainer.prepare import read_index, shard_path
+
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of `length + 1` tokens of a split, each beginning where the last one ended.
+
+    Args:
+        shards: the split's memory-mapped tokens.
+        length: tokens a model sees at once; the one more is the last target.
+    """
+
+    shards: tuple[NDArray[np.unsignedinteger], ...]
+    length: int
+
+    def __len__(self) -> int:
+        """Return how many windows there are."""
+        return sum(self._counts())
+
+    def read(self, numbers: NDArray[np.uint64]) -> Tensor:
+        """Return the windows of these numbers, (len(numbers), length + 1), int64."""
+        bounds = np.cumsum([0, *self._counts()])
+        rows = []
+        for number in numbers.astype(np.int64):
+            shard = int(np.searchsorted(bounds, number, side="right")) - 1
+            start = int(number - bounds[shard]) * self.length
+            rows.append(self.shards[shard][start : start + self.length + 1].astype(np.int64))
+        return torch.from_numpy(np.stack(rows))
+
+    def _counts(self) -> list[int]:
+        return [max(0, (len(shard) - 1) // self.length) for shard in self.shards]
+
+
+def open_windows(directory: Path, split: str, length: int) -> Windows:
+    """Open a split of a prepared directory.
+
+    Raises:
+        UserError: if it is damaged, or has less than one window.
+    """
+    index = read_index(directory)
+    shards = tuple(
+        np.memmap(shard_path(directory, split, number), dtype=np.dtype(index.dtype), mode="r")
+        for number in range(len(index.shards[split]))
+    )
+    windows = Windows(shards, length)
+    if not len(windows):
+        raise UserError(
+            f"the {split} split has {index.tokens(split)} tokens, less than one window of "
+            f"{length} + 1: give more text, or a smaller batch.length"
+        )
+    return windows
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training order: every window once in an epoch, shuffled anew in each.
+
+    Nothing is remembered between steps, so a position is the step's number, and a batch does not
+    depend on how many processes share it.
+
+    Args:
+        windows: what to shuffle.
+        sequences: windows in a step's batch, over all processes.
+        seed: of the shuffling.
+    """
+
+    windows: Windows
+    sequences: int
+    seed: int
+
+    def at(self, step: int) -> Tensor:
+        """Return the whole batch of `step`: (sequences, length + 1), int64."""
+        positions = np.arange(step * self.sequences, (step + 1) * self.sequences, dtype=np.uint64)
+        epochs, places = np.divmod(positions, np.uint64(len(self.windows)))
+        return self.windows.read(shuffled(places, epochs, len(self.windows), self.seed))
+
+
+def shuffled(
+    places: NDArray[np.uint64], epochs: NDArray[np.uint64], size: int, seed: int
+) -> NDArray[np.uint64]:
+    """Permute `places`, all below `size`, by a permutation keyed by (seed, epoch).
+
+    A four-round Feistel network over the next even power of two permutes it without a table; what
+    falls outside `size` goes round again until it falls inside (cycle walking), which keeps the
+    map one to one.
+
+    Example:
+        >>> order = shuffled(np.arange(5, dtype=np.uint64), np.zeros(5, np.uint64), 5, seed=0)
+        >>> sorted(order.tolist())
+        [0, 1, 2, 3, 4]
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    places = places.copy()
+    outside = np.ones(len(places), dtype=bool)
+    while outside.any():
+        left, right = places[outside] >> half, places[outside] & mask
+        for number in range(_ROUNDS):
+            key = _mix(_mix(np.uint64(seed) + epochs[outside]) + np.uint64(number))
+            left, right = right, left ^ (_mix(right + key) & mask)
+        places[outside] = (left << half) | right
+        outside = places >= size
+    return places
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,81 @@
+"""Documents out of text, .jsonl and .parquet files; by default the standard library's sources."""
+
+import glob
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+
+from reference_trainer.config import DataConfig
+from reference_trainer.errors import UserError
+
+
+def sources(config: DataConfig) -> list[Path]:
+    """Return the files to read, sorted.
+
+    Raises:
+        UserError: if a glob matches no file, or all files together are empty.
+    """
+    if not config.files:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = [p for p in root.rglob("*.py") if "site-packages" not in p.parts]
+        if not found:
+            raise UserError(f"no Python source under {root}: give data.files")
+        return sorted(found)
+    found = []
+    for pattern in config.files:
+        paths = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+        if not paths:
+            raise UserError(f"data.files: no file matches {pattern!r}")
+        found += paths
+    if not any(path.stat().st_size for path in found):
+        raise UserError(f"data.files: all {len(found)} files are empty (first: {found[0]})")
+    return sorted(set(found))
+
+
+def documents(path: Path, text_field: str) -> Iterator[str]:
+    """Iterate over a file's documents: lines of .jsonl, rows of .parquet, else the whole file.
+
+    Raises:
+        UserError: if the file is not what its name says, or a text is missing.
+    """
+    if path.suffix == ".jsonl":
+        yield from _lines(path, text_field)
+    elif path.suffix == ".parquet":
+        yield from _rows(path, text_field)
+    else:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _lines(path: Path, text_field: str) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number} is not JSON: {error}") from None
+            text = record.get(text_field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{path}:{number} has no text under {text_field!r}")
+            yield text
+
+
+def _rows(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        file = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a Parquet file: {error}") from None
+    if text_field not in file.schema_arrow.names:
+        names = file.schema_arrow.names
+        raise UserError(f"{path} has no column {text_field!r}; it has {names}")
+    number = 0
+    for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+            number += 1
+            if not isinstance(text, str):
+                raise UserError(f"{path}: row {number} has no text under {text_field!r}")
+            yield text

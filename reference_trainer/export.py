@@ -1,0 +1,70 @@
+"""The merged model as Hugging Face's `LlamaForCausalLM` reads it."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import relora_core as relora
+from reference_trainer import checkpoint
+from reference_trainer.config import Config, phases
+from reference_trainer.errors import UserError
+from reference_trainer.model import LlamaShape
+from reference_trainer.prepare import read_index
+from reference_trainer.stage import build_stage, fill_
+from reference_trainer.train import data_directory, model_shape
+from reference_trainer.world import open_world
+
+
+def export(config: Config) -> Path:
+    """Write the newest checkpoint's merged model to the run's `export/` and return that.
+
+    Raises:
+        UserError: if the run has no complete checkpoint.
+    """
+    source = checkpoint.newest(config.directory / "checkpoints")
+    if source is None:
+        raise UserError(f"{config.directory} has no complete checkpoint to export")
+    target = config.directory / "export"
+    index = read_index(data_directory(config))
+    shape = model_shape(config, index.vocab_size)
+    name = checkpoint.read_position(source).phase
+    phase = next(phase for phase in phases(config) if phase.name == name)
+    with open_world(config.parallel) as world:
+        stage = build_stage(config, phase, shape, world)
+        fill_(stage, config, source)
+        relora.save_merged(stage.model, target)
+        if world.first:
+            text = json.dumps(hugging_face_config(shape, index.end, config.batch.length), indent=2)
+            (target / "config.json").write_text(text, encoding="utf-8")
+            if config.data.tokenizer != "bytes":
+                shutil.copy(config.data.tokenizer, target / "tokenizer.json")
+        world.barrier()
+    return target
+
+
+def hugging_face_config(shape: LlamaShape, end: int, length: int) -> dict[str, object]:
+    """Return the `config.json` of a `LlamaForCausalLM` of this shape."""
+    sizes = asdict(shape)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"],
+        "head_dim": shape.head_size,
+        "vocab_size": sizes["vocab_size"],
+        "max_position_embeddings": length,
+        "rms_norm_eps": sizes["norm_eps"],
+        "rope_theta": sizes["rope_theta"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }

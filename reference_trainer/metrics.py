@@ -1,0 +1,92 @@
+"""What a run writes down: one JSON object a line, and TensorBoard files when asked."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from reference_trainer.errors import UserError
+from reference_trainer.files import write_whole
+
+
+class Metrics:
+    """The writer of `metrics.jsonl`: silent on all processes but the first.
+
+    Each record has an "event" ("start", "step", "evaluation", "restart", "end") and a "step".
+
+    Args:
+        directory: of the run.
+        writes: whether this process is the one that writes.
+        tensorboard: whether to write numbers for TensorBoard too.
+        from_step: drop records of this step and later ones first: the run went back to it.
+    """
+
+    def __init__(
+        self, directory: Path, *, writes: bool, tensorboard: bool = False, from_step: int = 0
+    ) -> None:
+        self._file = None
+        self._board: Any = None
+        if not writes:
+            return
+        path = directory / "metrics.jsonl"
+        kept = [record for record in read(path) if record["step"] < from_step]
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = _summary_writer(directory / "tensorboard", from_step)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append one record and flush it."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    Raises:
+        UserError: if another line is not a record.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(f"{path}:{number} is not a record of a run")
+        records.append(record)
+    return records
+
+
+def _summary_writer(directory: Path, from_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'") from None
+    return SummaryWriter(str(directory), purge_step=from_step)

@@ -1,0 +1,90 @@
+"""A model on its processes: what is done to it, in the order in which it must be done."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from reference_trainer.config import ParallelConfig
+from reference_trainer.model import Llama, LlamaShape
+from reference_trainer.world import World
+
+_INIT_STD = 0.02
+
+
+def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the computation; parameters are stored in fp32."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def build(
+    shape: LlamaShape, config: ParallelConfig, world: World, prepare_: Callable[[nn.Module], object]
+) -> Llama:
+    """Return a sharded Llama whose parameters have memory but no values yet.
+
+    Parametrizing must come before sharding and before compiling, checkpointing before compiling,
+    and the optimizer after all of it, as `fully_shard` replaces every Parameter. FSDP2 also runs
+    in a world of one, so that there is one path.
+
+    Args:
+        shape: of the model.
+        config: precision, compilation and activation checkpointing.
+        world: the processes.
+        prepare_: what to do to the bare model first, on the meta device.
+    """
+    with torch.device("meta"):
+        model = Llama(shape)
+    prepare_(model)
+    layers = model.model.layers
+    for index, block in enumerate(layers):
+        if config.checkpoint_activations:
+            layers[index] = checkpoint_wrapper(block)
+        if config.compile:
+            layers[index].compile()
+
+    dtype = compute_dtype(config, world.device)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the rotary table stays in fp32
+    )
+    for block in layers:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    model.to_empty(device=world.device)
+    return model
+
+
+@torch.no_grad()
+def init_weights_(named: dict[str, Tensor], seed: int) -> None:
+    """Set norms to one and everything else to normal draws, the same at every world size.
+
+    Each draw is keyed by (seed, name) and made whole on the CPU; every process keeps its part.
+
+    Args:
+        named: parameters by plain name, sharded or not, changed in place.
+        seed: of the draws.
+    """
+    for name, parameter in named.items():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0)
+            continue
+        digest = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+        whole = torch.empty(parameter.shape).normal_(0, _INIT_STD, generator=generator)
+        copy_whole_(parameter, whole)
+
+
+@torch.no_grad()
+def copy_whole_(target: Tensor, whole: Tensor) -> None:
+    """Copy into `target` this process's part of `whole`, which every process holds."""
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    target.copy_(whole)

@@ -1,0 +1,161 @@
+"""Tokenize documents into memory-mapped shards, once."""
+
+import hashlib
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from reference_trainer.config import DataConfig
+from reference_trainer.documents import documents, sources
+from reference_trainer.errors import UserError
+from reference_trainer.tokenizer import Tokenizer, load_tokenizer
+
+SPLITS = ("train", "held_out")
+_SHARD_TOKENS = 2**28
+_BATCH_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a directory of shards holds; its index.json, written last.
+
+    Args:
+        vocab_size: ids are below it.
+        end: the id that closes a document.
+        dtype: of the ids, little-endian.
+        tokenizer: "bytes" or the tokenizer file's name.
+        documents: how many each split has.
+        shards: for each split the tokens of each of its files, `<split>-<number>.bin`.
+    """
+
+    vocab_size: int
+    end: int
+    dtype: str
+    tokenizer: str
+    documents: dict[str, int]
+    shards: dict[str, list[int]]
+
+    def tokens(self, split: str) -> int:
+        """Return how many tokens a split has."""
+        return sum(self.shards[split])
+
+
+def prepare(config: DataConfig, directory: Path) -> Index:
+    """Write the documents' tokens into `directory` and return its index.
+
+    A document is held out if a hash of its text falls below `data.held_out`: the split depends
+    on nothing but the text, so a copy of a document never lands on the other side.
+
+    Raises:
+        UserError: if a file cannot be used, or a split gets no document.
+    """
+    paths = sources(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    dtype = _smallest_dtype(tokenizer.vocab_size)
+    writers = {split: _Writer(directory, split, dtype) for split in SPLITS}
+    size = sum(path.stat().st_size for path in paths)
+    label = f"tokenizing {len(paths)} files"
+    try:
+        # disable=None: a bar only where there is a terminal
+        with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+            for path in paths:
+                found = documents(path, config.text_field)
+                while batch := list(itertools.islice(found, _BATCH_DOCUMENTS)):
+                    _write(batch, tokenizer, config.held_out, writers)
+                bar.update(path.stat().st_size)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise UserError(
+                f"no document fell into the {split} split (data.held_out={config.held_out}): "
+                "documents go there by a hash of their text; give more documents"
+            )
+    index = Index(
+        vocab_size=tokenizer.vocab_size,
+        end=tokenizer.end,
+        dtype=dtype.str,
+        tokenizer=Path(config.tokenizer).name,
+        documents={split: writer.documents for split, writer in writers.items()},
+        shards={split: writer.tokens for split, writer in writers.items()},
+    )
+    (directory / "index.json").write_text(json.dumps(asdict(index), indent=2), encoding="utf-8")
+    return index
+
+
+def read_index(directory: Path) -> Index:
+    """Read the index of a prepared directory and check that every shard has the size it says.
+
+    Raises:
+        UserError: if it is absent or damaged.
+    """
+    file = directory / "index.json"
+    if not file.is_file():
+        raise UserError(f"{directory} holds no prepared data (no index.json): run `prepare` first")
+    try:
+        index = Index(**json.loads(file.read_text(encoding="utf-8")))
+        width = np.dtype(index.dtype).itemsize
+        expected = {
+            shard_path(directory, split, number): tokens * width
+            for split in SPLITS
+            for number, tokens in enumerate(index.shards[split])
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}): run `prepare` again") from None
+    for path, size in expected.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path} should have {size} bytes: run `prepare` again")
+    return index
+
+
+def shard_path(directory: Path, split: str, number: int) -> Path:
+    """Return the file of a split's shard."""
+    return directory / f"{split}-{number:05d}.bin"
+
+
+class _Writer:
+    """Appends token ids to a split's shards, beginning a new one when one is full."""
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype[np.unsignedinteger]) -> None:
+        self.directory = directory
+        self.split = split
+        self.dtype = dtype
+        self.documents = 0
+        self.tokens: list[int] = []
+        self._file: IO[bytes] | None = None
+
+    def add(self, ids: NDArray[np.uint32]) -> None:
+        if self._file is None or self.tokens[-1] >= _SHARD_TOKENS:
+            self.close()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = shard_path(self.directory, self.split, len(self.tokens)).open("wb")
+            self.tokens.append(0)
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.tokens[-1] += len(ids)
+        self.documents += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _write(
+    batch: list[str], tokenizer: Tokenizer, held_out: float, writers: dict[str, _Writer]
+) -> None:
+    filled = [text for text in batch if text]
+    for text, ids in zip(filled, tokenizer.encode(filled), strict=True):
+        digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8)
+        share = int.from_bytes(digest.digest(), "little") / 2**64
+        writers["held_out" if share < held_out else "train"].add(ids)
+
+
+def _smallest_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger]":
+    bits = 8 if vocab_size <= 2**8 else 16 if vocab_size <= 2**16 else 32
+    return np.dtype(f"uint{bits}").newbyteorder("<")

@@ -1,0 +1,184 @@
+"""What one phase trains with: model, optimizer, schedule; built, then filled."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+import relora_core as relora
+from reference_trainer import checkpoint
+from reference_trainer.config import Config, Phase
+from reference_trainer.errors import UserError
+from reference_trainer.model import Llama, LlamaShape
+from reference_trainer.parallel import build, init_weights_
+from reference_trainer.world import World
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The run's cosine, with a warm-up at the start of a phase; a factor of the phase's step.
+
+    Args:
+        start: the phase's first step in the run.
+        total: steps in the run.
+        warmup: steps from 0 to the cosine.
+        min_ratio: the cosine's end.
+    """
+
+    start: int
+    total: int
+    warmup: int
+    min_ratio: float
+
+    def __call__(self, step: int) -> float:
+        """Return the factor at the phase's `step`."""
+        ramp = min(1.0, step / self.warmup) if self.warmup else 1.0
+        cosine = relora.JaggedCosine(self.total, min_ratio=self.min_ratio)
+        return ramp * cosine(self.start + step)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase's model and what drives it.
+
+    Args:
+        phase: which.
+        model: sharded.
+        parameters: those that are trained, by plain name.
+        optimizer: theirs, with groups "adapters", "matrices" and "norms".
+        restarts: the clock, in steps of the phase; None without low-rank sites.
+        schedule: of the learning rate.
+    """
+
+    phase: Phase
+    model: Llama
+    parameters: dict[str, nn.Parameter]
+    optimizer: relora.ResettableOptimizer
+    restarts: relora.Restarts | None
+    schedule: LRScheduler
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether a restart runs before the run's `step`."""
+        return self.restarts is not None and self.restarts.at(step - self.phase.start)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the model's whole state by names without wrappers."""
+        return {relora.clean_name(k): v for k, v in self.model.state_dict().items()}
+
+    def rates(self) -> dict[str, float]:
+        """Return each group's learning rate."""
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+
+
+def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Stage:
+    """Build a phase's model, optimizer and schedule; the model's values are still to come."""
+    model = build(shape, config.parallel, world, lambda bare: prepare_(bare, config, phase))
+    parameters = {
+        relora.clean_name(name): p for name, p in model.named_parameters() if p.requires_grad
+    }
+    optimizer = relora.ResettableOptimizer(
+        torch.optim.AdamW(
+            _groups(config, model, parameters),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=world.device.type == "cuda",
+        )
+    )
+    envelope = Envelope(phase.start, config.steps, config.optim.warmup, config.optim.min_ratio)
+    schedule: LRScheduler = LambdaLR(optimizer, envelope)
+    restarts = None
+    if phase.low_rank:
+        restarts = relora.Restarts(every=config.relora.every, warmup=config.relora.warmup)
+        schedule = relora.JaggedLR(schedule, restarts)
+    return Stage(phase, model, parameters, optimizer, restarts, schedule)
+
+
+def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
+    """Make the bare model what the phase trains.
+
+    Raises:
+        UserError: if a target matches nothing or the rank does not fit.
+    """
+    if phase.low_rank:
+        options = config.relora
+        try:
+            relora.add_low_rank_(
+                model, options.targets, rank=options.rank, alpha=options.alpha, seed=config.seed
+            )
+        except ValueError as error:
+            raise UserError(f"relora: {error}") from None
+
+
+def fill_(stage: Stage, config: Config, source: Path | None) -> int:
+    """Give the stage its values and return the run's next step.
+
+    Without a checkpoint: drawn from the seed. From one of the same phase: everything. From one of
+    an earlier phase: the plain weights, and the optimizer state of every parameter that stays
+    trainable; adapters begin fresh.
+    """
+    if source is None or checkpoint.read_position(source).phase != stage.phase.name:
+        for _, site in relora.low_rank_sites(stage.model):
+            site.low_rank.reset_parameters()
+    if source is None:
+        init_weights_(relora.base_state_dict(stage.model), config.seed)
+        return stage.phase.start
+
+    position = checkpoint.read_position(source)
+    continues = position.phase == stage.phase.name
+    tensors = stage.tensors() if continues else relora.base_state_dict(stage.model)
+    checkpoint.load_(
+        source,
+        position,
+        tensors=tensors,
+        parameters=stage.parameters,
+        optimizer=stage.optimizer,
+    )
+    if continues:
+        stage.model.load_state_dict(tensors)  # in place already, but for the sites' extra state
+        stage.schedule.load_state_dict(position.schedule)
+        rates = stage.schedule.get_last_lr()
+        for group, lr in zip(stage.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+    return position.step
+
+
+def save(stage: Stage, config: Config, step: int, world: World) -> Path:
+    """Write a checkpoint of the stage before the run's `step`."""
+    return checkpoint.save(
+        config.directory / "checkpoints",
+        step=step,
+        phase=stage.phase.name,
+        tensors=stage.tensors(),
+        parameters=stage.parameters,
+        optimizer=stage.optimizer,
+        schedule=stage.schedule.state_dict(),
+        world=world,
+        keep=config.checkpoint.keep,
+    )
+
+
+def _groups(
+    config: Config, model: nn.Module, parameters: dict[str, nn.Parameter]
+) -> list[dict[str, object]]:
+    sites = [site for _, site in relora.low_rank_sites(model)]
+    adapters = {id(p) for site in sites for p in (site.lora_A, site.lora_B)}
+    options = asdict(config.optim)
+    rate, decay = options["lr"], options["weight_decay"]
+    members: dict[str, list[nn.Parameter]] = {"adapters": [], "matrices": [], "norms": []}
+    for p in parameters.values():
+        kind = "adapters" if id(p) in adapters else "matrices" if p.ndim > 1 else "norms"
+        members[kind].append(p)
+    rates = {"adapters": rate * config.relora.lr_multiple}
+    return [
+        {
+            "name": name,
+            "params": params,
+            "lr": rates.get(name, rate),
+            "weight_decay": 0.0 if name == "norms" else decay,
+        }
+        for name, params in members.items()
+        if params
+    ]

@@ -1,0 +1,108 @@
+"""The processes of a run: one or many, the same code."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from reference_trainer.config import ParallelConfig
+from reference_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them.
+
+    Args:
+        rank: of this process, from 0.
+        size: number of processes.
+        device: this process computes on.
+        mesh: of all processes, one-dimensional.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> float:
+        """Return the mean of a scalar over the processes."""
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value.item() / self.size
+
+    def share(self, value: Any) -> Any:
+        """Return the first process's JSON value on every process."""
+        text = json.dumps(value).encode() if self.first else b""
+        length = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(length, src=0)
+        padded = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.first:
+            padded.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        dist.broadcast(padded, src=0)
+        return json.loads(bytes(padded.tolist()))
+
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Run `action` on the first process; a UserError there is raised on every process."""
+        failure = None
+        if self.first:
+            try:
+                action()
+            except UserError as error:
+                failure = str(error)
+        failure = self.share(failure)
+        if failure is not None:
+            raise UserError(failure)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        self.share(None)
+
+
+def world_size() -> int:
+    """Return how many processes the launcher started: 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(config: ParallelConfig) -> torch.device:
+    """Return the device that `parallel.device` means for this process.
+
+    Raises:
+        UserError: if it asks for CUDA where there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("parallel.device=cuda, but torch sees no CUDA device: use cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def open_world(config: ParallelConfig) -> Iterator[World]:
+    """Join the launcher's processes (torchrun), or be a world of one, until the block ends."""
+    device = choose_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    finally:
+        dist.destroy_process_group()
