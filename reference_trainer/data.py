@@ -109,7 +109,9 @@ def shuffled(
     while outside.any():
         left, right = places[outside] >> half, places[outside] & mask
         for number in range(_ROUNDS):
-            key = _mix(_mix(np.uint64(seed) + epochs[outside]) + np.uint64(number))
+            key = _mix(
+                _mix(_mix(np.full(1, seed, np.uint64)) + epochs[outside]) + np.uint64(number)
+            )
             left, right = right, left ^ (_mix(right + key) & mask)
         places[outside] = (left << half) | right
         outside = places >= size

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser, *, only: str | None = None) -> 
         group.add_argument(
             f"--{path}",
             metavar=leaf.upper(),
-            nargs="+" if isinstance(default, tuple) else None,
+            nargs="*" if isinstance(default, tuple) else None,
             help=(field.metadata["help"] + note).replace("%", "%%"),
             default=argparse.SUPPRESS,
         )

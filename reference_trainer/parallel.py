@@ -13,8 +13,6 @@ from reference_trainer.config import ParallelConfig
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.world import World
 
-_INIT_STD = 0.02
-
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the computation; parameters are stored in fp32."""
@@ -62,13 +60,16 @@ def build(
 
 
 @torch.no_grad()
-def init_weights_(named: dict[str, Tensor], seed: int) -> None:
-    """Set norms to one and everything else to normal draws, the same at every world size.
+def init_weights_(named: dict[str, Tensor], *, hidden_size: int, seed: int) -> None:
+    """Set norms to one and matrices to normal draws of standard deviation 1 / sqrt(hidden size).
 
-    Each draw is keyed by (seed, name) and made whole on the CPU; every process keeps its part.
+    That is 0.022 at the width of 1.3b, where Llamas usually have 0.02; with 0.02 at a width of
+    256 a model learns much more slowly. Each draw is keyed by (seed, name) and made whole on the
+    CPU, of which every process keeps its part, so it is the same at every world size.
 
     Args:
         named: parameters by plain name, sharded or not, changed in place.
+        hidden_size: of the model.
         seed: of the draws.
     """
     for name, parameter in named.items():
@@ -77,7 +78,7 @@ def init_weights_(named: dict[str, Tensor], seed: int) -> None:
             continue
         digest = hashlib.blake2b(f"{seed}/init/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-        whole = torch.empty(parameter.shape).normal_(0, _INIT_STD, generator=generator)
+        whole = torch.empty(parameter.shape).normal_(0, hidden_size**-0.5, generator=generator)
         copy_whole_(parameter, whole)
 
 

@@ -123,7 +123,8 @@ def fill_(stage: Stage, config: Config, source: Path | None) -> int:
         for _, site in relora.low_rank_sites(stage.model):
             site.low_rank.reset_parameters()
     if source is None:
-        init_weights_(relora.base_state_dict(stage.model), config.seed)
+        plain = relora.base_state_dict(stage.model)
+        init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
         return stage.phase.start
 
     position = checkpoint.read_position(source)

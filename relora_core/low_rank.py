@@ -59,7 +59,9 @@ class LowRank(nn.Module):
         self.seed = seed
         self.name = name
         self.restart = 0
-        self.base_requires_grad = base.requires_grad  # what remove_low_rank gives back
+        # What remove_low_rank gives back: whether W was trained, and its place among the others.
+        self.base_requires_grad = base.requires_grad
+        self.base_successors: tuple[str, ...] = ()
         self.lora_A = nn.Parameter(base.new_empty(rank, base[0].numel()))
         self.lora_B = nn.Parameter(base.new_empty(base.shape[0], rank))
         self.reset_parameters()
@@ -192,6 +194,8 @@ def register_low_rank(
     """
     base = check_target(module, tensor_name)
     low_rank = LowRank(base, rank=rank, alpha=alpha, seed=seed, name=name)
+    names = list(module._parameters)
+    low_rank.base_successors = tuple(names[names.index(tensor_name) + 1 :])
     low_rank.train(module.training)
     # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
     parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
@@ -262,6 +266,10 @@ def remove_low_rank(
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     base.requires_grad_(low_rank.base_requires_grad)
+    # torch appends it, which would renumber an optimizer made from module.parameters().
+    for name in low_rank.base_successors:
+        if name in module._parameters:
+            module._parameters[name] = module._parameters.pop(name)
     return module
 
 

@@ -1,0 +1,279 @@
+"""One site: any module is right, registering and removing cancel, refusals change nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import relora_core as relora
+from tests.reference import dense_twin, randomize_
+
+
+class TransposedConv1D(nn.Module):
+    """The layer of GPT-2 in transformers: the weight lies (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+
+
+class ByOperators(nn.Module):
+    """A layer that uses its weight in ways of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        w = self.weight
+        return x @ w.T + (2 * w - w / 3).sum() + w[0] + torch.cat([w, w]).mean() + abs(w).max()
+
+
+def attention():
+    return nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+MODULES = {
+    "linear": (lambda: nn.Linear(6, 4), "weight", (3, 6)),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 3), "weight", (2, 3, 8)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), groups=2), "weight", (2, 4, 6, 6)),
+    "conv transposed": (lambda: nn.ConvTranspose2d(4, 6, 3), "weight", (2, 4, 5, 5)),
+    "transposed linear": (TransposedConv1D, "weight", (3, 6)),
+    "operators": (ByOperators, "weight", (3, 4)),
+    "bilinear": (lambda: nn.Bilinear(5, 5, 4), "weight", (3, 5)),
+    "attention": (attention, "in_proj_weight", (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_computes_with_the_dense_sum(kind, training):
+    make, tensor_name, shape = MODULES[kind]
+    module = relora.register_low_rank(make().double(), tensor_name, rank=2, alpha=3.0)
+    randomize_(module)
+    plain, dense = dense_twin(module, tensor_name)
+    module.train(training)
+    plain.train(training)
+    x = torch.randn(shape, dtype=torch.float64)
+    copies = {"attention": 3, "bilinear": 2}.get(kind, 1)
+    y, expected = module(*[x] * copies), plain(*[x] * copies)
+    y, expected = (out[0] if isinstance(out, tuple) else out for out in (y, expected))
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    site = relora.Site(module, tensor_name)
+    torch.testing.assert_close(site.lora_A.grad, dense.lora_A.grad)
+    torch.testing.assert_close(site.lora_B.grad, dense.lora_B.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"scale_grad_by_freq": True}])
+def test_embedding_gradients_equal_those_of_the_dense_sum(options):
+    module = relora.register_low_rank(nn.Embedding(9, 4, **options).double(), rank=3, alpha=2.0)
+    randomize_(module)
+    plain, dense = dense_twin(module)
+    tokens = torch.tensor([[1, 2, 2], [8, 1, 0]])
+    g = torch.randn(2, 3, 4, dtype=torch.float64)
+    module(tokens).backward(g)
+    plain(tokens).backward(g)
+    site = relora.Site(module, "weight")
+    torch.testing.assert_close(module(tokens), plain(tokens))
+    torch.testing.assert_close(site.lora_A.grad, dense.lora_A.grad)
+    torch.testing.assert_close(site.lora_B.grad, dense.lora_B.grad)
+
+
+def test_the_output_head_of_attention_is_right_too():
+    module = attention()
+    relora.add_low_rank_(module, "out_proj", rank=2)
+    randomize_(module)
+    plain = attention()
+    plain.load_state_dict(relora.merged_state_dict(module))
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(module(x, x, x)[0], plain(x, x, x)[0])
+
+
+class TestRegisterAndRemove:
+    def test_cancel_to_the_same_parameter(self):
+        layer = nn.Linear(6, 4)
+        weight, before = layer.weight, layer.weight.detach().clone()
+        relora.register_low_rank(layer, rank=2)
+        assert not weight.requires_grad
+        relora.remove_low_rank(layer)
+        assert layer.weight is weight
+        assert weight.requires_grad
+        assert torch.equal(weight, before)
+        assert type(layer) is nn.Linear
+        assert list(layer.state_dict()) == ["weight", "bias"]
+
+    def test_a_frozen_weight_stays_frozen(self):
+        layer = nn.Linear(6, 4).requires_grad_(False)
+        relora.remove_low_rank(relora.register_low_rank(layer, rank=2))
+        assert not layer.weight.requires_grad
+
+    def test_merging_keeps_the_function_and_dropping_gives_the_base_back(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4).double(), rank=2, alpha=6.0)
+        randomize_(layer)
+        x = torch.randn(3, 6, dtype=torch.float64)
+        base = relora.Site(layer, "weight").weight.detach().clone()
+        kept = relora.remove_low_rank(copy.deepcopy(layer))
+        dropped = relora.remove_low_rank(copy.deepcopy(layer), merge=False)
+        torch.testing.assert_close(kept(x), layer(x))
+        assert torch.equal(dropped.weight, base)
+
+    def test_removing_from_a_copy_leaves_the_original(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        twin = copy.deepcopy(layer)
+        relora.remove_low_rank(twin)
+        assert relora.is_low_rank(layer)
+        assert not relora.is_low_rank(twin)
+        layer(torch.randn(2, 6))
+
+    def test_the_function_is_the_same_bit_for_bit_at_first(self):
+        layer = nn.Linear(6, 4)
+        x = torch.randn(3, 6)
+        before = layer(x)
+        assert torch.equal(relora.register_low_rank(layer, rank=2)(x), before)
+
+
+class TestInitialDraw:
+    def test_both_factors_learn_within_two_steps(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        site = relora.Site(layer, "weight")
+        optimizer = torch.optim.SGD([site.lora_A, site.lora_B], lr=0.1)
+        a, b = site.lora_A.detach().clone(), site.lora_B.detach().clone()
+        for _ in range(2):
+            layer(torch.randn(3, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(site.lora_A, a)
+        assert not torch.equal(site.lora_B, b)
+
+    @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**63 - 1), st.text(max_size=5))
+    def test_depends_on_its_key_alone_and_lies_within_its_bound(self, out, inner, seed, name):
+        rank = min(out, inner)
+        draws = []
+        for _ in range(2):
+            torch.rand(3)  # whatever the global generator has been used for
+            low_rank = relora.LowRank(torch.zeros(out, inner), rank=rank, seed=seed, name=name)
+            draws.append(low_rank.lora_A.detach())
+        assert torch.equal(*draws)
+        assert draws[0].abs().max() <= inner**-0.5
+        assert not low_rank.lora_B.any()
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"name": "b"}])
+    def test_differs_with_seed_and_name(self, change):
+        base = {"rank": 3, "seed": 0, "name": "a"}
+        one = relora.LowRank(torch.zeros(5, 7), **base)
+        other = relora.LowRank(torch.zeros(5, 7), **{**base, **change})
+        assert not torch.equal(one.lora_A, other.lora_A)
+
+    def test_leaves_the_global_generator_alone(self):
+        state = torch.get_rng_state()
+        relora.LowRank(torch.zeros(4, 6), rank=2)
+        assert torch.equal(state, torch.get_rng_state())
+
+    def test_is_the_distribution_of_kaiming_uniform(self):
+        low_rank = relora.LowRank(torch.zeros(300, 400), rank=256)
+        like = nn.init.kaiming_uniform_(torch.empty(256, 400), a=5**0.5)
+        assert low_rank.lora_A.std().item() == pytest.approx(like.std().item(), rel=0.02)
+        assert low_rank.lora_A.abs().max().item() == pytest.approx(400**-0.5, rel=0.01)
+
+
+class TestLazyWeight:
+    def test_shows_the_base_s_facts_without_forming_anything(self):
+        weight = relora.register_low_rank(nn.Linear(6, 4), rank=2).weight
+        assert not isinstance(weight, torch.Tensor)
+        assert weight.shape == weight.size() == (4, 6)
+        assert weight.size(1) == 6
+        assert (weight.ndim, weight.dim(), weight.numel()) == (2, 2, 24)
+        assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
+        assert weight.requires_grad
+
+    def test_refuses_what_would_be_lost(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        with pytest.raises(AttributeError, match=r"parametrizations.weight.original"):
+            layer.weight.zero_()
+        with pytest.raises(AttributeError, match=r"normal_ would change a temporary"):
+            nn.init.normal_(layer.weight)
+
+    def test_sixteen_bit_sum_is_rounded_once(self):
+        layer = relora.register_low_rank(nn.Linear(64, 64, dtype=torch.bfloat16), rank=8)
+        randomize_(layer, std=0.05)
+        site = relora.Site(layer, "weight")
+        exact = site.weight.double() + site.scale * (site.lora_B.double() @ site.lora_A.double())
+        assert torch.equal(layer.weight.materialize(), exact.bfloat16())
+
+    def test_autocast_does_not_coarsen_the_sum(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        randomize_(layer)
+        expected = layer.weight.materialize()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer.weight.materialize(), expected)
+
+    def test_frozen_base_and_trained_factors_of_another_dtype_meet_in_the_base_s(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4, dtype=torch.bfloat16), rank=2)
+        low_rank = relora.Site(layer, "weight").low_rank
+        low_rank.to(torch.float32)
+        randomize_(layer)
+        y = layer(torch.randn(3, 6, dtype=torch.bfloat16))
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        assert low_rank.lora_A.grad.dtype == torch.float32
+
+
+def _embedding_with_max_norm():
+    return nn.Embedding(9, 4, max_norm=1.0)
+
+
+def _already_low_rank():
+    return relora.register_low_rank(nn.Linear(6, 4), rank=2)
+
+
+REFUSALS = [
+    (lambda: nn.Linear(6, 4), {"rank": 5}, ValueError, r"between 1 and min\(out, in\) = 4.*got 5"),
+    (lambda: nn.Linear(6, 4), {"rank": 0}, ValueError, "got 0"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "alpha": 0.0}, ValueError, "alpha must be positive"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "alpha": float("inf")}, ValueError, "alpha must be"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "seed": -1}, ValueError, "seed must be between"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "tensor_name": "bias"}, ValueError, "two dimensions"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "tensor_name": "w"}, ValueError, "no Parameter 'w'"),
+    (lambda: nn.LazyLinear(4), {"rank": 2}, ValueError, "run one batch through it"),
+    (_embedding_with_max_norm, {"rank": 2}, ValueError, "max_norm"),
+    (_already_low_rank, {"rank": 2}, ValueError, "parametrized already"),
+]
+
+
+@pytest.mark.parametrize(("make", "arguments", "error", "message"), REFUSALS)
+def test_a_refused_registration_changes_nothing(make, arguments, error, message):
+    module = make()
+    before = {name: id(p) for name, p in module.named_parameters()}
+    trained = [p.requires_grad for p in module.parameters()]
+    with pytest.raises(error, match=message):
+        relora.register_low_rank(module, **arguments)
+    assert {name: id(p) for name, p in module.named_parameters()} == before
+    assert [p.requires_grad for p in module.parameters()] == trained
+
+
+def test_removing_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"Linear.weight is not a low-rank site"):
+        relora.remove_low_rank(nn.Linear(6, 4))
+
+
+def test_functional_use_outside_a_module_is_right():
+    layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+    randomize_(layer)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(
+        F.linear(x, layer.weight, layer.bias), F.linear(x, layer.weight.materialize(), layer.bias)
+    )
+    torch.testing.assert_close(  # as the input rather than the weight
+        F.linear(layer.weight, torch.ones(2, 6)),
+        F.linear(layer.weight.materialize(), torch.ones(2, 6)),
+    )

@@ -1,0 +1,301 @@
+"""Resets: every known optimizer, exact counts, nothing else touched; the wrapper is transparent."""
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import relora_core as relora
+
+OPTIMIZERS = {
+    "Adam": (torch.optim.Adam, {}),
+    "Adam amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "AdamW foreach": (torch.optim.AdamW, {"foreach": True}),
+    "AdamW fused": (torch.optim.AdamW, {"fused": True}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "Adamax": (torch.optim.Adamax, {}),
+    "SGD": (torch.optim.SGD, {}),
+    "SGD momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+}
+UNKNOWN = {
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "ASGD": (torch.optim.ASGD, {}),
+    "Rprop": (torch.optim.Rprop, {}),
+}
+
+
+def stepped(make, options, steps=3, params=None):
+    torch.manual_seed(1)
+    params = params or [nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(7))]
+    optimizer = make(params, lr=1e-2, **options)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer, params
+
+
+def snapshot(optimizer):
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def moments_of(optimizer, p):
+    keep = {"step", "mu_product"}
+    return {k: v for k, v in optimizer.state.get(p, {}).items() if k not in keep and v is not None}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+class TestReset:
+    def test_zeroes_exactly_what_it_reports_and_keeps_the_rest(self, kind):
+        optimizer, params = stepped(*OPTIMIZERS[kind])
+        before = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+        report = relora.reset_optimizer_(optimizer, params[:1], prune_ratio=0.9)
+        moments = moments_of(optimizer, params[0])
+        dropped = math.floor(0.9 * 29) + 1
+        assert report.entries == 30 * len(moments)
+        assert report.zeroed == dropped * len(moments)
+        masks = set()
+        for key, value in moments.items():
+            kept = value != 0
+            assert int(kept.sum()) == 30 - dropped
+            assert torch.equal(value[kept], before[params[0]][key][kept])
+            masks.add(tuple(kept.flatten().tolist()))
+        assert len(masks) <= 1  # one joint mask
+        for key in set(optimizer.state.get(params[0], {})) - set(moments):
+            assert optimizer.state[params[0]][key] == before[params[0]][key]
+        for key, value in optimizer.state.get(params[1], {}).items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[params[1]][key]))
+
+    def test_ratio_one_zeroes_all(self, kind):
+        optimizer, params = stepped(*OPTIMIZERS[kind])
+        relora.reset_optimizer_(optimizer, params, prune_ratio=1.0)
+        assert not any(v.any() for p in params for v in moments_of(optimizer, p).values())
+
+    def test_without_state_nothing_is_reported_or_made(self, kind):
+        optimizer, params = stepped(*OPTIMIZERS[kind], steps=0)
+        before = dict(optimizer.state)
+        report = relora.reset_optimizer_(optimizer, params)
+        if kind != "Adagrad":  # it makes its state at construction
+            assert (report.entries, report.zeroed, report.zeroed_fraction) == (0, 0, 0.0)
+        assert optimizer.state.keys() == before.keys()
+
+
+def test_independent_masks_prune_each_moment_by_itself():
+    optimizer, params = stepped(torch.optim.AdamW, {})
+    want = {
+        key: relora.magnitude_prune_(value.clone(), ratio=0.8)
+        for key, value in moments_of(optimizer, params[0]).items()
+    }
+    relora.reset_optimizer_(optimizer, params[:1], prune_ratio=0.8, masks="independent")
+    for key, value in moments_of(optimizer, params[0]).items():
+        assert torch.equal(value, want[key])
+
+
+def test_a_joint_mask_leaves_no_momentum_over_a_zero_second_moment():
+    for masks, safe in (("joint", True), ("independent", False)):
+        optimizer, params = stepped(torch.optim.AdamW, {}, steps=5)
+        relora.reset_optimizer_(optimizer, params, prune_ratio=0.9, masks=masks)
+        state = optimizer.state[params[0]]
+        stray = (state["exp_avg"] != 0) & (state["exp_avg_sq"] == 0)
+        assert bool(stray.any()) is not safe
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_optimizer_is_refused_with_its_keys_and_the_way_to_declare_it(kind):
+    optimizer, params = stepped(*UNKNOWN[kind])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"declare_moments\({kind}"):
+        relora.reset_optimizer_(optimizer, params)
+    assert str(snapshot(optimizer)) == str(before)
+
+
+def test_a_declared_optimizer_is_reset(monkeypatch):
+    from relora_core import moments
+
+    monkeypatch.setattr(moments, "_LAYOUTS", dict(moments._LAYOUTS))
+
+    class Averaging(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    state["average"] = state.get("average", 0) + p.grad
+                    state["count"] = state.get("count", 0) + 1
+
+    optimizer, params = stepped(Averaging, {})
+    with pytest.raises(ValueError, match=r"\['average', 'count'\]"):
+        relora.reset_optimizer_(optimizer, params)
+    relora.declare_moments(Averaging, ["average"], others=["count"])
+    assert relora.reset_optimizer_(optimizer, params, prune_ratio=1.0).zeroed == 37
+    assert optimizer.state[params[0]]["count"] == 3
+    relora.declare_moments(Averaging, ["average"], others=[])
+    with pytest.raises(ValueError, match=r"keeps states \['count'\]"):
+        relora.reset_optimizer_(optimizer, params)
+
+
+def test_declaring_nonsense_is_refused():
+    with pytest.raises(TypeError, match="Optimizer subclass"):
+        relora.declare_moments(dict, ["a"])
+    with pytest.raises(ValueError, match="moments is empty"):
+        relora.declare_moments(torch.optim.SGD, [])
+
+
+@pytest.mark.parametrize(
+    ("break_", "options", "message"),
+    [
+        (lambda o, p: None, {"prune_ratio": 1.1}, "prune_ratio must be between 0 and 1; got 1.1"),
+        (lambda o, p: None, {"masks": "both"}, "masks must be 'joint' or 'independent'"),
+        (lambda o, p: p.append(nn.Parameter(torch.ones(2))), {}, "1 of 3 parameters are not in"),
+        (lambda o, p: o.state[p[1]]["exp_avg_sq"].fill_(math.nan), {}, "moments hold NaN"),
+    ],
+)
+def test_a_refused_reset_changes_nothing(break_, options, message):
+    optimizer, params = stepped(torch.optim.AdamW, {})
+    break_(optimizer, params)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=message):
+        relora.reset_optimizer_(optimizer, params, **options)
+    assert str(snapshot(optimizer)) == str(before)
+
+
+class TestWrapper:
+    def train(self, optimizer, params, steps=6, schedule=None):
+        torch.manual_seed(2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (params[0].square().sum() + params[1].cos().sum()).backward()
+            optimizer.step()
+            if schedule:
+                schedule.step()
+
+    @pytest.mark.parametrize("kind", [*OPTIMIZERS, *UNKNOWN])
+    def test_steps_as_the_inner_one_does_bit_for_bit(self, kind):
+        make, options = {**OPTIMIZERS, **UNKNOWN}[kind]
+        results = []
+        for wrap in (lambda o: o, relora.ResettableOptimizer):
+            inner, params = stepped(make, options, steps=1)
+            optimizer = wrap(inner)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+            self.train(optimizer, params, schedule=schedule)
+            results.append((params, optimizer.state_dict()))
+        (plain, state), (wrapped, other) = results
+        assert all(torch.equal(a, b) for a, b in zip(plain, wrapped, strict=True))
+        assert str(state) == str(other)
+
+    def test_sees_what_loading_replaces(self):
+        inner, params = stepped(torch.optim.AdamW, {})
+        optimizer = relora.ResettableOptimizer(inner)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        schedule.step()
+        assert inner.param_groups[0]["lr"] == 0.5e-2
+        assert optimizer.state is inner.state
+        assert optimizer.reset_(params, prune_ratio=1.0).zeroed == 74
+
+    def test_runs_each_hook_once(self):
+        inner, params = stepped(torch.optim.AdamW, {})
+        optimizer = relora.ResettableOptimizer(inner)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+        optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved"))
+        optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("loading"))
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert calls == ["pre", "post", "saved", "loading"]
+        assert params
+
+    def test_survives_deepcopy_and_pickle(self):
+        inner, _ = stepped(torch.optim.AdamW, {})
+        optimizer = relora.ResettableOptimizer(inner)
+        for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert str(twin.state_dict()) == str(optimizer.state_dict())
+            for p in twin.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            twin.step()
+        optimizer.step()
+
+    def test_a_closure_and_an_added_group_reach_the_inner_one(self):
+        inner, params = stepped(torch.optim.SGD, {})
+        optimizer = relora.ResettableOptimizer(inner)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        assert len(inner.param_groups) == 2
+
+        def closure():
+            optimizer.zero_grad()
+            loss = params[0].square().sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) > 0
+
+    def test_a_grad_scaler_reaches_the_inner_one(self):
+        inner, params = stepped(torch.optim.AdamW, {"fused": True})
+        optimizer = relora.ResettableOptimizer(inner)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        before = params[0].detach().clone()
+        optimizer.zero_grad()
+        scaler.scale(params[0].square().sum() * math.inf).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(params[0], before)  # a step with infinite gradients is skipped
+        optimizer.zero_grad()
+        scaler.scale(params[0].square().sum()).backward()
+        scaler.step(optimizer)
+        assert not torch.equal(params[0], before)
+        assert not hasattr(inner, "grad_scale")
+
+    def test_is_read_and_written_by_distributed_checkpoints(self):
+        from torch.distributed.checkpoint.state_dict import (
+            get_optimizer_state_dict,
+            set_optimizer_state_dict,
+        )
+
+        def made():
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2)
+            return model, relora.ResettableOptimizer(torch.optim.AdamW(model.parameters()))
+
+        model, optimizer = made()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        twin_model, twin = made()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about shapes of the step counter
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(twin_model, twin, state)
+        assert str(twin.state_dict()) == str(optimizer.state_dict())
+
+    def test_a_wrapper_around_it_is_looked_through(self):
+        inner, params = stepped(torch.optim.AdamW, {})
+
+        class Outer(torch.optim.Optimizer):
+            """As accelerate and Lightning keep theirs."""
+
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+
+            @property
+            def param_groups(self):
+                return self.optimizer.param_groups
+
+        outer = Outer(relora.ResettableOptimizer(inner))
+        assert relora.reset_optimizer_(outer, params, prune_ratio=1.0).zeroed == 74
+
+    def test_what_is_not_an_optimizer_is_refused(self):
+        with pytest.raises(TypeError, match="got int"):
+            relora.ResettableOptimizer(3)

@@ -1,0 +1,71 @@
+"""Pruning by magnitude: exact in count, silent about nothing."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import relora_core as relora
+from tests.reference import prune_by_sorting
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ties = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf])
+values = st.lists(ties | st.floats(-4, 4, width=16), max_size=40)
+
+
+@given(values=values, ratio=st.floats(0, 1), dtype=st.sampled_from(DTYPES))
+def test_equals_sorting_and_keeps_the_survivors_bits(values, ratio, dtype):
+    tensor = torch.tensor(values, dtype=dtype)
+    before = tensor.clone()
+    pruned = relora.magnitude_prune_(tensor, ratio=ratio)
+    assert pruned is tensor
+    assert pruned.tolist() == prune_by_sorting(before.tolist(), ratio)
+    kept = pruned != 0
+    assert torch.equal(pruned[kept], before[kept])
+
+
+@given(st.integers(0, 300), st.floats(0, 1), st.sampled_from(DTYPES))
+def test_the_count_is_exact_even_when_all_are_equal(entries, ratio, dtype):
+    pruned = relora.magnitude_prune_(torch.ones(entries, dtype=dtype), ratio=ratio)
+    dropped = math.floor(ratio * (entries - 1)) + 1 if entries else 0
+    assert int((pruned == 0).sum()) == dropped
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("shape", [(8, 1024), (1023,), (17, 5, 3)])
+def test_the_mask_is_that_of_the_authors_quantile(shape, ratio):
+    tensor = torch.randn(shape)
+    threshold = torch.quantile(tensor.abs(), ratio)
+    expected = torch.where(tensor.abs() > threshold, tensor, 0)
+    assert torch.equal(relora.magnitude_prune_(tensor, ratio=ratio), expected)
+
+
+def test_views_and_zero_dimensions_are_pruned_in_place():
+    base = torch.arange(1.0, 13.0).view(3, 4)
+    relora.magnitude_prune_(base.t()[1:], ratio=0.5)  # 2..4, 6..8, 10..12: five of nine go
+    assert base.tolist() == [[1, 0, 0, 0], [5, 0, 0, 8], [9, 10, 11, 12]]
+    assert relora.magnitude_prune_(torch.tensor(3.0), ratio=0.5).item() == 0
+
+
+def test_more_entries_than_torch_quantile_takes():
+    tensor = torch.arange(2**24 + 3, dtype=torch.float32).flip(0)
+    relora.magnitude_prune_(tensor, ratio=0.5)
+    assert int((tensor == 0).sum()) == 2**23 + 2
+
+
+@pytest.mark.parametrize(
+    ("tensor", "ratio", "error", "message"),
+    [
+        (torch.ones(3), 1.5, ValueError, "ratio must be between 0 and 1; got 1.5"),
+        (torch.ones(3), math.nan, ValueError, "ratio must be between"),
+        (torch.tensor([1.0, math.nan]), 0.5, ValueError, "holds NaN"),
+        (torch.tensor([1, 2], dtype=torch.uint8), 0.5, TypeError, "floating-point"),
+    ],
+)
+def test_a_refused_call_changes_nothing(tensor, ratio, error, message):
+    before = tensor.clone()
+    with pytest.raises(error, match=message):
+        relora.magnitude_prune_(tensor, ratio=ratio)
+    torch.testing.assert_close(tensor, before, equal_nan=True)

@@ -1,0 +1,157 @@
+"""The restart: the function stays, the rank grows, everything or nothing happens."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import relora_core as relora
+from tests.core.test_sites import TARGETS, Model
+from tests.reference import ulp_distance
+
+RANK = 2
+
+
+def training(dtype=torch.float32, **options):
+    model = relora.add_low_rank_(Model().to(dtype), TARGETS, rank=RANK, alpha=1.0, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, relora.ResettableOptimizer(torch.optim.AdamW(trained, lr=1e-2))
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 11, (8, 6), generator=generator)
+    logits = model(tokens[:, :-1]).flatten(0, 1).float()
+    nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def everything(model, optimizer):
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_function_stays_to_two_units_of_the_last_place(dtype):
+    model, optimizer = training(dtype)
+    tokens = torch.randint(0, 11, (4, 5))
+    for cycle in range(3):
+        for index in range(5):
+            step(model, optimizer, 10 * cycle + index)
+        before = model(tokens)
+        relora.restart_(model, optimizer)
+        assert ulp_distance(model(tokens), before) <= 2
+
+
+def test_rank_grows_with_each_restart_and_within_its_bound():
+    model, optimizer = training(torch.float64)
+    sites = dict(relora.low_rank_sites(model))
+    first = {name: site.weight.detach().clone() for name, site in sites.items()}
+    for k in (1, 2, 3):
+        for index in range(10):
+            step(model, optimizer, 100 * k + index)
+        relora.restart_(model, optimizer)
+        for name, site in sites.items():
+            rank = torch.linalg.matrix_rank(site.weight.detach() - first[name]).item()
+            assert rank <= k * RANK
+            if k > 1:
+                assert rank > RANK
+
+
+def test_every_factor_learns_in_every_cycle():
+    model, optimizer = training()
+    for cycle in range(3):
+        factors = {
+            (name, which): getattr(site, which).detach().clone()
+            for name, site in relora.low_rank_sites(model)
+            for which in ("lora_A", "lora_B")
+        }
+        for index in range(3):
+            step(model, optimizer, 10 * cycle + index)
+        for name, site in relora.low_rank_sites(model):
+            for which in ("lora_A", "lora_B"):
+                assert not torch.equal(getattr(site, which), factors[name, which])
+        relora.restart_(model, optimizer)
+
+
+def test_the_report_says_exactly_what_was_done():
+    model, optimizer = training()
+    step(model, optimizer, 0)
+    sites = dict(relora.low_rank_sites(model))
+    norms = {n: (s.scale * s.lora_B @ s.lora_A).norm().item() for n, s in sites.items()}
+    report = relora.restart_(model, optimizer, prune_ratio=0.7)
+    assert report.update_norms == pytest.approx(norms, rel=1e-4)
+    assert report.sites == len(sites)
+    moments = [
+        optimizer.state[p][key]
+        for site in sites.values()
+        for p in (site.lora_A, site.lora_B)
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    assert report.reset.entries == sum(m.numel() for m in moments)
+    assert report.reset.zeroed == sum(math.floor(0.7 * (m.numel() - 1)) + 1 for m in moments)
+    assert report.zeroed_fraction == report.reset.zeroed / report.reset.entries
+    assert all(int((m == 0).sum()) >= math.floor(0.7 * (m.numel() - 1)) + 1 for m in moments)
+
+
+def test_only_the_sites_and_their_moments_change():
+    model, optimizer = training()
+    step(model, optimizer, 0)
+    rest = [p for n, p in model.named_parameters() if "parametrizations" not in n]
+    before = [p.detach().clone() for p in rest]
+    states = [copy.deepcopy(optimizer.state[p]) for p in rest]
+    counters = {p: optimizer.state[p]["step"].clone() for p in optimizer.state}
+    relora.restart_(model, optimizer)
+    for p, value, state in zip(rest, before, states, strict=True):
+        assert torch.equal(p, value)
+        assert all(torch.equal(optimizer.state[p][key], state[key]) for key in state)
+    assert all(torch.equal(optimizer.state[p]["step"], c) for p, c in counters.items())
+
+
+def _nan_in_a(model, optimizer):
+    with torch.no_grad():
+        dict(relora.low_rank_sites(model))["layers.1.mlp.up"].lora_A[0, 0] = math.nan
+
+
+def _inf_in_b(model, optimizer):
+    with torch.no_grad():
+        dict(relora.low_rank_sites(model))["layers.0.mlp.up"].lora_B[0, 0] = math.inf
+
+
+def _nan_in_a_moment(model, optimizer):
+    site = dict(relora.low_rank_sites(model))["layers.1.mlp.up"]
+    optimizer.state[site.lora_B]["exp_avg_sq"][0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("break_", "options", "message"),
+    [
+        (_nan_in_a, {}, r"1 sites is not finite \(first: layers.1.mlp.up\)"),
+        (_inf_in_b, {}, r"first: layers.0.mlp.up"),
+        (_nan_in_a_moment, {}, "moments hold NaN"),
+        (lambda *_: None, {"prune_ratio": -0.1}, "prune_ratio must be between 0 and 1"),
+        (lambda *_: None, {"masks": "each"}, "masks must be"),
+    ],
+)
+def test_a_refused_restart_changes_nothing(break_, options, message):
+    model, optimizer = training()
+    step(model, optimizer, 0)
+    break_(model, optimizer)
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        relora.restart_(model, optimizer, **options)
+    assert str(everything(model, optimizer)) == str(before)
+
+
+def test_an_optimizer_without_the_factors_is_refused():
+    model, _ = training()
+    other = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="12 of 12 parameters are not in the optimizer"):
+        relora.restart_(model, other)
+
+
+def test_a_first_restart_without_optimizer_state_is_fine():
+    model, optimizer = training()
+    assert relora.restart_(model, optimizer).reset.entries == 0

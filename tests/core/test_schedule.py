@@ -1,0 +1,212 @@
+"""One clock; a ramp that touches nothing outside itself, over every scheduler torch ships."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import lr_scheduler
+
+import relora_core as relora
+
+STEPS = 40
+
+
+def plateau(optimizer):
+    return lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5)
+
+
+def chained(optimizer):
+    return lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(optimizer, 0.1, 4), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    )
+
+
+def sequential(optimizer):
+    return lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1), lr_scheduler.CosineAnnealingLR(optimizer, 30)],
+        milestones=[6],
+    )
+
+
+def one_cycle(optimizer):
+    return lr_scheduler.OneCycleLR(optimizer, 0.5, STEPS + 1)
+
+
+def cyclic(optimizer):
+    return lr_scheduler.CyclicLR(optimizer, 0.1, 0.5, step_size_up=7)
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.95),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 7, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [5, 17], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, 9),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 12),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.95),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 30, 2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 30),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 9),
+    "CyclicLR": cyclic,
+    "OneCycleLR": one_cycle,
+    "ReduceLROnPlateau": plateau,
+    "ChainedScheduler": chained,
+    "SequentialLR": sequential,
+}
+
+
+def sgd(tensor_lr=False):
+    params = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    lr = torch.tensor(0.1) if tensor_lr else 0.1
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": lr * 2}]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+
+def rates(optimizer):
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def advance(optimizer, schedule, kind, steps):
+    """Return the rates at each step."""
+    seen = []
+    for step in range(steps):
+        seen.append(rates(optimizer))
+        optimizer.step()
+        schedule.step(*([1.0 + step % 5] if kind == "ReduceLROnPlateau" else []))
+    return seen
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+class TestJaggedLR:
+    def made(self, kind, tensor_lr, restarts=None):
+        optimizer = sgd(tensor_lr)
+        schedule = SCHEDULERS[kind](optimizer)
+        return optimizer, relora.JaggedLR(schedule, restarts) if restarts else schedule
+
+    def test_is_the_inner_one_times_the_ramp(self, kind, tensor_lr):
+        restarts = relora.Restarts(every=10, warmup=4)
+        smooth = advance(*self.made(kind, tensor_lr), kind, STEPS)
+        jagged = advance(*self.made(kind, tensor_lr, restarts), kind, STEPS)
+        for step in range(STEPS):
+            expected = [restarts.factor(step) * lr for lr in smooth[step]]
+            assert jagged[step] == pytest.approx(expected, rel=1e-6, abs=0)
+            if restarts.at(step):
+                assert jagged[step] == [0.0, 0.0]
+            if restarts.factor(step) == 1:
+                assert jagged[step] == smooth[step]
+
+    def test_without_a_restart_is_the_inner_one_bit_for_bit(self, kind, tensor_lr):
+        never = relora.Restarts(every=STEPS + 1, warmup=1)
+        smooth = advance(*self.made(kind, tensor_lr), kind, STEPS)
+        assert advance(*self.made(kind, tensor_lr, never), kind, STEPS) == smooth
+
+    @pytest.mark.parametrize("at", [9, 10, 11, 12, 17])
+    def test_resumes_exactly_around_a_restart(self, kind, tensor_lr, at):
+        restarts = relora.Restarts(every=10, warmup=4)
+        whole = advance(*self.made(kind, tensor_lr, restarts), kind, STEPS)
+        optimizer, schedule = self.made(kind, tensor_lr, restarts)
+        advance(optimizer, schedule, kind, at)
+        state = copy.deepcopy((optimizer.state_dict(), schedule.state_dict()))
+        optimizer, schedule = self.made(kind, tensor_lr, restarts)
+        optimizer.load_state_dict(state[0])
+        schedule.load_state_dict(state[1])
+        again = []
+        for step in range(at, STEPS):
+            again.append(rates(optimizer))
+            optimizer.step()
+            schedule.step(*([1.0 + step % 5] if kind == "ReduceLROnPlateau" else []))
+        assert again == whole[at:]
+
+
+def test_the_state_survives_json():
+    optimizer = sgd()
+    schedule = relora.JaggedLR(
+        lr_scheduler.LambdaLR(optimizer, relora.JaggedCosine(total=40)),
+        relora.Restarts(every=10, warmup=4),
+    )
+    state = schedule.state_dict()
+    schedule.load_state_dict(json.loads(json.dumps(state, default=vars)))
+    assert schedule.get_last_lr() == state["last_lr"]
+
+
+def test_another_clock_s_state_is_refused():
+    made = [
+        relora.JaggedLR(
+            lr_scheduler.ExponentialLR(sgd(), 0.9), relora.Restarts(every=every, warmup=4)
+        )
+        for every in (10, 20)
+    ]
+    before = copy.deepcopy(made[1].state_dict())
+    with pytest.raises(ValueError, match="a run keeps one clock"):
+        made[1].load_state_dict(made[0].state_dict())
+    assert made[1].state_dict() == before
+
+
+def test_a_group_added_later_takes_part():
+    optimizer = sgd()
+    restarts = relora.Restarts(every=4, warmup=2)
+    schedule = relora.JaggedLR(plateau(optimizer), restarts)
+    assert schedule.get_last_lr() == [0.1, 0.2]
+    with pytest.raises(TypeError, match="inner must be a torch LRScheduler"):
+        relora.JaggedLR(optimizer, restarts)
+    with pytest.raises(TypeError, match="restarts must be a Restarts"):
+        relora.JaggedLR(plateau(optimizer), 4)
+
+
+class TestRestarts:
+    @given(st.integers(2, 50), st.data())
+    def test_the_ramp_is_zero_at_each_restart_and_one_after_its_warm_up(self, every, data):
+        warmup = data.draw(st.integers(1, every - 1))
+        restarts = relora.Restarts(every=every, warmup=warmup)
+        done = 0
+        for step in range(4 * every):
+            done += restarts.at(step)
+            assert restarts.count(step) == done
+            since = step % every
+            expected = 1.0 if step < every else min(1.0, since / warmup)
+            assert restarts.factor(step) == expected
+            assert restarts.at(step) == (step > 0 and restarts.factor(step) == 0.0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"every": 10, "warmup": 10}, ValueError, "longer than its warm-up.*every=10"),
+            ({"every": 10, "warmup": 0}, ValueError, "at least one step"),
+            ({"every": 10, "warmup": 2.5}, TypeError, "warmup must be an int"),
+            ({"every": True, "warmup": 1}, TypeError, "every must be an int"),
+        ],
+    )
+    def test_an_impossible_clock_is_refused(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            relora.Restarts(**arguments)
+
+
+class TestJaggedCosine:
+    @given(st.integers(1, 60), st.integers(0, 20), st.floats(0, 1), st.integers(0, 80))
+    def test_without_restarts_is_a_warmed_up_cosine(self, total, warmup, low, step):
+        expected = low + (1 - low) * (1 + math.cos(math.pi * min(step, total) / total)) / 2
+        expected *= min(1, step / warmup) if warmup else 1
+        value = relora.JaggedCosine(total, warmup=warmup, min_ratio=low)(step)
+        assert value == pytest.approx(expected, abs=1e-12)
+        assert 0 <= value <= 1
+
+    @given(st.integers(0, 200))
+    def test_with_restarts_is_that_times_the_ramp(self, step):
+        restarts = relora.Restarts(every=13, warmup=5)
+        smooth = relora.JaggedCosine(100, warmup=7)
+        jagged = relora.JaggedCosine(100, restarts, warmup=7)
+        assert jagged(step) == smooth(step) * restarts.factor(step)
+
+    @pytest.mark.parametrize(
+        "arguments", [{"total": 0}, {"total": 1, "warmup": -1}, {"total": 1, "min_ratio": 1.1}]
+    )
+    def test_an_impossible_schedule_is_refused(self, arguments):
+        with pytest.raises(ValueError, match="got"):
+            relora.JaggedCosine(**arguments)

@@ -1,0 +1,42 @@
+"""Run a function on several gloo processes and bring back the tensors it returns."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Returns = dict[str, Tensor]
+
+
+def on_processes(
+    function: Callable[..., Returns], world_size: int, directory: Path, *arguments: Any
+) -> list[Returns]:
+    """Return each rank's result of `function(rank, world_size, *arguments)`."""
+    directory.mkdir()
+    mp.spawn(_enter, (function, world_size, str(directory), arguments), nprocs=world_size)
+    return [load_file(directory / f"{rank}.safetensors") for rank in range(world_size)]
+
+
+def _enter(
+    rank: int, function: Callable[..., Returns], world_size: int, directory: str, arguments: Any
+) -> None:
+    torch.set_num_threads(1)
+    # Ranks that agree only because they seeded alike would be found out.
+    torch.manual_seed(1000 + rank)
+    torch.rand(rank + 1)
+    random.seed(rank)
+    store = dist.FileStore(f"{directory}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        result = function(rank, world_size, *arguments)
+        whole = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
+        save_file(whole, f"{directory}/{rank}.safetensors")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

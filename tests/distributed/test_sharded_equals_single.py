@@ -1,0 +1,168 @@
+"""Under FSDP2 the primitives do what they do on one process, with uneven shards too."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import relora_core as relora
+from tests.distributed.processes import on_processes
+
+STEPS, EVERY = 12, 4
+
+
+class Net(nn.Module):
+    """Odd widths: 7 and 10 rows over 2 or 3 ranks leave uneven shards, 1 row empty ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.mlp = nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 7))
+        self.last = nn.Linear(7, 1)
+
+    def forward(self, x):
+        return self.last(self.mlp(self.first(x))).squeeze(-1)
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(rank, world_size, wrap):
+    """Return losses, parameters, draws and norms of a run whose ranks share each batch."""
+    torch.manual_seed(0)
+    model = Net()
+    torch.manual_seed(1000 + rank)  # from here on every rank's randomness is its own
+    relora.add_low_rank_(model, ["mlp.*"], rank=3, alpha=6.0, seed=3)
+    model = wrap(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = relora.ResettableOptimizer(torch.optim.AdamW(trained, lr=1e-2))
+    restarts = relora.Restarts(every=EVERY, warmup=2)
+    constant = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    schedule = relora.JaggedLR(constant, restarts)
+    data = torch.Generator().manual_seed(7)
+    result, losses = {}, []
+    for step in range(STEPS):
+        x, y = torch.randn(12, 5, generator=data), torch.randn(12, generator=data)
+        if restarts.at(step):
+            torch.rand(rank + 1)
+            with torch.no_grad():
+                model(x)  # leaves FSDP's root unsharded: the restart must reshard it
+            report = relora.restart_(model, optimizer, prune_ratio=0.5)
+            for name, site in relora.low_rank_sites(model):
+                result[f"draw/{step}/{name}"] = full(site.lora_A).clone()
+                result[f"norm/{step}/{name}"] = torch.tensor(report.update_norms[name])
+                result[f"zeroed/{step}"] = torch.tensor(report.reset.zeroed)
+        part = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
+        loss = (model(x[part]) - y[part]).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if world_size > 1:
+            loss = loss.detach().clone()
+            torch.distributed.all_reduce(loss)
+            loss /= world_size
+        losses.append(loss.detach())
+    result["losses"] = torch.stack(losses)
+    for name, tensor in relora.merged_state_dict(model).items():
+        result[f"weight/{name}"] = full(tensor)
+    return result
+
+
+def single():
+    return train(0, 1, lambda model: model)
+
+
+def under_fsdp(rank, world_size, reshard):
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def wrap(model):
+        fully_shard(model.mlp, mesh=mesh, reshard_after_forward=reshard)
+        return fully_shard(model, mesh=mesh)
+
+    return train(rank, world_size, wrap)
+
+
+def under_ddp(rank, world_size):
+    return train(rank, world_size, DistributedDataParallel)
+
+
+def compare(results, expected):
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if name.startswith(("draw/", "zeroed/")):
+                assert torch.equal(result[name], tensor), name
+            else:
+                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("world_size", "reshard"), [(2, True), (3, True), (2, False)])
+def test_a_run_with_restarts_is_the_same_under_fsdp(tmp_path, world_size, reshard):
+    results = on_processes(under_fsdp, world_size, tmp_path / "ranks", reshard)
+    compare(results, single())
+
+
+def test_a_run_with_restarts_is_the_same_under_ddp(tmp_path):
+    results = on_processes(under_ddp, 2, tmp_path / "ranks")
+    compare(results, single())
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor)  # replicas stay bit-equal
+
+
+def prune_sharded(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    result = {}
+    for shape in ((10, 7), (2, 5), (1, 4), (9,)):
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        whole.view(-1)[::3] = 0.5  # ties
+        for placement in (Shard(0), Shard(len(shape) - 1), Replicate()):
+            for dtype in (torch.float32, torch.bfloat16):
+                sharded = distribute_tensor(whole.to(dtype), mesh, [placement])
+                relora.magnitude_prune_(sharded, ratio=0.6)
+                result[f"{shape}/{placement}/{dtype}"] = sharded.full_tensor()
+    return result
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_pruning_a_sharded_tensor_equals_pruning_the_whole(tmp_path, world_size):
+    for result in on_processes(prune_sharded, world_size, tmp_path / "ranks"):
+        for name, pruned in result.items():
+            shape = tuple(int(n) for n in name.split("/")[0].strip("(),").split(",") if n.strip())
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+            whole.view(-1)[::3] = 0.5
+            expected = relora.magnitude_prune_(whole.to(pruned.dtype), ratio=0.6)
+            assert torch.equal(pruned, expected), name
+
+
+def refusals(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = fully_shard(Net(), mesh=mesh)
+    messages = []
+    for refused in (
+        lambda: relora.add_low_rank_(model, ["mlp.*"], rank=2),
+        lambda: relora.register_low_rank(model.mlp[0], rank=2),
+    ):
+        with pytest.raises(ValueError, match="before fully_shard") as caught:
+            refused()
+        messages.append(str(caught.value))
+    sited = relora.add_low_rank_(Net(), ["mlp.*"], rank=2)
+    fully_shard(sited, mesh=mesh)
+    with pytest.raises(ValueError, match="cannot be removed after fully_shard"):
+        relora.remove_low_rank(sited.mlp[0])
+    site = dict(relora.low_rank_sites(sited))["mlp.0"]
+    if rank == world_size - 1:  # one rank's shard alone is broken: all ranks refuse together
+        with torch.no_grad():
+            site.lora_B.to_local().fill_(float("nan"))
+    optimizer = torch.optim.AdamW([p for p in sited.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="not finite"):
+        relora.restart_(sited, optimizer)
+    return {"done": torch.ones(1)}
+
+
+def test_misuse_is_refused_on_every_rank(tmp_path):
+    assert len(on_processes(refusals, 2, tmp_path / "ranks")) == 2

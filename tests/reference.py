@@ -1,0 +1,56 @@
+"""Slow, obvious twins of what relora_core does cleverly."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import relora_core as relora
+
+
+class DenseLowRank(nn.Module):
+    """W + s B A formed whole, by plain autograd."""
+
+    def __init__(self, site: relora.Site) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(site.lora_A.detach().clone())
+        self.lora_B = nn.Parameter(site.lora_B.detach().clone())
+        self.scale = site.low_rank.alpha / site.low_rank.rank
+
+    def forward(self, base: Tensor) -> Tensor:
+        return base + self.scale * (self.lora_B @ self.lora_A).view(base.shape)
+
+
+def dense_twin(module: nn.Module, tensor_name: str = "weight") -> tuple[nn.Module, DenseLowRank]:
+    """Return a copy of a low-rank module whose parametrization forms the dense sum."""
+    import copy
+
+    site = relora.Site(module, tensor_name)
+    plain = copy.deepcopy(module)
+    relora.remove_low_rank(plain, tensor_name, merge=False)
+    dense = DenseLowRank(site)
+    plain.get_parameter(tensor_name).requires_grad_(False)
+    nn.utils.parametrize.register_parametrization(plain, tensor_name, dense)
+    return plain, dense
+
+
+def prune_by_sorting(values: list[float], ratio: float) -> list[float]:
+    """Zero the floor(ratio * (n - 1)) + 1 smallest by magnitude, the first among equals first."""
+    count = math.floor(ratio * (len(values) - 1)) + 1 if values else 0
+    order = sorted(range(len(values)), key=lambda i: (abs(values[i]), i))
+    dropped = set(order[:count])
+    return [0.0 if i in dropped else value for i, value in enumerate(values)]
+
+
+def randomize_(model: nn.Module, std: float = 0.5) -> None:
+    """Give every site factors that matter."""
+    for _, site in relora.low_rank_sites(model):
+        nn.init.normal_(site.lora_A, std=std)
+        nn.init.normal_(site.lora_B, std=std)
+
+
+def ulp_distance(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference in units of the last place of the largest value."""
+    largest = torch.maximum(one.abs().max(), other.abs().max()).item()
+    unit = torch.finfo(one.dtype).eps * 2 ** math.floor(math.log2(largest))
+    return (one.double() - other.double()).abs().max().item() / unit

@@ -1,0 +1,36 @@
+"""A tiny run: the trainer's own sources as text, a model that trains in seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import reference_trainer
+
+SOURCES = str(Path(reference_trainer.__file__).parent / "*.py")
+TINY = [
+    *("--data.files", SOURCES, "--data.held_out", "0.2"),
+    *("--model.preset", "9m", "--model.hidden_size", "32", "--model.intermediate_size", "48"),
+    *("--model.layers", "2", "--model.heads", "4", "--model.kv_heads", "2"),
+    *("--batch.sequences", "4", "--batch.length", "32", "--batch.micro", "2"),
+    *("--steps", "20", "--optim.warmup", "2"),
+    *("--relora.warm_start", "6", "--relora.rank", "4", "--relora.every", "5"),
+    *("--relora.warmup", "2", "--log.every", "1", "--log.evaluate_every", "7"),
+    *("--log.evaluate_sequences", "5", "--checkpoint.every", "4"),
+]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> list[str]:
+    """Return the arguments of a tiny run, from within an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return list(TINY)
+
+
+def records(directory: Path, event: str) -> list[dict]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["event"] == event]
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(directory, "step")}
