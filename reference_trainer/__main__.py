@@ -14,6 +14,7 @@ from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
 from reference_trainer.report import draw, learned
 from reference_trainer.train import train
+from reference_trainer.world import open_world
 
 _EXAMPLES = """examples:
   python -m reference_trainer train
@@ -103,15 +104,12 @@ def _train(arguments: argparse.Namespace) -> None:
         file = saved if saved.is_file() else None
     config = options.resolve(file, given)
     train(config, resume=arguments.resume)
-    directory = export(config)
     if os.environ.get("RANK", "0") == "0":
-        _finish(config, directory)
-
-
-def _finish(config: Config, exported: Path) -> None:
-    metrics, picture = config.directory / "metrics.jsonl", config.directory / "report.png"
-    draw(metrics, picture)
-    _say("", *learned(metrics), "", f"model:   {exported}", f"picture: {picture}")
+        directory = config.directory
+        metrics, picture = directory / "metrics.jsonl", directory / "report.png"
+        draw(metrics, picture)
+        places = f"model:   {directory / 'export'}", f"picture: {picture}"
+        _say("", *learned(metrics), "", *places)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -131,7 +129,10 @@ def _without_prepared(config: DataConfig) -> DataConfig:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    _say(f"model: {export(_run(arguments.directory))}")
+    config = _run(arguments.directory)
+    with open_world(config.parallel) as world:
+        target = export(config, world)
+    _say(f"model: {target}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

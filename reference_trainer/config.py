@@ -46,12 +46,20 @@ class ModelConfig:
         require(self.preset in PRESETS, f"model.preset is one of {list(PRESETS)}", got=self.preset)
 
     def shape(self, vocab_size: int) -> LlamaShape:
-        """Return the preset's shape with what is given over it."""
+        """Return the preset's shape with what is given over it.
+
+        Raises:
+            UserError: if the numbers do not fit together.
+        """
         shape = preset(self.preset, vocab_size=vocab_size)
-        given = {k: v for k, v in dataclasses.asdict(self).items() if k != "preset" and v}
+        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+        given = {size: getattr(self, size) for size in sizes if getattr(self, size) is not None}
         if "heads" in given:
             given.setdefault("kv_heads", given["heads"])
-        return dataclasses.replace(shape, **given)
+        try:
+            return dataclasses.replace(shape, **given)
+        except ValueError as error:
+            raise UserError(f"model: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -154,7 +162,7 @@ class ReLoRAConfig:
     masks: Literal["joint", "independent"] = option(
         "joint", "'joint': prune both moments where m is small; 'independent': as the paper's code"
     )
-    lr_multiple: float = option(2.0, "the adapters' learning rate, times optim.lr")
+    lr_multiple: float = option(4.0, "the adapters' learning rate, times optim.lr")
 
     def __post_init__(self) -> None:
         require(self.warm_start >= 0, "relora.warm_start is 0 or more", got=self.warm_start)
@@ -255,6 +263,16 @@ class Config:
     def directory(self) -> Path:
         """Where the run lives."""
         return Path(self.runs) / self.name
+
+    @property
+    def data_directory(self) -> Path:
+        """Where the run's tokens lie."""
+        return Path(self.data.prepared) if self.data.prepared else self.directory / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.directory / "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -9,37 +9,38 @@ import relora_core as relora
 from reference_trainer import checkpoint
 from reference_trainer.config import Config, phases
 from reference_trainer.errors import UserError
+from reference_trainer.files import write_whole
 from reference_trainer.model import LlamaShape
 from reference_trainer.prepare import read_index
 from reference_trainer.stage import build_stage, fill_
-from reference_trainer.train import data_directory, model_shape
-from reference_trainer.world import open_world
+from reference_trainer.world import World
 
 
-def export(config: Config) -> Path:
+def export(config: Config, world: World) -> Path:
     """Write the newest checkpoint's merged model to the run's `export/` and return that.
+
+    Every process calls it.
 
     Raises:
         UserError: if the run has no complete checkpoint.
     """
-    source = checkpoint.newest(config.directory / "checkpoints")
+    source = checkpoint.newest(config.checkpoints)
     if source is None:
         raise UserError(f"{config.directory} has no complete checkpoint to export")
     target = config.directory / "export"
-    index = read_index(data_directory(config))
-    shape = model_shape(config, index.vocab_size)
+    index = read_index(config.data_directory)
+    shape = config.model.shape(index.vocab_size)
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
-    with open_world(config.parallel) as world:
-        stage = build_stage(config, phase, shape, world)
-        fill_(stage, config, source)
-        relora.save_merged(stage.model, target)
-        if world.first:
-            text = json.dumps(hugging_face_config(shape, index.end, config.batch.length), indent=2)
-            (target / "config.json").write_text(text, encoding="utf-8")
-            if config.data.tokenizer != "bytes":
-                shutil.copy(config.data.tokenizer, target / "tokenizer.json")
-        world.barrier()
+    stage = build_stage(config, phase, shape, world)
+    fill_(stage, config, source)
+    relora.save_merged(stage.model, target)
+    if world.first:
+        described = hugging_face_config(shape, index.end, config.batch.length)
+        write_whole(target / "config.json", json.dumps(described, indent=2))
+        if config.data.tokenizer != "bytes":
+            shutil.copy(config.data.tokenizer, target / "tokenizer.json")
+    world.barrier()
     return target
 
 

@@ -149,7 +149,7 @@ def fill_(stage: Stage, config: Config, source: Path | None) -> int:
 def save(stage: Stage, config: Config, step: int, world: World) -> Path:
     """Write a checkpoint of the stage before the run's `step`."""
     return checkpoint.save(
-        config.directory / "checkpoints",
+        config.checkpoints,
         step=step,
         phase=stage.phase.name,
         tensors=stage.tensors(),

@@ -1,4 +1,4 @@
-"""One low-rank site: a tensor of a module, parametrized as W + s B A with W frozen."""
+"""The parametrization W + s B A: its factors, their draws and their merge."""
 
 import hashlib
 import math
@@ -6,9 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from relora_core._sharding import copy_from_full_, is_sharded
+from relora_core._sharding import copy_from_full_
 from relora_core.lazy_weight import LazyWeight
 
 
@@ -151,158 +150,3 @@ def check_low_rank(base: Tensor, *, rank: int, alpha: float | None, seed: int) -
         raise ValueError(f"alpha must be positive and finite; got {alpha}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1; got {seed}")
-
-
-def register_low_rank(
-    module: nn.Module,
-    tensor_name: str = "weight",
-    *,
-    rank: int,
-    alpha: float | None = None,
-    seed: int = 0,
-    name: str = "",
-) -> nn.Module:
-    r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
-
-    `nn.Linear` and `nn.Embedding` then compute two paths and never form the sum or $W$'s gradient;
-    every other module receives the materialized sum. The Parameter moves, as the same object, to
-    `module.parametrizations.<tensor_name>.original`. Do this before `fully_shard` and before
-    building the optimizer.
-
-    Args:
-        module: the module to change in place.
-        tensor_name: its Parameter to parametrize, of two or more dimensions.
-        rank: $r$, from 1 to `min(out, in)`.
-        alpha: $s$ = `alpha / rank`; `rank` if None.
-        seed: of every draw of $A$.
-        name: what tells this site's draws from another's of the same seed.
-
-    Returns:
-        `module`.
-
-    Raises:
-        ValueError: if the tensor is absent, already parametrized or sharded, or an argument is
-            out of range. Nothing is changed then.
-        TypeError: if the tensor is not floating point.
-
-    Example:
-        >>> layer = register_low_rank(torch.nn.Linear(6, 4), rank=2)
-        >>> layer.weight
-        LazyWeight(shape=(4, 6), rank=2, dtype=torch.float32)
-        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
-        ['bias', 'parametrizations.weight.0.lora_A', 'parametrizations.weight.0.lora_B']
-    """
-    base = check_target(module, tensor_name)
-    low_rank = LowRank(base, rank=rank, alpha=alpha, seed=seed, name=name)
-    names = list(module._parameters)
-    low_rank.base_successors = tuple(names[names.index(tensor_name) + 1 :])
-    low_rank.train(module.training)
-    # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
-    parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
-    base.requires_grad_(False)
-    return module
-
-
-def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
-    """Return the Parameter to parametrize, or raise what `register_low_rank` raises for it."""
-    kind = type(module).__name__
-    if parametrize.is_parametrized(module, tensor_name):
-        raise ValueError(
-            f"{kind}.{tensor_name} is parametrized already: remove that parametrization first"
-        )
-    base = module._parameters.get(tensor_name)
-    if base is None:
-        own = sorted(key for key, value in module._parameters.items() if value is not None)
-        raise ValueError(f"{kind} has no Parameter {tensor_name!r}; it has {own}")
-    if is_sharded(base):
-        raise ValueError(
-            f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard"
-        )
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise ValueError(
-            "an Embedding with max_norm rewrites its weight at every look-up, which a low-rank "
-            f"site forbids; got max_norm={module.max_norm}: build it without"
-        )
-    return base
-
-
-def remove_low_rank(
-    module: nn.Module, tensor_name: str = "weight", *, merge: bool = True
-) -> nn.Module:
-    """Make `module.<tensor_name>` a plain Parameter again: the object it was before.
-
-    Args:
-        module: the module to change in place.
-        tensor_name: its low-rank tensor.
-        merge: whether to keep the function by adding s B A to W first; otherwise the update is
-            dropped.
-
-    Returns:
-        `module`.
-
-    Raises:
-        ValueError: if there is no low-rank site there, or it is sharded.
-
-    Example:
-        >>> layer = torch.nn.Linear(6, 4)
-        >>> weight = layer.weight
-        >>> remove_low_rank(register_low_rank(layer, rank=2)).weight is weight
-        True
-    """
-    if tensor_name not in low_rank_tensors(module):
-        raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
-    low_rank, base = low_rank_and_base(module, tensor_name)
-    if is_sharded(base):
-        raise ValueError(
-            "a low-rank site cannot be removed after fully_shard: export with "
-            "merged_state_dict, or remove it before sharding"
-        )
-    if merge:
-        low_rank.merge_into_(base)
-    # A deepcopy shares the class that torch made for the original, and torch removes the
-    # property from that class: without a class of its own, removal here would break the other.
-    cls = type(module)
-    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, own)
-    parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
-    base.requires_grad_(low_rank.base_requires_grad)
-    # torch appends it, which would renumber an optimizer made from module.parameters().
-    for name in low_rank.base_successors:
-        if name in module._parameters:
-            module._parameters[name] = module._parameters.pop(name)
-    return module
-
-
-def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.Parameter]:
-    """Return a site's parametrization and its W."""
-    found = _parametrizations(module)[tensor_name]
-    assert isinstance(found, parametrize.ParametrizationList)
-    low_rank, base = found[0], found.original
-    assert isinstance(low_rank, LowRank)
-    assert isinstance(base, nn.Parameter)
-    return low_rank, base
-
-
-def low_rank_tensors(module: nn.Module) -> list[str]:
-    """Return the names of `module`'s own tensors that are low-rank sites."""
-    if not parametrize.is_parametrized(module):
-        return []
-    lists = _parametrizations(module)
-    return [name for name in lists if isinstance(lists[name][0], LowRank)]  # type: ignore[index]
-
-
-def is_low_rank(module: nn.Module) -> bool:
-    """Whether a tensor of `module` itself (not of a child) is a low-rank site.
-
-    Example:
-        >>> layer = torch.nn.Linear(6, 4)
-        >>> is_low_rank(layer), is_low_rank(register_low_rank(layer, rank=2))
-        (False, True)
-    """
-    return bool(low_rank_tensors(module))
-
-
-def _parametrizations(module: nn.Module) -> nn.ModuleDict:
-    lists = module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    return lists

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_core._sharding import full
-from relora_core.low_rank import low_rank_tensors
+from relora_core.register import low_rank_tensors
 from relora_core.sites import Site, clean_name, unwrapped
 
 

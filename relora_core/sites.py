@@ -9,9 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from relora_core._sharding import is_fully_sharded, reshard_
-from relora_core.low_rank import (
-    LowRank,
-    check_low_rank,
+from relora_core.low_rank import LowRank, check_low_rank
+from relora_core.register import (
     check_target,
     is_low_rank,
     low_rank_and_base,

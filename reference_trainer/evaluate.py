@@ -1,0 +1,34 @@
+"""The loss on held-out tokens."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from reference_trainer.config import Config
+from reference_trainer.data import Windows
+from reference_trainer.model import Llama
+from reference_trainer.world import World
+
+_IGNORED = -100
+
+
+@torch.no_grad()
+def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> float:
+    """Return the mean loss on held-out tokens, in nats a token; the same at every world size."""
+    count = min(config.log.evaluate_sequences, len(held_out))
+    a_round = config.batch.micro * world.size
+    padded = -(-count // a_round) * a_round
+    places = np.arange(padded, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)
+    places[count:] = 0
+    windows = held_out.read(places)
+    windows[count:, 1:] = _IGNORED
+    total = torch.zeros((), device=world.device)
+    for part in windows.view(-1, world.size, config.batch.micro, windows.shape[1]):
+        mine = part[world.rank].to(world.device)
+        tokens = mine[:, :-1].clamp(min=0)
+        logits = model(tokens).flatten(0, 1).float()
+        total += F.cross_entropy(
+            logits, mine[:, 1:].flatten(), reduction="sum", ignore_index=_IGNORED
+        )
+    model.reshard()  # type: ignore[operator]
+    return world.mean(total) * world.size / (count * config.batch.length)

@@ -1,0 +1,251 @@
+"""A whole run: phases, restarts, resume after a kill, export, the same on two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reference_trainer import checkpoint, options
+from reference_trainer.__main__ import main
+from reference_trainer.config import phases
+from reference_trainer.data import open_windows
+from reference_trainer.stage import build_stage, fill_
+from reference_trainer.world import open_world
+from tests.trainer.conftest import losses, records
+
+RUN = Path("runs/first-run")
+
+
+def train(*arguments):
+    assert main(["train", *arguments]) == 0
+
+
+def start(arguments, *, processes=None, cwd=None):
+    """Start a run as a user would; every process has two threads less to fight over."""
+    launcher = ["-m", "reference_trainer"]
+    if processes:
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher = [*run, *launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    if processes:
+        del environment["PYTHONWARNINGS"]  # the launcher itself warns
+    return subprocess.Popen(
+        [sys.executable, *launcher, "train", *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_run_leaves_what_it_promises(tiny, tmp_path, capsys):
+    train(*tiny)
+    out = capsys.readouterr().out
+    assert "model:   runs/first-run/export" in out
+    assert "restarts: 2, each merging 14 matrices" in out
+    assert "rank of the accumulated update: 12 to 12 after 3 cycles of rank 4 (bound 12)" in out
+    assert {p.name for p in RUN.iterdir()} == {
+        *("config.yaml", "metrics.jsonl", "data", "checkpoints", "export", "report.png"),
+        "first-weights.safetensors",
+    }
+    assert (RUN / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in (RUN / "export").iterdir()} == {"config.json", "model.safetensors"}
+    assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
+        "step-00000016",
+        "step-00000020",
+    ]
+    assert sorted(losses(RUN)) == list(range(20))
+    assert not [name for name in load_file(RUN / "export/model.safetensors") if "lora" in name]
+
+
+def test_restarts_come_on_their_clock_and_the_rate_is_zero_there(tiny):
+    train(*tiny)
+    restarts = records(RUN, "restart")
+    assert [(r["step"], r["restart"], r["sites"]) for r in restarts] == [(11, 1, 14), (16, 2, 14)]
+    assert all(0.98 < r["zeroed_fraction"] < 1 for r in restarts)
+    for record in restarts:
+        assert set(record["ranks"].values()) == {4 * record["restart"]}
+    rates = {r["step"]: r for r in records(RUN, "step")}
+    for step in (11, 16):
+        assert rates[step]["lr_adapters"] == rates[step]["lr_matrices"] == 0.0
+    for step in (8, 14, 19):  # past every warm-up
+        assert rates[step]["lr_adapters"] == pytest.approx(4 * rates[step]["lr_matrices"])
+    assert "lr_adapters" not in rates[5]
+
+
+def test_the_loss_falls(tiny):
+    train(*tiny, "--optim.lr", "1e-2")
+    found = records(RUN, "evaluation")
+    assert [r["step"] for r in found] == [0, 6, 6, 7, 14, 20]
+    assert found[1]["held_out_loss"] == found[2]["held_out_loss"]  # the hand-off keeps the function
+    assert found[-1]["held_out_loss"] < found[1]["held_out_loss"] < found[0]["held_out_loss"]
+
+
+def stage_at(phase_name):
+    config = options.resolve(RUN / "config.yaml", {})
+    with open_world(config.parallel) as world:
+        phase = next(p for p in phases(config) if p.name == phase_name)
+        stage = build_stage(config, phase, config.model.shape(256), world)
+        newest = checkpoint.newest(config.checkpoints)
+        assert fill_(stage, config, newest) == checkpoint.read_position(newest).step
+        yield stage, config
+
+
+def test_what_stays_trainable_keeps_its_optimizer_state_across_the_hand_off(tiny):
+    train(*tiny, "--steps", "6")  # the warm start alone
+    before, after = ({}, {})
+    for name, into in (("warm-start", before), ("relora", after)):
+        file = (RUN / "config.yaml").read_text()
+        (RUN / "config.yaml").write_text(file.replace("steps: 6", "steps: 20"))
+        for stage, _ in stage_at(name):
+            for parameter_name, p in stage.parameters.items():
+                state = stage.optimizer.state.get(p, {})
+                into[parameter_name] = {
+                    k: getattr(v, "full_tensor", lambda v=v: v)().clone() for k, v in state.items()
+                }
+    carried = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    assert carried < set(after)
+    for name, state in after.items():
+        if "lora_" in name:
+            assert state == {}
+        else:
+            assert state.keys() == before[name].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(state[key], before[name][key]) for key in state)
+            assert float(state["step"]) == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
+    import relora_core as relora
+    from tests.reference import ulp_distance
+
+    train(*tiny, "--parallel.precision", precision, "--optim.lr", "1e-2")
+    for stage, config in stage_at("relora"):  # the last cycle is not merged yet
+        assert all(
+            site.lora_B.full_tensor().any() for _, site in relora.low_rank_sites(stage.model)
+        )
+        windows = open_windows(RUN / "data", "held_out", config.batch.length)
+        tokens = windows.read(torch.arange(8).numpy())[:, :-1]
+        with torch.no_grad():
+            before = stage.model(tokens)
+            relora.restart_(stage.model, stage.optimizer)
+            after = stage.model(tokens)
+        assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        # Each of 14 matrices and 2 layers rounds anew in fp32; in bf16 that drowns.
+        assert ulp_distance(after, before) <= (2 if precision == "bf16" else 32)
+
+
+def test_the_export_is_transformers_llama_with_the_same_logits(tiny):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    train(*tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import LlamaForCausalLM
+
+        theirs = LlamaForCausalLM.from_pretrained(RUN / "export").eval()
+    for stage, config in stage_at("relora"):
+        windows = open_windows(RUN / "data", "held_out", config.batch.length)
+        tokens = windows.read(torch.arange(4).numpy())[:, :-1]
+        with torch.no_grad():
+            assert (theirs(tokens).logits - stage.model(tokens)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "option", ["--parallel.checkpoint_activations", "--batch.micro", "--data.prepared"]
+)
+def test_how_it_is_computed_does_not_change_what_is_computed(tiny, option):
+    train(*tiny, "--name", "plain")
+    value = {"--batch.micro": ["4"], "--data.prepared": ["runs/plain/data", "--data.files"]}
+    train(*tiny, "--name", "other", option, *value.get(option, ["true"]))
+    assert losses(Path("runs/other")) == pytest.approx(losses(Path("runs/plain")), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(tiny):
+    train(*tiny, "--name", "plain")
+    train(*tiny, "--name", "other", "--parallel.compile", "true")
+    assert losses(Path("runs/other")) == pytest.approx(losses(Path("runs/plain")), abs=1e-4)
+
+
+@pytest.mark.parametrize("kill_after", [3, 6, 11, 17])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, kill_after):
+    """Before the first checkpoint, at the hand-off, at a restart, and late."""
+    finish(start([*tiny, "--name", "whole"], cwd=tmp_path))
+    process = start([*tiny, "--name", "killed"], cwd=tmp_path)
+    killed = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "metrics.jsonl").exists() and max(_steps(killed), default=-1) >= kill_after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (killed / "export").exists()
+    finish(start(["--resume", "--name", "killed"], cwd=tmp_path))
+    whole = tmp_path / "runs" / "whole"
+    for file in ("export/model.safetensors", "first-weights.safetensors"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+    assert losses(killed) == losses(whole)  # no record twice, none missing
+
+
+def _steps(directory):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if '"step",' in line and line.endswith("}")]
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny):
+    train(*tiny)
+    before = (RUN / "export/model.safetensors").read_bytes()
+    train("--resume")
+    assert (RUN / "export/model.safetensors").read_bytes() == before
+
+
+def test_resuming_with_another_configuration_is_refused(tiny, capsys):
+    train(*tiny)
+    assert main(["train", "--resume", "--relora.rank", "2", "--seed", "5"]) == 2
+    assert "begun with another seed, relora.rank" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tiny, capsys):
+    train(*tiny)
+    newest = checkpoint.newest(RUN / "checkpoints")
+    shard = next(newest.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["train", "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert f"{shard} is damaged" in error
+    assert error.count("\n") == 1
+
+
+def test_two_processes_compute_what_one_does(tiny, tmp_path):
+    """20 steps with the hand-off and two restarts, fp32."""
+    arguments = [*tiny, "--log.rank_sites", "3"]
+    finish(start([*arguments, "--name", "one"], cwd=tmp_path))
+    finish(start([*arguments, "--name", "two"], processes=2, cwd=tmp_path))
+    one, two = (tmp_path / "runs" / name for name in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert len(records(two, "restart")) == 2
+    for a, b in zip(records(one, "evaluation"), records(two, "evaluation"), strict=True):
+        assert a["held_out_loss"] == pytest.approx(b["held_out_loss"], abs=1e-4)
+    first, second = (load_file(d / "export/model.safetensors") for d in (one, two))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-4, rtol=1e-4)
