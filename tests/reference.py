@@ -49,8 +49,12 @@ def randomize_(model: nn.Module, std: float = 0.5) -> None:
         nn.init.normal_(site.lora_B, std=std)
 
 
+def ulp(value: Tensor) -> float:
+    """Return the distance between the floating-point numbers around a scalar."""
+    return torch.finfo(value.dtype).eps * 2 ** math.floor(math.log2(abs(value.item())))
+
+
 def ulp_distance(one: Tensor, other: Tensor) -> float:
     """Return the largest difference in units of the last place of the largest value."""
-    largest = torch.maximum(one.abs().max(), other.abs().max()).item()
-    unit = torch.finfo(one.dtype).eps * 2 ** math.floor(math.log2(largest))
-    return (one.double() - other.double()).abs().max().item() / unit
+    largest = torch.maximum(one.abs().max(), other.abs().max())
+    return (one.double() - other.double()).abs().max().item() / ulp(largest)

@@ -1,0 +1,83 @@
+"""Imports form layers: a module imports from lower ones only, and the core knows no trainer."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LAYERS = {
+    "relora_core": [
+        {"_sharding", "schedule", "linear", "embedding", "selection", "moments"},
+        {"lazy_weight", "pruning"},
+        {"low_rank", "optimizer"},
+        {"register"},
+        {"sites"},
+        {"restart", "serialization"},
+        {"__init__"},
+    ],
+    "reference_trainer": [
+        {"__init__", "errors", "files", "model"},
+        {"config", "metrics"},
+        {"options", "world", "documents", "tokenizer"},
+        {"prepare", "parallel", "checkpoint", "rank", "report"},
+        {"data", "stage"},
+        {"begin", "evaluate", "journal", "export"},
+        {"train"},
+        {"__main__"},
+    ],
+}
+MODULES = [
+    (package, path.stem) for package in LAYERS for path in sorted((ROOT / package).glob("*.py"))
+]
+USES_THE_CORE = {"stage", "journal", "train", "export"}
+
+
+def imported(package: str, module: str) -> set[str]:
+    """Return the full names of the modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / package / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{package}.{module} has a relative import"
+            own = node.module == package
+            found |= {f"{package}.{a.name}" for a in node.names} if own else {node.module}
+    return found
+
+
+def test_the_table_lists_every_module():
+    for package, layers in LAYERS.items():
+        listed = [name for layer in layers for name in layer]
+        assert sorted(listed) == sorted(name for p, name in MODULES if p == package)
+
+
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_a_module_imports_from_lower_layers_only(package, module):
+    layers = LAYERS[package]
+    level = next(i for i, layer in enumerate(layers) if module in layer)
+    below = set().union(*layers[:level])
+    own = {n.split(".")[1] for n in imported(package, module) if n.startswith(f"{package}.")}
+    assert own <= below
+
+
+@pytest.mark.parametrize("module", [m for p, m in MODULES if p == "relora_core"])
+def test_the_core_needs_torch_and_safetensors_only(module):
+    roots = {name.split(".")[0] for name in imported("relora_core", module)}
+    allowed = {"torch", "safetensors", "relora_core", *sys.stdlib_module_names}
+    assert roots <= allowed
+
+
+@pytest.mark.parametrize("module", [m for p, m in MODULES if p == "relora_core"])
+def test_one_file_of_the_core_names_sharding(module):
+    names = imported("relora_core", module)
+    private = {"torch.distributed.tensor", "torch.distributed.fsdp"}
+    assert not names & private or module == "_sharding"
+
+
+@pytest.mark.parametrize("module", [m for p, m in MODULES if p == "reference_trainer"])
+def test_few_files_of_the_trainer_use_the_core(module):
+    roots = {name.split(".")[0] for name in imported("reference_trainer", module)}
+    assert "relora_core" not in roots or module in USES_THE_CORE
