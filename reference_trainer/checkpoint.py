@@ -9,7 +9,9 @@ checkpoints/step-00000200/
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,8 @@ def save(
     everything = {_MODEL + name: tensor for name, tensor in tensors.items()}
     everything |= {_key(n, k): t for n, state in states.items() for k, t in state.items()}
     writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
-    dcp_save(everything, storage_writer=writer)
+    with _alone(world) as no_dist:
+        dcp_save(everything, storage_writer=writer, no_dist=no_dist)
     if world.first:
         shapes = {n: {k: list(t.shape) for k, t in state.items()} for n, state in states.items()}
         position = Position(step, phase, schedule, shapes)
@@ -139,6 +142,7 @@ def load_(
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
+    world: World,
 ) -> None:
     """Load into `tensors` and the optimizer's state in place, at any world size.
 
@@ -149,6 +153,7 @@ def load_(
         parameters: the trained parameters by name; those that the checkpoint has optimizer state
             for take it, the others start without.
         optimizer: theirs.
+        world: the processes.
     """
     states: dict[str, dict[str, Tensor]] = {}
     on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
@@ -161,10 +166,24 @@ def load_(
         }
     everything = {_MODEL + name: tensor for name, tensor in tensors.items()}
     everything |= {_key(n, k): t for n, state in states.items() for k, t in state.items()}
-    dcp_load(everything, storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    with _alone(world) as no_dist:
+        dcp_load(everything, storage_reader=reader, no_dist=no_dist)
     for name, state in states.items():
         if state:
             optimizer.state[parameters[name]] = state
+
+
+@contextmanager
+def _alone(world: World) -> Iterator[bool]:
+    """Give whether DCP may do without collectives: in a world of one, without its warning of it.
+
+    On gloo they would start OpenMP threads that slow all that follows: on 2 cores, steps took
+    0.22 s after a checkpoint with them and 0.18 s without.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield world.size == 1
 
 
 def _key(name: str, key: str) -> str:

@@ -33,7 +33,7 @@ def export(config: Config, world: World) -> Path:
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
     stage = build_stage(config, phase, shape, world)
-    fill_(stage, config, source)
+    fill_(stage, config, source, world)
     relora.save_merged(stage.model, target)
     if world.first:
         described = hugging_face_config(shape, index.end, config.batch.length)

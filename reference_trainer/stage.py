@@ -112,7 +112,7 @@ def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
             raise UserError(f"relora: {error}") from None
 
 
-def fill_(stage: Stage, config: Config, source: Path | None) -> int:
+def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> int:
     """Give the stage its values and return the run's next step.
 
     Without a checkpoint: drawn from the seed. From one of the same phase: everything. From one of
@@ -136,6 +136,7 @@ def fill_(stage: Stage, config: Config, source: Path | None) -> int:
         tensors=tensors,
         parameters=stage.parameters,
         optimizer=stage.optimizer,
+        world=world,
     )
     if continues:
         stage.model.load_state_dict(tensors)  # in place already, but for the sites' extra state

@@ -54,7 +54,7 @@ def train(config: Config, *, resume: bool = False) -> None:
             for phase in phases(config):
                 if step < phase.stop:
                     stage = build_stage(config, phase, shape, world)
-                    step = fill_(stage, config, newest)
+                    step = fill_(stage, config, newest, world)
                     newest = train_stage(stage, config, step, batches, held_out, metrics, world)
                     step = phase.stop
                     del stage  # its memory is the next phase's

@@ -1,6 +1,6 @@
 """The contract's quickstart, pasted behind a small model of a reader's own."""
 
-QUICKSTART = '''
+QUICKSTART = """
 import torch, relora_core as relora
 
 relora.add_low_rank_(model, ["*.self_attn.*", "*.mlp.*"], rank=128, alpha=32)
@@ -17,9 +17,9 @@ for step, batch in enumerate(batches):
     optimizer.step(); schedule.step(); optimizer.zero_grad()
 
 relora.save_merged(model, "out/")                            # plain names, safetensors
-'''
+"""
 
-READERS_OWN = '''
+READERS_OWN = """
 import torch
 from torch import nn
 
@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 model = Model()
 batches = (torch.randn(2, 3, 128) for _ in range(1010))
-'''
+"""
 
 
 def test_it_runs_as_written(tmp_path, monkeypatch):

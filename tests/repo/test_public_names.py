@@ -42,7 +42,12 @@ def test_each_is_documented_with_an_example_and_its_arguments(public):
 def test_in_place_functions_and_only_they_end_in_an_underscore():
     in_place = {name for name in NAMES if name.endswith("_")}
     assert in_place == {
-        "add_low_rank_", "magnitude_prune_", "merge_", "reinit_", "reset_optimizer_", "restart_",
+        "add_low_rank_",
+        "magnitude_prune_",
+        "merge_",
+        "reinit_",
+        "reset_optimizer_",
+        "restart_",
     }
 
 

@@ -103,7 +103,7 @@ def stage_at(phase_name):
         phase = next(p for p in phases(config) if p.name == phase_name)
         stage = build_stage(config, phase, config.model.shape(256), world)
         newest = checkpoint.newest(config.checkpoints)
-        assert fill_(stage, config, newest) == checkpoint.read_position(newest).step
+        assert fill_(stage, config, newest, world) == checkpoint.read_position(newest).step
         yield stage, config
 
 
