@@ -62,13 +62,13 @@ def _parser() -> _Parser:
         formatter_class=formatting,
         allow_abbrev=False,
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=help, formatter_class=formatting, allow_abbrev=False
         )
+        made.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return made
 
     one = command("train", "train a model, export it and draw its picture")

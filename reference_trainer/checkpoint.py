@@ -82,8 +82,8 @@ def save(
     """
     target = directory / f"step-{step:08d}"
     if world.first:
-        if target.exists():  # incomplete: a complete one of this step would have been resumed from
-            shutil.rmtree(target)
+        if target.exists():  # left incomplete by a crash: else it would have been resumed from
+            _remove(target)
         target.mkdir(parents=True)
     world.barrier()
     states = {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
@@ -99,8 +99,7 @@ def save(
         files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(target.iterdir())}
         write_whole(target / "manifest.json", json.dumps({"format": 1, "files": files}, indent=2))
         for old in complete(directory)[:-keep]:
-            (old / "manifest.json").unlink()  # from here on it does not count
-            shutil.rmtree(old)
+            _remove(old)
     world.barrier()
     return target
 
@@ -172,6 +171,11 @@ def load_(
     for name, state in states.items():
         if state:
             optimizer.state[parameters[name]] = state
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink(missing_ok=True)  # from here on it does not count
+    shutil.rmtree(checkpoint)
 
 
 @contextmanager

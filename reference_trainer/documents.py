@@ -11,6 +11,8 @@ import pyarrow.parquet as parquet
 from reference_trainer.config import DataConfig
 from reference_trainer.errors import UserError
 
+_WHOLE_BYTES, _PIECE = 2**16, 2**14
+
 
 def sources(config: DataConfig) -> list[Path]:
     """Return the files to read, sorted.
@@ -36,7 +38,10 @@ def sources(config: DataConfig) -> list[Path]:
 
 
 def documents(path: Path, text_field: str) -> Iterator[str]:
-    """Iterate over a file's documents: lines of .jsonl, rows of .parquet, else the whole file.
+    """Iterate over a file's documents: lines of .jsonl, rows of .parquet, else the text itself.
+
+    A text of more than 64 KiB is cut into pieces of about 16 KiB, each a document, at line ends:
+    one large file can then be split and is never in memory whole.
 
     Raises:
         UserError: if the file is not what its name says, or a text is missing.
@@ -46,7 +51,16 @@ def documents(path: Path, text_field: str) -> Iterator[str]:
     elif path.suffix == ".parquet":
         yield from _rows(path, text_field)
     else:
-        yield path.read_text(encoding="utf-8", errors="replace")
+        yield from _pieces(path)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace", newline="") as text:
+        if path.stat().st_size <= _WHOLE_BYTES:
+            yield text.read()
+            return
+        while piece := text.read(_PIECE) + text.readline(_PIECE):
+            yield piece
 
 
 def _lines(path: Path, text_field: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from reference_trainer.config import DataConfig
 from reference_trainer.documents import documents, sources
 from reference_trainer.errors import UserError
-from reference_trainer.tokenizer import Tokenizer, load_tokenizer
+from reference_trainer.tokenizer import load_tokenizer
 
 SPLITS = ("train", "held_out")
 _SHARD_TOKENS = 2**28
@@ -49,16 +49,18 @@ class Index:
 def prepare(config: DataConfig, directory: Path) -> Index:
     """Write the documents' tokens into `directory` and return its index.
 
-    A document is held out if a hash of its text falls below `data.held_out`: the split depends
-    on nothing but the text, so a copy of a document never lands on the other side.
+    A document is held out if a hash of its text falls below `data.held_out`, and the one with the
+    least hash always is: the split depends on nothing but the texts, and copies of a document lie
+    on one side.
 
     Raises:
-        UserError: if a file cannot be used, or a split gets no document.
+        UserError: if a file cannot be used, or there are fewer than two documents.
     """
     paths = sources(config)
     tokenizer = load_tokenizer(config.tokenizer)
     dtype = _smallest_dtype(tokenizer.vocab_size)
     writers = {split: _Writer(directory, split, dtype) for split in SPLITS}
+    splitter = _Splitter(config.held_out, writers)
     size = sum(path.stat().st_size for path in paths)
     label = f"tokenizing {len(paths)} files"
     try:
@@ -67,17 +69,20 @@ def prepare(config: DataConfig, directory: Path) -> Index:
             for path in paths:
                 found = documents(path, config.text_field)
                 while batch := list(itertools.islice(found, _BATCH_DOCUMENTS)):
-                    _write(batch, tokenizer, config.held_out, writers)
+                    filled = [text for text in batch if text]
+                    for text, ids in zip(filled, tokenizer.encode(filled), strict=True):
+                        splitter.add(text, ids)
                 bar.update(path.stat().st_size)
+        splitter.finish()
     finally:
         for writer in writers.values():
             writer.close()
-    for split, writer in writers.items():
-        if not writer.documents:
-            raise UserError(
-                f"no document fell into the {split} split (data.held_out={config.held_out}): "
-                "documents go there by a hash of their text; give more documents"
-            )
+    if not all(writer.documents for writer in writers.values()):
+        count = sum(writer.documents for writer in writers.values())
+        raise UserError(
+            "one document at least is trained on and one held out, and they must differ; got "
+            f"{count} in {len(paths)} files: give more text (data.held_out={config.held_out})"
+        )
     index = Index(
         vocab_size=tokenizer.vocab_size,
         end=tokenizer.end,
@@ -146,14 +151,34 @@ class _Writer:
             self._file.close()
 
 
-def _write(
-    batch: list[str], tokenizer: Tokenizer, held_out: float, writers: dict[str, _Writer]
-) -> None:
-    filled = [text for text in batch if text]
-    for text, ids in zip(filled, tokenizer.encode(filled), strict=True):
-        digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8)
-        share = int.from_bytes(digest.digest(), "little") / 2**64
-        writers["held_out" if share < held_out else "train"].add(ids)
+class _Splitter:
+    """Sends documents to the writers, holding back the one of least hash until the end."""
+
+    def __init__(self, held_out: float, writers: dict[str, _Writer]) -> None:
+        self._bound = held_out
+        self._writers = writers
+        self._least: tuple[float, list[NDArray[np.uint32]]] = (1.0, [])
+
+    def add(self, text: str, ids: NDArray[np.uint32]) -> None:
+        digest = hashlib.blake2b(text.encode("utf-8", errors="replace"), digest_size=8).digest()
+        share = int.from_bytes(digest, "little") / 2**64
+        least, copies = self._least
+        if share < least:
+            self._send(least, copies)
+            self._least = (share, [ids])
+        elif share == least:
+            copies.append(ids)
+        else:
+            self._send(share, [ids])
+
+    def finish(self) -> None:
+        least, copies = self._least
+        self._send(min(least, 0.0), copies)
+
+    def _send(self, share: float, copies: list[NDArray[np.uint32]]) -> None:
+        writer = self._writers["held_out" if share < self._bound else "train"]
+        for ids in copies:
+            writer.add(ids)
 
 
 def _smallest_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger]":

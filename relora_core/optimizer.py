@@ -202,6 +202,13 @@ class ResettableOptimizer(Optimizer):
         """Add a group to the inner optimizer."""
         self.inner.add_param_group(param_group)
 
+    def __getattr__(self, name: str) -> Any:
+        # What the inner one has beyond torch's interface. Looking for `inner` itself, or for a
+        # protocol, before it is set must not come back here.
+        if name == "inner" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"inner": self.inner}
 

@@ -53,10 +53,18 @@ def prune_mask(tensor: Tensor, ratio: float) -> Tensor:
 
 
 def has_nan(tensors: list[Tensor]) -> bool:
-    """Whether any of `tensors` holds NaN, on any rank; one wait for the device per device."""
+    """Whether any of `tensors` holds NaN, on any rank; waits for the device once."""
     # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
     sums = [full(tensor.detach().abs().sum(dtype=torch.float32)) for tensor in tensors]
-    return any(math.isnan(value) for value in torch.stack(sums).tolist()) if sums else False
+    return any(math.isnan(value) for value in to_floats(sums))
+
+
+def to_floats(scalars: list[Tensor]) -> list[float]:
+    """Return the values of scalars of any devices; waits once."""
+    if not scalars:
+        return []
+    values: list[float] = torch.stack([s.to(scalars[0].device) for s in scalars]).tolist()
+    return values
 
 
 def check_ratio(ratio: float, name: str) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from relora_core._sharding import full
 from relora_core.optimizer import Masks, ResetReport, apply_reset_, plan_reset
+from relora_core.pruning import to_floats
 from relora_core.sites import Site, sites_of
 
 
@@ -93,10 +94,11 @@ def update_norms(sites: list[tuple[str, Site]]) -> dict[str, float]:
 
     It is s sqrt(tr((Bᵀ B)(A Aᵀ))), from two r x r products; not finite if a factor is not.
     """
-    squares = torch.stack([_squared_norm(site) for _, site in sites])
-    norms = squares.clamp(min=0).sqrt().tolist()  # rounding may leave -0 for a zero B
-    scales = [site.scale for _, site in sites]
-    return {name: s * norm for (name, _), s, norm in zip(sites, scales, norms, strict=True)}
+    squares = to_floats([_squared_norm(site).clamp(min=0) for _, site in sites])  # rounding: -0
+    return {
+        name: site.scale * math.sqrt(square)
+        for (name, site), square in zip(sites, squares, strict=True)
+    }
 
 
 def _squared_norm(site: Site) -> Tensor:

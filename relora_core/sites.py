@@ -12,7 +12,6 @@ from relora_core._sharding import is_fully_sharded, reshard_
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     check_target,
-    is_low_rank,
     low_rank_and_base,
     low_rank_tensors,
     register_low_rank,
@@ -169,7 +168,7 @@ def add_low_rank_(
     candidates = {
         clean_name(name): module
         for name, module in model.named_modules()
-        if name and (is_low_rank(module) or _has_matrix(module))
+        if name and ("weight" in low_rank_tensors(module) or _has_matrix(module))
     }
     chosen = {
         name: module

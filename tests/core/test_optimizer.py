@@ -296,6 +296,13 @@ class TestWrapper:
         outer = Outer(relora.ResettableOptimizer(inner))
         assert relora.reset_optimizer_(outer, params, prune_ratio=1.0).zeroed == 74
 
+    def test_what_the_inner_one_has_beyond_torch_is_reached(self):
+        inner, _ = stepped(torch.optim.AdamW, {})
+        inner.train = lambda: "training"
+        optimizer = relora.ResettableOptimizer(inner)
+        assert optimizer.train() == "training"
+        assert not hasattr(optimizer, "eval")
+
     def test_what_is_not_an_optimizer_is_refused(self):
         with pytest.raises(TypeError, match="got int"):
             relora.ResettableOptimizer(3)

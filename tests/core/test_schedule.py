@@ -151,11 +151,21 @@ def test_another_clock_s_state_is_refused():
 
 def test_a_group_added_later_takes_part():
     optimizer = sgd()
-    restarts = relora.Restarts(every=4, warmup=2)
-    schedule = relora.JaggedLR(plateau(optimizer), restarts)
-    assert schedule.get_last_lr() == [0.1, 0.2]
+    schedule = relora.JaggedLR(plateau(optimizer), relora.Restarts(every=4, warmup=2))
+    advance(optimizer, schedule, "ReduceLROnPlateau", 2)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.4})
+    seen = []
+    for _ in range(5):
+        optimizer.step()
+        schedule.step(0.5 / (len(seen) + 1))
+        seen.append(rates(optimizer)[2])
+    assert seen == [0.4, 0.0, 0.2, 0.4, 0.4]
+
+
+def test_what_is_no_scheduler_or_clock_is_refused():
+    optimizer = sgd()
     with pytest.raises(TypeError, match="inner must be a torch LRScheduler"):
-        relora.JaggedLR(optimizer, restarts)
+        relora.JaggedLR(optimizer, relora.Restarts(every=4, warmup=2))
     with pytest.raises(TypeError, match="restarts must be a Restarts"):
         relora.JaggedLR(plateau(optimizer), 4)
 

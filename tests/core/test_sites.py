@@ -66,6 +66,13 @@ class TestChoice:
         assert ranks["layers.0.mlp.up"] == (1, 6.0)
         assert ranks["layers.1.mlp.up"] == (3, 2.0)
 
+    def test_a_site_of_another_tensor_is_no_candidate(self):
+        model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
+        relora.register_low_rank(model[0], "in_proj_weight", rank=2)
+        relora.add_low_rank_(model, "*", rank=2)
+        names = ["0.in_proj_weight", "0.out_proj", "1"]
+        assert [name for name, _ in relora.low_rank_sites(model)] == names
+
     def test_each_site_draws_its_own(self):
         model = low_rank_model(rank=8, rank_pattern={"*.down": 3, "*.up": 3})
         sites = dict(relora.low_rank_sites(model))

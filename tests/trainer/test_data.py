@@ -65,6 +65,28 @@ def test_the_split_depends_on_the_text_alone(tmp_path):
     assert one == other
 
 
+def test_one_large_text_is_cut_at_line_ends_and_loses_nothing(tmp_path):
+    text = "\n".join(f"line {n} é" for n in range(9000)) + "\r\nend"
+    (tmp_path / "a.txt").write_text(text, newline="")
+    config = DataConfig(files=(str(tmp_path / "a.txt"),), held_out=1e-9)
+    prepare(config, tmp_path / "out")
+    pieces = [read_documents(tmp_path / "out", split) for split in ("train", "held_out")]
+    assert len(pieces[1]) == 1  # the least hash is held out, however small the fraction
+    assert all(len(piece) < 2**14 + 40 for split in pieces for piece in split)
+    assert sorted("".join(pieces[0] + pieces[1])) == sorted(text)
+    assert all(piece.endswith("\n") or piece.endswith("end") for s in pieces for piece in s)
+
+
+def test_copies_of_a_document_lie_on_one_side(tmp_path):
+    lines = "\n".join(json.dumps({"text": text}) for text in [*TEXTS, *TEXTS])
+    (tmp_path / "a.jsonl").write_text(lines)
+    prepare(DataConfig(files=(str(tmp_path / "a.jsonl"),), held_out=1e-9), tmp_path / "out")
+    train, held_out = (read_documents(tmp_path / "out", s) for s in ("train", "held_out"))
+    assert len(held_out) == 2
+    assert held_out[0] == held_out[1]
+    assert not set(train) & set(held_out)
+
+
 def test_a_tokenizer_file_is_used_and_its_end_closes_documents(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -160,7 +182,7 @@ def _missing_column(directory):
         (_write("a.jsonl", b'{"body": "a"}\n'), "a.jsonl:1 has no text under 'text'"),
         (_write("a.parquet", b"not parquet"), "is not a Parquet file"),
         (_missing_column, r"no column 'text'; it has \['body'\]"),
-        (_write("a.txt", b"one document"), "no document fell into the"),
+        (_write("a.txt", b"one document"), "one document at least is trained on.*got 1 in 1 files"),
         (lambda d: {"tokenizer": str(d / "no.json")}, "tokenizer.json that exists"),
     ],
 )

@@ -151,8 +151,8 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
         assert ulp_distance(after, before) <= (2 if precision == "bf16" else 32)
 
 
-def test_the_export_is_transformers_llama_with_the_same_logits(tiny):
-    os.environ["HF_HUB_OFFLINE"] = "1"
+def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     train(*tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
