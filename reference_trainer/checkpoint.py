@@ -7,6 +7,7 @@ checkpoints/step-00000200/
 """
 
 import hashlib
+import inspect
 import json
 import shutil
 import warnings
@@ -89,7 +90,11 @@ def save(
     states = {n: dict(optimizer.state[p]) for n, p in parameters.items() if p in optimizer.state}
     everything = {_MODEL + name: tensor for name, tensor in tensors.items()}
     everything |= {_key(n, k): t for n, state in states.items() for k, t in state.items()}
-    writer = HuggingFaceStorageWriter(str(target), save_distributed=True)
+    # torch 2.8 has another name for it.
+    known = inspect.signature(HuggingFaceStorageWriter).parameters
+    every_rank = "save_distributed" if "save_distributed" in known else "save_sharded"
+    options: dict[str, Any] = {every_rank: True}
+    writer = HuggingFaceStorageWriter(str(target), **options)
     with _alone(world) as no_dist:
         dcp_save(everything, storage_writer=writer, no_dist=no_dist)
     if world.first:

@@ -1,5 +1,7 @@
 """Bad input gives one clear line and exit code 2, and leaves nothing behind."""
 
+import re
+
 import pytest
 
 from reference_trainer.__main__ import main
@@ -46,16 +48,20 @@ BAD = {
 }
 
 
+def lines_of(text):
+    """Return the lines of standard error; gloo of torch 2.8 writes there that it has connected."""
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_wrong_train_command(tiny, tmp_path, capsys, case):
     given, message = BAD[case]
     arguments = given(tmp_path) if callable(given) else given
     before = sorted(tmp_path.rglob("*"))
     assert main(["train", *tiny, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert __import__("re").search(message, error), error
+    error = lines_of(capsys.readouterr().err)
+    assert len(error) == 1
+    assert re.match(f"error: .*{message}", error[0]), error
     assert sorted(tmp_path.rglob("*")) == before
 
 

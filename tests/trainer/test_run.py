@@ -20,8 +20,10 @@ from reference_trainer.data import open_windows
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
 from tests.trainer.conftest import losses, records
+from tests.trainer.test_command_line import lines_of
 
 RUN = Path("runs/first-run")
+WARNINGS = "error,ignore:TypedStorage is deprecated"  # DCP's own, in torch 2.8
 
 
 def train(*arguments):
@@ -34,7 +36,7 @@ def start(arguments, *, processes=None, cwd=None):
     if processes:
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         launcher = [*run, *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     if processes:
         del environment["PYTHONWARNINGS"]  # the launcher itself warns
@@ -231,9 +233,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny, capsys):
     content[-1] ^= 1
     shard.write_bytes(content)
     assert main(["train", "--resume"]) == 2
-    error = capsys.readouterr().err
+    (error,) = lines_of(capsys.readouterr().err)
     assert f"{shard} is damaged" in error
-    assert error.count("\n") == 1
 
 
 def test_two_processes_compute_what_one_does(tiny, tmp_path):

@@ -1,0 +1,120 @@
+"""What only a GPU can show: the same draws and merges as on the CPU, kernels, capture, scaling."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import relora_core as relora
+from tests.core.test_restart import training
+from tests.core.test_sites import TARGETS, Model
+from tests.reference import dense_twin, randomize_
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def test_draws_and_merges_are_those_of_the_cpu():
+    on_cpu = relora.add_low_rank_(Model(), TARGETS, rank=3, alpha=6.0)
+    on_gpu = copy.deepcopy(on_cpu).cuda()
+    with torch.device("cuda"):
+        there = relora.add_low_rank_(Model(), TARGETS, rank=3, alpha=6.0)
+    for _ in range(2):
+        for (_, a), (_, b), (_, c) in zip(
+            relora.low_rank_sites(on_cpu),
+            relora.low_rank_sites(on_gpu),
+            relora.low_rank_sites(there),
+            strict=True,
+        ):
+            assert torch.equal(a.lora_A, b.lora_A.cpu())
+            assert torch.equal(a.lora_A, c.lora_A.cpu())
+            with torch.no_grad():
+                b.lora_B.copy_(nn.init.normal_(a.lora_B, std=0.1))
+        relora.merge_(on_cpu)
+        relora.merge_(on_gpu)
+        for (_, a), (_, b) in zip(
+            relora.low_rank_sites(on_cpu), relora.low_rank_sites(on_gpu), strict=True
+        ):
+            torch.testing.assert_close(a.weight, b.weight.cpu())
+        for model in (on_cpu, on_gpu, there):
+            relora.reinit_(model)
+
+
+def test_pruning_is_that_of_the_cpu():
+    for shape in ((128, 2048), (2048, 128), (7,)):
+        for dtype in (torch.float32, torch.bfloat16):
+            tensor = torch.randn(shape).to(dtype)
+            pruned = relora.magnitude_prune_(tensor.cuda(), ratio=0.99)
+            assert torch.equal(pruned.cpu(), relora.magnitude_prune_(tensor.clone(), ratio=0.99))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_two_paths_agree_with_float64(dtype, compiled):
+    layer = relora.register_low_rank(nn.Linear(256, 192, device="cuda"), rank=16, alpha=32)
+    randomize_(layer, std=0.05)
+    plain, dense = dense_twin(layer)
+    plain.double()
+    layer.to(dtype)
+    x = torch.randn(512, 256, device="cuda")
+    g = torch.randn(512, 192, device="cuda")
+    apply = torch.compile(layer, fullgraph=True) if compiled else layer
+    y, expected = apply(x.to(dtype)), plain(x.double())
+    y.backward(g.to(dtype))
+    expected.backward(g.double())
+    tolerance = 50 * torch.finfo(dtype).eps
+    site = relora.Site(layer, "weight")
+    for ours, exact in (
+        (y, expected),
+        (site.lora_A.grad, dense.lora_A.grad),
+        (site.lora_B.grad, dense.lora_B.grad),
+    ):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {"foreach": True}])
+def test_a_restart_works_with_every_kind_of_adamw(options):
+    model, _ = training()
+    model.cuda()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = relora.ResettableOptimizer(torch.optim.AdamW(trained, lr=1e-2, **options))
+    tokens = torch.randint(0, 11, (4, 5), device="cuda")
+    for _ in range(3):
+        model(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model(tokens)
+    report = relora.restart_(model, optimizer)
+    torch.testing.assert_close(model(tokens), before)
+    zeros = sum(
+        int((optimizer.state[p][key] == 0).sum())
+        for _, site in relora.low_rank_sites(model)
+        for p in (site.lora_A, site.lora_B)
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+    assert zeros >= report.reset.zeroed > 0
+
+
+def test_a_grad_scaler_skips_infinite_steps_through_the_wrapper():
+    p = nn.Parameter(torch.ones(4, device="cuda"))
+    optimizer = relora.ResettableOptimizer(torch.optim.AdamW([p], fused=True))
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    for factor, moves in ((math.inf, False), (1.0, True)):
+        before = p.detach().clone()
+        optimizer.zero_grad()
+        scaler.scale((p * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(p, before) is not moves
+
+
+def test_the_forward_and_backward_can_be_captured():
+    layer = relora.register_low_rank(nn.Linear(64, 64, device="cuda"), rank=8)
+    randomize_(layer)
+    x = torch.randn(16, 64, device="cuda")
+    captured = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x,))
+    torch.testing.assert_close(captured(x), layer(x))

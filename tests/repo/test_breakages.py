@@ -1,0 +1,124 @@
+"""A check counts when it has been seen to fail: each deliberate fault must be caught."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PRUNE_LOCALLY = "return smallest(local(tensor).abs(), drop_count(local(tensor).numel(), ratio))"
+DRAW_LOCALLY = "copy_(whole[: local(target).shape[0], : local(target).shape[1]])"
+
+# file, what stands there, what is put there, the tests that must notice
+BREAKAGES = {
+    "merge without the scale": (
+        *("relora_core/lazy_weight.py", "return self.scale * (B @ A)", "return (B @ A)"),
+        "tests/core/test_sites.py",
+    ),
+    "merge leaves B": (
+        *("relora_core/low_rank.py", "        self.lora_B.zero_()\n\n    def get", "\n    def get"),
+        "tests/core/test_sites.py",
+    ),
+    "A zero at first": (
+        *("relora_core/low_rank.py", "copy_from_full_(self.lora_A, draw)", "self.lora_A.zero_()"),
+        "tests/core/test_low_rank.py",
+    ),
+    "draws not keyed by name": (
+        *("relora_core/low_rank.py", "{seed}/{name}/{restart}", "{seed}/{restart}"),
+        "tests/core/test_low_rank.py",
+    ),
+    "draws not keyed by restart": (
+        *("relora_core/low_rank.py", "{seed}/{name}/{restart}", "{seed}/{name}"),
+        "tests/core/test_sites.py",
+    ),
+    "scale missing from A's gradient": (
+        *("relora_core/linear.py", "h = ctx.s * (g @ B)", "h = g @ B"),
+        "tests/core/test_linear.py",
+    ),
+    "W trained": (
+        *("relora_core/register.py", "base.requires_grad_(False)", "base.requires_grad_(True)"),
+        "tests/core/test_sites.py",
+    ),
+    "one entry too few pruned": (
+        *("relora_core/selection.py", "(ratio * (entries - 1)) + 1", "(ratio * (entries - 1))"),
+        "tests/core/test_pruning.py",
+    ),
+    "ties all pruned": (
+        *("relora_core/selection.py", "flat < threshold", "flat <= threshold"),
+        "tests/core/test_pruning.py",
+    ),
+    "second moment not pruned": (
+        *("relora_core/optimizer.py", "for moment in moments:", "for moment in moments[:1]:"),
+        "tests/core/test_optimizer.py",
+    ),
+    "restart one step late": (
+        *("relora_core/schedule.py", "and step % self.every == 0", "and step % self.every == 1"),
+        "tests/core/test_schedule.py",
+    ),
+    "the ramp feeds on itself": (
+        *("relora_core/schedule.py", "_set_lr(group, smooth)", "pass"),
+        "tests/core/test_schedule.py",
+    ),
+    "restart without looking first": (
+        *("relora_core/restart.py", "if not math.isfinite(norm)", "if norm < 0"),
+        "tests/core/test_restart.py",
+    ),
+    "merge into FSDP's gathered copy": (
+        *("relora_core/_sharding.py", "module.reshard()", "pass"),
+        "tests/distributed/test_sharded_equals_single.py",
+    ),
+    "each rank prunes its own part": (
+        *("relora_core/pruning.py", "return local_part(mask, tensor)", PRUNE_LOCALLY),
+        "tests/distributed/test_sharded_equals_single.py",
+    ),
+    "each rank draws its own part": (
+        *(
+            "relora_core/_sharding.py",
+            "local(target).copy_(local_part(whole, target))",
+            DRAW_LOCALLY,
+        ),
+        "tests/distributed/test_sharded_equals_single.py",
+    ),
+    "optimizer state lost at the hand-off": (
+        *("reference_trainer/checkpoint.py", "optimizer.state[parameters[name]] = state", "pass"),
+        "tests/trainer/test_run.py",
+    ),
+    "schedule not restored": (
+        *("reference_trainer/stage.py", "schedule.load_state_dict(position.schedule)", "step()"),
+        "tests/trainer/test_run.py",
+    ),
+    "data order restarts at a resume": (
+        *("reference_trainer/train.py", "batches.at(step)", "batches.at(step - start)"),
+        "tests/trainer/test_run.py",
+    ),
+    "rotary halves swapped": (
+        *("reference_trainer/model.py", "torch.cat((-second, first)", "torch.cat((second, -first)"),
+        "tests/trainer/test_model.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", BREAKAGES)
+def test_the_suite_notices(fault, tmp_path):
+    file, sound, broken, tests = BREAKAGES[fault]
+    for name in ("relora_core", "reference_trainer", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    text = (tmp_path / file).read_text()
+    assert text.count(sound) == 1, f"{sound!r} stands {text.count(sound)} times in {file}"
+    (tmp_path / file).write_text(text.replace(sound, broken))
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout[-3000:]
+    assert "failed" in run.stdout
