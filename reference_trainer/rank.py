@@ -44,6 +44,7 @@ class RankMeter:
     def __init__(
         self, file: Path, weights: Mapping[str, Tensor], world: World, *, begins: bool
     ) -> None:
+        self._device = world.device
         self._first: dict[str, Tensor] = {}
         if begins:
             whole = _whole(weights)
@@ -61,7 +62,10 @@ class RankMeter:
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Return each matrix's rank of W - W_0; empty on all processes but the first."""
         whole = _whole(weights)
-        return {name: update_rank(whole[name], first) for name, first in self._first.items()}
+        return {
+            name: update_rank(whole[name].to(self._device), first.to(self._device))
+            for name, first in self._first.items()
+        }
 
 
 def update_rank(now: Tensor, first: Tensor) -> int:

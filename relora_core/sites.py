@@ -94,8 +94,15 @@ def clean_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside a DistributedDataParallel, else `model` itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the user's module inside DistributedDataParallel and `torch.compile`."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled, nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
