@@ -12,7 +12,8 @@ from relora_core.linear import autocasts, low_rank_linear
 
 _OPERATORS = (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
-    *("pow", "rpow", "neg", "abs", "getitem", "len", "iter", "lt", "le", "gt", "ge", "eq", "ne"),
+    *("floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "pos", "abs"),
+    *("getitem", "len", "iter", "lt", "le", "gt", "ge", "eq", "ne"),
 )
 
 
@@ -31,7 +32,9 @@ class LazyWeight:
         scale: $s$.
 
     Raises:
-        AttributeError: at an in-place method: it would change a temporary, and be lost.
+        AttributeError: at an in-place method or `data`: what is written would change a temporary,
+            and be lost. A write to a view of it (`weight[0].zero_()`, `weight.detach().zero_()`)
+            is lost without notice: write to `parametrizations.weight.original`.
 
     Example:
         >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
@@ -51,20 +54,18 @@ class LazyWeight:
 
     def materialize(self) -> Tensor:
         """Return W + s B A as a tensor in W's dtype, differentiable in W, A and B."""
-        update = self.delta()
-        return (self.base.to(update.dtype) + update).to(self.base.dtype)
+        return add_rounding_once(self.base, self.delta())
 
     def delta(self) -> Tensor:
-        """Return s B A in W's shape; a W of 16 bits gets it in fp32, to round once, at the sum."""
+        """Return s B A in W's shape, in W's dtype or a wider one, fp32 at least."""
         if autocasts(self.device.type):
             # Autocast would form it in 16 bits, whatever the weights are stored in.
             with torch.autocast(self.device.type, enabled=False):
                 return self.delta()
-        A, B = self.lora_A, self.lora_B
-        if self.dtype.itemsize < 4 or A.dtype != B.dtype:
-            wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-            A, B = A.to(wide), B.to(wide)
-        return self.scale * (B @ A).view(self.shape)
+        wide = torch.float32
+        for tensor in (self.base, self.lora_A, self.lora_B):
+            wide = torch.promote_types(wide, tensor.dtype)
+        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide)).view(self.shape)
 
     @property
     def shape(self) -> torch.Size:
@@ -110,7 +111,7 @@ class LazyWeight:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        _refuse_in_place(name)
+        _refuse_write(name)
         return getattr(self.materialize(), name)
 
     @classmethod
@@ -126,13 +127,15 @@ class LazyWeight:
             return _linear(*args, **kwargs)
         if func is F.embedding:
             return _embedding(*args, **kwargs)
-        _refuse_in_place(getattr(func, "__name__", ""))
+        if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
+            _refuse_write(getattr(func, "__name__", ""))
         return func(*_materialized(args), **_materialized(kwargs))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     others = (input, bias)
-    if isinstance(weight, LazyWeight) and not any(isinstance(t, LazyWeight) for t in others):
+    plain = not any(isinstance(t, LazyWeight) for t in others) and not input.is_nested
+    if isinstance(weight, LazyWeight) and plain:
         W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
         return low_rank_linear(input, W, A, B, s, bias)
     return F.linear(*_materialized((input, weight, bias)))
@@ -169,11 +172,16 @@ def _materialized(value: Any) -> Any:
     return value
 
 
-def _refuse_in_place(name: str) -> None:
-    if name.endswith("_") and not name.endswith("__"):
+def add_rounding_once(base: Tensor, update: Tensor) -> Tensor:
+    """Return `base + update` in `base`'s dtype, added in `update`'s, which is no narrower."""
+    return (base.to(update.dtype) + update).to(base.dtype)
+
+
+def _refuse_write(name: str) -> None:
+    if name == "data" or (name.endswith("_") and not name.endswith("__")):
         raise AttributeError(
-            f"{name} would change a temporary copy of the weight and be lost: a low-rank site's "
-            "weight is computed. Write to `parametrizations.weight.original` instead"
+            f"a write through {name} would change a temporary copy of the weight and be lost: a "
+            "low-rank site's weight is computed. Write to `parametrizations.weight.original`"
         )
 
 

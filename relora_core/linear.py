@@ -20,6 +20,8 @@ class _TwoPathLinear(torch.autograd.Function):
     `ctx`, so that a second derivative finds its way through it.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
@@ -74,7 +76,7 @@ def low_rank_linear(
     The factors take part in `weight`'s dtype; under autocast everything takes part in autocast's,
     as it does in `F.linear`.
     """
-    if autocasts(input.device.type) and input.dtype != torch.float64:
+    if autocasts(input.device.type) and torch.float64 not in (input.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relora_core._sharding import copy_from_full_
-from relora_core.lazy_weight import LazyWeight
+from relora_core._sharding import copy_from_full_, is_sharded
+from relora_core.lazy_weight import LazyWeight, add_rounding_once
 
 
 class LowRank(nn.Module):
@@ -58,6 +58,7 @@ class LowRank(nn.Module):
         self.seed = seed
         self.name = name
         self.restart = 0
+        self.sharded = False  # whether it has been seen sharded
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
@@ -77,6 +78,7 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set A to its current draw and B to zero; needed after `to_empty`."""
+        self.refuse_gathered()
         if not self.lora_A.is_meta:
             shape = torch.Size(self.lora_A.shape)
             draw = draw_A(shape, seed=self.seed, name=self.name, restart=self.restart)
@@ -85,29 +87,60 @@ class LowRank(nn.Module):
 
     def redraw_(self) -> None:
         """Set A to its next draw and B to zero."""
+        self.refuse_gathered()
         self.restart += 1
         self.reset_parameters()
+
+    def refuse_gathered(self) -> None:
+        """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost.
+
+        It is known by their having been sharded when they were last looked at.
+        """
+        self.sharded = self.sharded or is_sharded(self.lora_A)
+        if self.sharded and not is_sharded(self.lora_A):
+            raise ValueError(
+                f"the parameters of {self.name or 'a low-rank site'} are gathered, and what is "
+                "written to them now would be lost: call reshard() of the FSDP module that owns "
+                "them first, or pass the whole model"
+            )
 
     @torch.no_grad()
     def merge_into_(self, base: Tensor) -> None:
         """Add s B A to `base` in place and zero B: together they keep the function.
 
         Sharded, it needs A whole and neither W nor B.
+
+        Raises:
+            ValueError: if the parameters are FSDP's gathered copies.
         """
+        self.refuse_gathered()
         update = self(base).delta()
         if base.dtype == update.dtype:
             base.add_(update)
         else:
-            base.copy_(base.to(update.dtype) + update)
+            base.copy_(add_rounding_once(base, update))
         self.lora_B.zero_()
 
     def get_extra_state(self) -> Tensor:
-        """Return the key of the draws, `[seed, restart]`, for the state dict."""
-        return torch.tensor([self.seed, self.restart], dtype=torch.int64, device="cpu")
+        """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64."""
+        alpha = torch.tensor(self.alpha, dtype=torch.float64, device="cpu").view(torch.int64)
+        key = torch.tensor([self.seed, self.restart], dtype=torch.int64, device="cpu")
+        return torch.cat([key, alpha.view(1)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the key of the draws from a state dict."""
-        self.seed, self.restart = (int(value) for value in state.tolist())
+        """Take the key of the draws from a state dict.
+
+        Raises:
+            ValueError: if it was saved with another alpha, which would be another function.
+        """
+        seed, restart, _ = (int(value) for value in state.tolist())
+        alpha = state.cpu()[2].view(torch.float64).item()
+        if alpha != self.alpha:
+            raise ValueError(
+                f"{self.name or 'this low-rank site'} was saved with alpha={alpha:g} and has "
+                f"alpha={self.alpha:g}: register it with the saved one"
+            )
+        self.seed, self.restart = seed, restart
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this site."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._sharding import local
 from relora_core.moments import find_moments
-from relora_core.pruning import check_prunable, check_ratio, has_nan, prune_mask
+from relora_core.pruning import check_prunable, check_ratio, has_nan, prune_mask, zero_where_
 from relora_core.selection import drop_count
 
 Masks = Literal["joint", "independent"]
@@ -21,7 +20,8 @@ class ResetReport:
     """What a reset did.
 
     Args:
-        entries: entries of all moments looked at, over all ranks.
+        entries: entries of all moments looked at; sharded ones count whole, those that
+            ZeroRedundancyOptimizer keeps on another rank not at all.
         zeroed: how many of them the masks zeroed, exactly.
     """
 
@@ -105,7 +105,7 @@ def apply_reset_(found: list[list[Tensor]], *, prune_ratio: float, masks: Masks)
         for moment in moments:
             if masks == "independent" and moment is not moments[0]:
                 mask = prune_mask(moment, prune_ratio)
-            local(moment).masked_fill_(mask, 0)
+            zero_where_(moment, mask)
             entries += moment.numel()
             zeroed += drop_count(moment.numel(), prune_ratio)
     return ResetReport(entries, zeroed)

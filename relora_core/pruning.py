@@ -42,14 +42,26 @@ def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
     check_prunable(tensor)
     if has_nan([tensor]):
         raise ValueError("cannot rank a tensor that holds NaN: find what produced it")
-    local(tensor).masked_fill_(prune_mask(tensor, ratio), 0)
+    zero_where_(tensor, prune_mask(tensor, ratio))
     return tensor
 
 
 def prune_mask(tensor: Tensor, ratio: float) -> Tensor:
     """Mark the entries of this rank's part of `tensor` that `magnitude_prune_` zeroes."""
-    mask = smallest(full(tensor).abs(), drop_count(tensor.numel(), ratio))
+    whole = full(tensor)
+    if whole.dtype.itemsize == 1:  # torch ranks no 8-bit floats
+        whole = whole.float()
+    mask = smallest(whole.abs(), drop_count(tensor.numel(), ratio))
     return local_part(mask, tensor)
+
+
+@torch.no_grad()
+def zero_where_(tensor: Tensor, mask: Tensor) -> None:
+    """Zero the entries of this rank's part of `tensor` that `mask` marks."""
+    part = local(tensor)
+    if part.dtype.itemsize == 1:  # torch fills no 8-bit floats; their zero is the byte 0
+        part = part.view(torch.uint8)
+    part.masked_fill_(mask, 0)
 
 
 def has_nan(tensors: list[Tensor]) -> bool:

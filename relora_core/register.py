@@ -72,10 +72,10 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
         raise ValueError(
             f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard"
         )
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if getattr(module, "max_norm", None) is not None:
         raise ValueError(
-            "an Embedding with max_norm rewrites its weight at every look-up, which a low-rank "
-            f"site forbids; got max_norm={module.max_norm}: build it without"
+            f"{kind} with max_norm rewrites its weight at every look-up, which a low-rank site "
+            f"forbids; got max_norm={module.max_norm}: build it without"
         )
     return base
 
@@ -106,7 +106,7 @@ def remove_low_rank(
     if tensor_name not in low_rank_tensors(module):
         raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
     low_rank, base = low_rank_and_base(module, tensor_name)
-    if is_sharded(base):
+    if low_rank.sharded or is_sharded(base):
         raise ValueError(
             "a low-rank site cannot be removed after fully_shard: export with "
             "merged_state_dict, or remove it before sharding"

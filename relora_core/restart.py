@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core._sharding import full
+from relora_core.linear import autocasts
 from relora_core.optimizer import Masks, ResetReport, apply_reset_, plan_reset
 from relora_core.pruning import to_floats
 from relora_core.sites import Site, sites_of
@@ -72,15 +73,10 @@ def restart_(
     Reference: https://arxiv.org/abs/2307.05695, Algorithm 1, lines 8 to 12.
     """
     sites = sites_of(model)
-    factors = [p for _, site in sites for p in (site.lora_A, site.lora_B)]
+    factors = [p for _, site in sites for p in (site.lora_A, site.lora_B) if p.requires_grad]
     moments = plan_reset(optimizer, factors, prune_ratio=prune_ratio, masks=masks)
     norms = update_norms(sites)
-    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    if broken:
-        raise ValueError(
-            f"the update of {len(broken)} sites is not finite (first: {broken[0]}): go back to a "
-            "checkpoint from before, and skip steps whose gradients are not finite"
-        )
+    _refuse_overflow(sites, norms)
 
     for _, site in sites:
         site.merge_()
@@ -101,7 +97,28 @@ def update_norms(sites: list[tuple[str, Site]]) -> dict[str, float]:
     }
 
 
+def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:
+    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if broken:
+        raise ValueError(
+            f"the update of {len(broken)} sites is not finite (first: {broken[0]}): go back to a "
+            "checkpoint from before, and skip steps whose gradients are not finite"
+        )
+    # No entry of s B A exceeds its norm. Only fp16 has so little range that it matters.
+    half = [(name, site.weight) for name, site in sites if site.weight.dtype == torch.float16]
+    largest = to_floats([full(weight.detach().abs().max()).float() for _, weight in half])
+    for (name, _), entry in zip(half, largest, strict=True):
+        if entry + norms[name] > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"{name}: a merge of an update of norm {norms[name]:g} into a float16 weight may "
+                "overflow: store W in float32 or bfloat16"
+            )
+
+
 def _squared_norm(site: Site) -> Tensor:
+    if autocasts(site.lora_A.device.type):
+        with torch.autocast(site.lora_A.device.type, enabled=False):
+            return _squared_norm(site)
     A, B = site.lora_A.detach(), site.lora_B.detach()
     wide = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(wide), B.to(wide)

@@ -115,7 +115,7 @@ class JaggedLR(LRScheduler):
 
     Args:
         inner: a scheduler that drives the optimizer's `lr`; from now on step this one instead.
-        restarts: the clock. This scheduler's step 0 is the optimizer's first step.
+        restarts: the clock, in calls of `step`; it goes on from where `inner` stands.
 
     Raises:
         TypeError: if `inner` is not a torch scheduler or `restarts` not a `Restarts`.
@@ -145,7 +145,7 @@ class JaggedLR(LRScheduler):
         self.inner = inner
         self.restarts = restarts
         self.optimizer = inner.optimizer
-        self.last_epoch = 0
+        self.last_epoch = getattr(inner, "last_epoch", 0)  # ChainedScheduler has none
         self._apply_ramp()
 
     def step(self, *args: Any, **kwargs: Any) -> None:

@@ -71,6 +71,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     writes = not dist.is_initialized() or dist.get_rank() == 0
     tensors = {}
     for name, tensor in merged_state_dict(model).items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"safetensors holds tensors only; {name} is {type(tensor).__name__}")
         whole = full(tensor)
         if writes:
             # Tied tensors are written once each: a reader expects every name.
@@ -87,7 +89,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, Tensor]:
     model = unwrapped(model)
     sites: dict[str, tuple[str, Site]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in model.named_modules(remove_duplicate=False):
         prefix = clean_name(module_name) + "." if clean_name(module_name) else ""
         for tensor_name in low_rank_tensors(module):
             inside = f"{prefix}parametrizations.{tensor_name}"

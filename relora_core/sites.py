@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
-from relora_core._sharding import is_fully_sharded, reshard_
+from relora_core._sharding import is_fully_sharded, is_sharded, reshard_
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     check_target,
@@ -94,10 +95,10 @@ def clean_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside DistributedDataParallel and `torch.compile`."""
+    """Return the user's module inside data parallelism and `torch.compile`."""
     while True:
         compiled = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(compiled, nn.Module):
             model = compiled
@@ -119,8 +120,10 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     """
     for module_name, module in unwrapped(model).named_modules():
         for tensor_name in low_rank_tensors(module):
+            site = Site(module, tensor_name)
+            site.low_rank.sharded |= is_sharded(site.lora_A)
             path = module_name if tensor_name == "weight" else f"{module_name}.{tensor_name}"
-            yield clean_name(path.removeprefix(".")), Site(module, tensor_name)
+            yield clean_name(path.removeprefix(".")), site
 
 
 def add_low_rank_(
@@ -139,8 +142,9 @@ def add_low_rank_(
     `fully_shard`, optimizer.
 
     Args:
-        model: the model to change. It may be on the meta device; then call `reset_parameters` of
-            each site's `LowRank` after `to_empty`.
+        model: the model to change. It may be on the meta device; after `to_empty` fill the plain
+            weights through `base_state_dict(model)`, and the factors by `reset_parameters` of
+            each site's `low_rank`.
         targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
             if it has a `weight` Parameter of two or more dimensions.
         rank: $r$.
@@ -152,8 +156,8 @@ def add_low_rank_(
         `model`.
 
     Raises:
-        ValueError: if a glob matches nothing, a weight is tied, parametrized or sharded, or a
-            rank exceeds min(out, in). Nothing is changed then.
+        ValueError: if a glob matches nothing, a weight is tied, parametrized, sharded or in
+            DistributedDataParallel, or a rank exceeds min(out, in). Nothing is changed then.
         TypeError: if a weight is not floating point.
 
     Example:
@@ -170,12 +174,17 @@ def add_low_rank_(
         raise ValueError("targets is empty: name at least one glob, such as '*.mlp.*'")
     if is_fully_sharded(model):
         raise ValueError("the model is sharded already: add low-rank sites before fully_shard")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is in DistributedDataParallel already, which would not reduce the factors' "
+            "gradients: add low-rank sites before it"
+        )
 
     model = unwrapped(model)
     candidates = {
         clean_name(name): module
         for name, module in model.named_modules()
-        if name and ("weight" in low_rank_tensors(module) or _has_matrix(module))
+        if name and (parametrize.is_parametrized(module, "weight") or _has_matrix(module))
     }
     chosen = {
         name: module

@@ -1,6 +1,7 @@
 """One site: any module is right, registering and removing cancel, refusals change nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 import relora_core as relora
 from tests.reference import dense_twin, randomize_
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 class TransposedConv1D(nn.Module):
@@ -34,7 +37,8 @@ class ByOperators(nn.Module):
 
     def forward(self, x):
         w = self.weight
-        return x @ w.T + (2 * w - w / 3).sum() + w[0] + torch.cat([w, w]).mean() + abs(w).max()
+        y = x @ w.T + (2 * w - w / 3).sum() + w[0] + torch.cat([w, w]).mean() + abs(w).max()
+        return y + (+w % 2).sum()
 
 
 def attention():
@@ -200,8 +204,21 @@ class TestLazyWeight:
         layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
         with pytest.raises(AttributeError, match=r"parametrizations.weight.original"):
             layer.weight.zero_()
-        with pytest.raises(AttributeError, match=r"normal_ would change a temporary"):
+        with pytest.raises(AttributeError, match=r"write through normal_ would"):
             nn.init.normal_(layer.weight)
+        with pytest.raises(AttributeError, match=r"write through data would"):
+            layer.weight.data.zero_()
+
+    @pytest.mark.parametrize("stored", DTYPES)
+    @pytest.mark.parametrize("factors", DTYPES)
+    def test_a_merge_of_nothing_leaves_every_bit_whatever_the_dtypes(self, stored, factors):
+        layer = relora.register_low_rank(nn.Linear(16, 16, dtype=stored), rank=2)
+        site = relora.Site(layer, "weight")
+        site.low_rank.to(factors)
+        before = site.weight.detach().clone()
+        assert torch.equal(layer.weight.materialize(), before)
+        relora.merge_(layer)
+        assert torch.equal(site.weight, before)
 
     def test_sixteen_bit_sum_is_rounded_once(self):
         layer = relora.register_low_rank(nn.Linear(64, 64, dtype=torch.bfloat16), rank=8)
@@ -228,8 +245,53 @@ class TestLazyWeight:
         assert low_rank.lora_A.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "attention", "transposed linear"])
+def test_modules_that_form_the_sum_compile_whole(kind):
+    make, tensor_name, shape = MODULES[kind]
+    module = relora.register_low_rank(make(), tensor_name, rank=2)
+    randomize_(module)
+    x = torch.randn(shape)
+    inputs = [x] * (3 if kind == "attention" else 1)
+    first = (lambda out: out[0]) if kind == "attention" else (lambda out: out)
+    compiled = torch.compile(lambda *x: first(module(*x)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), first(module(*inputs)))
+
+
+def test_per_sample_gradients_are_those_of_a_loop():
+    layer = relora.register_low_rank(nn.Linear(6, 4).double(), rank=2)
+    randomize_(layer)
+    named = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def loss(named, x):
+        return torch.func.functional_call(layer, named, (x,)).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: addmm_ has no fast batching rule
+        together = torch.func.vmap(torch.func.grad(loss), (None, 0))(named, x)
+    for index in range(5):
+        one = torch.func.grad(loss)(named, x[index])
+        for name in one:
+            torch.testing.assert_close(together[name][index], one[name])
+
+
+def test_a_nested_input_is_right():
+    layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+    randomize_(layer)
+    parts = [torch.randn(n, 6) for n in (2, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: nested tensors are a prototype
+        out = layer(torch.nested.nested_tensor(parts))
+    for part, y in zip(parts, out.unbind(), strict=True):
+        torch.testing.assert_close(y, layer(part))
+
+
 def _embedding_with_max_norm():
     return nn.Embedding(9, 4, max_norm=1.0)
+
+
+def _bag_with_max_norm():
+    return nn.EmbeddingBag(9, 4, max_norm=1.0)
 
 
 def _already_low_rank():
@@ -245,7 +307,8 @@ REFUSALS = [
     (lambda: nn.Linear(6, 4), {"rank": 2, "tensor_name": "bias"}, ValueError, "two dimensions"),
     (lambda: nn.Linear(6, 4), {"rank": 2, "tensor_name": "w"}, ValueError, "no Parameter 'w'"),
     (lambda: nn.LazyLinear(4), {"rank": 2}, ValueError, "run one batch through it"),
-    (_embedding_with_max_norm, {"rank": 2}, ValueError, "max_norm"),
+    (_embedding_with_max_norm, {"rank": 2}, ValueError, "Embedding with max_norm"),
+    (_bag_with_max_norm, {"rank": 2}, ValueError, "EmbeddingBag with max_norm"),
     (_already_low_rank, {"rank": 2}, ValueError, "parametrized already"),
 ]
 

@@ -33,6 +33,11 @@ def test_the_count_is_exact_even_when_all_are_equal(entries, ratio, dtype):
     assert int((pruned == 0).sum()) == dropped
 
 
+def test_eight_bit_floats_are_pruned_too():
+    tensor = torch.tensor([3.0, -1.0, 2.0, -4.0, 1.0]).to(torch.float8_e4m3fn)
+    assert relora.magnitude_prune_(tensor, ratio=0.5).float().tolist() == [3, 0, 0, -4, 0]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("shape", [(8, 1024), (1023,), (17, 5, 3)])
 def test_the_mask_is_that_of_the_authors_quantile(shape, ratio):

@@ -163,6 +163,38 @@ def test_an_optimizer_without_the_factors_is_refused():
         relora.restart_(model, other)
 
 
+def test_a_merge_that_could_overflow_float16_is_refused():
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(8, 8, dtype=torch.float16)), "0", rank=2)
+    site = dict(relora.low_rank_sites(model))["0"]
+    with torch.no_grad():
+        site.lora_A.fill_(300)
+        site.lora_B.fill_(300)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="store W in float32 or bfloat16"):
+        relora.restart_(model, optimizer)
+    assert str(model.state_dict()) == str(before)
+
+
+def test_inside_autocast_it_measures_in_full_precision():
+    model, optimizer = training()
+    step(model, optimizer, 0)
+    with torch.no_grad():
+        for _, site in relora.low_rank_sites(model):
+            site.lora_B.fill_(200)
+    twin, other = copy.deepcopy((model, optimizer))
+    with torch.autocast("cpu", dtype=torch.float16):
+        inside = relora.restart_(model, optimizer)
+    assert inside == relora.restart_(twin, other)
+
+
+def test_a_frozen_site_needs_no_optimizer():
+    model, _ = training()
+    model.layers[0].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert relora.restart_(model, torch.optim.AdamW(trained)).sites == 6
+
+
 def test_a_first_restart_without_optimizer_state_is_fine():
     model, optimizer = training()
     assert relora.restart_(model, optimizer).reset.entries == 0

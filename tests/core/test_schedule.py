@@ -161,6 +161,17 @@ def test_a_group_added_later_takes_part():
     assert seen == [0.4, 0.0, 0.2, 0.4, 0.4]
 
 
+def test_goes_on_from_where_the_inner_one_stands():
+    restarts = relora.Restarts(every=10, warmup=4)
+    optimizer = sgd()
+    inner = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    advance(optimizer, inner, "ExponentialLR", 9)
+    schedule = relora.JaggedLR(inner, restarts)
+    smooth = 0.1 * 0.9**9
+    seen = [lr for lr, _ in advance(optimizer, schedule, "ExponentialLR", 3)]
+    assert seen == pytest.approx([smooth, 0.0, smooth * 0.9**2 / 4])
+
+
 def test_what_is_no_scheduler_or_clock_is_refused():
     optimizer = sgd()
     with pytest.raises(TypeError, match="inner must be a torch LRScheduler"):

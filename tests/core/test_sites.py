@@ -106,6 +106,10 @@ def _shared():
     return model
 
 
+def _weight_normed():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+
 def _integers():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -124,6 +128,7 @@ REFUSALS = [
     (_shared, TARGETS, {}, ValueError, "is tied"),
     (_integers, ["0"], {}, TypeError, "0: a low-rank weight must be floating point"),
     (low_rank_model, TARGETS, {}, ValueError, "parametrized already"),
+    (_weight_normed, "*", {}, ValueError, "parametrized already"),
 ]
 
 
@@ -206,6 +211,10 @@ class TestReinit:
             assert not site.lora_B.any()
             assert site.restart == 1
 
+    def test_another_alpha_s_state_dict_is_refused(self):
+        with pytest.raises(ValueError, match="saved with alpha=6 and has alpha=3"):
+            low_rank_model(alpha=3.0).load_state_dict(low_rank_model(alpha=6.0).state_dict())
+
     def test_its_key_travels_in_the_state_dict(self):
         model, other = low_rank_model(seed=5), low_rank_model(seed=6)
         relora.reinit_(model)
@@ -253,6 +262,14 @@ class TestSerialization:
         model = relora.add_low_rank_(_tied(), TARGETS, rank=3)
         saved = load_file(relora.save_merged(model, tmp_path))
         assert torch.equal(saved["head.weight"], saved["embed.weight"])
+
+    def test_a_module_under_two_names_is_merged_under_both(self):
+        shared = relora.register_low_rank(nn.Linear(4, 4), rank=2)
+        model = nn.ModuleDict({"a": shared, "b": shared})
+        randomize_(model)
+        merged = relora.merged_state_dict(model)
+        assert set(merged) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+        assert torch.equal(merged["a.weight"], merged["b.weight"])
 
     def test_a_tensor_of_another_name_is_merged_too(self):
         module = relora.register_low_rank(nn.MultiheadAttention(8, 2), "in_proj_weight", rank=2)

@@ -155,6 +155,22 @@ def refusals(rank, world_size):
     with pytest.raises(ValueError, match="cannot be removed after fully_shard"):
         relora.remove_low_rank(sited.mlp[0])
     site = dict(relora.low_rank_sites(sited))["mlp.0"]
+    with torch.no_grad():
+        sited(torch.ones(2, 5))  # the root's parameters are gathered now
+    for refused in (
+        lambda: relora.merge_(sited.mlp[0]),
+        lambda: relora.reinit_(sited.mlp),
+        site.merge_,
+        site.redraw_,
+    ):
+        with pytest.raises(ValueError, match=r"mlp.0 are gathered.*reshard\(\)"):
+            refused()
+    with pytest.raises(ValueError, match="cannot be removed after fully_shard"):
+        relora.remove_low_rank(sited.mlp[0])
+    assert site.restart == 0
+    with pytest.raises(ValueError, match="in DistributedDataParallel already"):
+        relora.add_low_rank_(DistributedDataParallel(Net()), ["mlp.*"], rank=2)
+    sited.reshard()
     if rank == world_size - 1:  # one rank's shard alone is broken: all ranks refuse together
         with torch.no_grad():
             site.lora_B.to_local().fill_(float("nan"))
