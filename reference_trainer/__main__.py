@@ -14,7 +14,7 @@ from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
 from reference_trainer.report import draw, learned
 from reference_trainer.train import train
-from reference_trainer.world import open_world
+from reference_trainer.world import open_world, world_size
 
 _EXAMPLES = """examples:
   python -m reference_trainer train
@@ -37,19 +37,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, or 2 for something given that is wrong."""
+    """Run a command and return the exit code.
+
+    0, or 2 for something given that is wrong or a file that cannot be used, or 130 for Ctrl-C.
+    """
     try:
         parser = _parser()
         known, unknown = parser.parse_known_args(arguments)
         if unknown:
             raise UserError(_unknown(known.command, unknown[0]))
         known.run(known)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
         if "--debug" in (sys.argv if arguments is None else arguments):
             raise
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: `train --resume` goes on with a run", file=sys.stderr)  # noqa: T201
+        return 130
     return 0
 
 
@@ -86,6 +92,7 @@ def _parser() -> _Parser:
 
     one = command("export", "write a run's newest checkpoint as a merged Hugging Face Llama")
     one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
+    options.add_options(one, only="parallel")
     one.set_defaults(run=_export)
 
     one = command("report", "draw a run's picture from its metrics, also while it runs")
@@ -101,7 +108,8 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.resume and file is None:
         base = options.resolve(None, {k: v for k, v in given.items() if k in ("name", "runs")})
         saved = base.directory / "config.yaml"
-        file = saved if saved.is_file() else None
+        if saved.is_file():  # found here, whatever it was called when it was begun
+            file, given = saved, {**given, "name": base.name, "runs": base.runs}
     config = options.resolve(file, given)
     train(config, resume=arguments.resume)
     if os.environ.get("RANK", "0") == "0":
@@ -116,8 +124,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     config = options.resolve(arguments.config, options.given(arguments)).data
     if arguments.out.exists():
         raise UserError(f"{arguments.out} exists already: give another directory")
-    with fresh_directory(arguments.out):
-        index = prepare(_without_prepared(config), arguments.out)
+    if world_size() > 1:
+        raise UserError("`prepare` runs as one process: start it without torchrun")
+    with fresh_directory(arguments.out) as made:
+        index = prepare(_without_prepared(config), made)
     counts = ", ".join(f"{split} {index.tokens(split):,}" for split in index.shards)
     _say(f"{arguments.out}: tokens {counts}", f"use it with --data.prepared {arguments.out}")
 
@@ -129,7 +139,7 @@ def _without_prepared(config: DataConfig) -> DataConfig:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    config = _run(arguments.directory)
+    config = _run(arguments.directory, options.given(arguments))
     with open_world(config.parallel) as world:
         target = export(config, world)
     _say(f"model: {target}")
@@ -144,12 +154,12 @@ def _report(arguments: argparse.Namespace) -> None:
     _say(f"picture: {picture}")
 
 
-def _run(directory: Path) -> Config:
+def _run(directory: Path, given: dict[str, object]) -> Config:
     file = directory / "config.yaml"
     if not file.is_file():
         raise UserError(f"{directory} holds no run (no config.yaml): give a run's directory")
-    where = {"runs": str(directory.parent), "name": directory.resolve().name}
-    return options.resolve(file, where)
+    whole = directory.resolve()
+    return options.resolve(file, {**given, "runs": str(whole.parent), "name": whole.name})
 
 
 def _unknown(command: str, argument: str) -> str:

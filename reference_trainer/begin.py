@@ -1,5 +1,6 @@
 """What is checked and made before the first step of a run."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -16,16 +17,23 @@ from reference_trainer.stage import prepare_
 from reference_trainer.tokenizer import load_tokenizer
 from reference_trainer.world import world_size
 
+_MAY_CHANGE = ("runs", "name", "log.", "checkpoint.", "parallel.", "batch.micro")
+_MAY_NOT = ("parallel.precision", "log.rank_sites")
 
-def check(config: Config) -> None:
+
+def check(config: Config, *, resume: bool) -> None:
     """Refuse, before anything is made, what can be seen to be wrong.
 
     Raises:
-        UserError: for files, tokenizer, shape, targets, rank or batch.
+        UserError: for files, tokenizer, shape, targets, rank, batch or a missing extra.
     """
     config.batch.micro_steps(world_size())
-    if config.data.prepared:
-        vocab_size = read_index(Path(config.data.prepared)).vocab_size
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'")
+    if resume and not (config.directory / "config.yaml").is_file():
+        raise UserError(f"{config.directory} holds no run to resume: start it without --resume")
+    if resume or config.data.prepared:
+        vocab_size = read_index(config.data_directory).vocab_size
     else:
         sources(config.data)
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
@@ -39,16 +47,13 @@ def open_directory(config: Config, *, resume: bool) -> None:
     """Make the run's directory with its tokens and its config.yaml, or find it there to resume.
 
     Raises:
-        UserError: if another run is there, or none to resume, or the data is too little. A
-            directory that was begun is removed then.
+        UserError: if another run is there, the one to resume was begun otherwise, or the data is
+            too little. Nothing is left of a directory that was begun.
     """
     directory = config.directory
-    file = directory / "config.yaml"
     if resume:
-        if not file.is_file():
-            raise UserError(f"{directory} holds no run to resume: start it without --resume")
-        different = options.changed(options.resolve(file, {}), config)
-        fixed = [path for path in different if not path.startswith(("log.", "checkpoint.", "runs"))]
+        different = options.changed(options.resolve(directory / "config.yaml", {}), config)
+        fixed = [p for p in different if not p.startswith(_MAY_CHANGE) or p in _MAY_NOT]
         if fixed:
             raise UserError(
                 f"{directory} was begun with another {', '.join(fixed)} (see its config.yaml): "
@@ -56,10 +61,13 @@ def open_directory(config: Config, *, resume: bool) -> None:
             )
         return
     if directory.exists():
-        raise UserError(f"{directory} holds a run already: --resume it, or give another --name")
-    with fresh_directory(directory):
+        raise UserError(
+            f"{directory} holds a run already: --resume it, remove it, or give another --name"
+        )
+    with fresh_directory(directory) as made:
+        data = Path(config.data.prepared) if config.data.prepared else made / "data"
         if not config.data.prepared:
-            prepare(config.data, directory / "data")
+            prepare(config.data, data)
         for split in SPLITS:
-            open_windows(config.data_directory, split, config.batch.length)
-        options.write(config, file)
+            open_windows(data, split, config.batch.length)
+        options.write(config, made / "config.yaml")

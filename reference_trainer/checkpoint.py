@@ -103,8 +103,10 @@ def save(
         write_whole(target / "state.json", json.dumps(asdict(position)))
         files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(target.iterdir())}
         write_whole(target / "manifest.json", json.dumps({"format": 1, "files": files}, indent=2))
-        for old in complete(directory)[:-keep]:
-            _remove(old)
+        kept = complete(directory)[-keep:]
+        for old in directory.glob("step-*"):
+            if old.name < target.name and old not in kept:  # incomplete ones too
+                _remove(old)
     world.barrier()
     return target
 
@@ -133,7 +135,9 @@ def read_position(checkpoint: Path) -> Position:
             if file.stat().st_size != size or _checksum(file) != checksum:
                 raise UserError(f"{file} is damaged: remove {checkpoint} to resume from before it")
         return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{checkpoint} is damaged ({error}): remove it to resume from before it"
         ) from None

@@ -26,7 +26,8 @@ def section(cls: type, help: str) -> Any:
 def require(holds: bool, rule: str, **values: object) -> None:
     """Raise UserError with the rule and the values unless it holds."""
     if not holds:
-        raise UserError(f"{rule}; got {', '.join(f'{k}={v}' for k, v in values.items())}")
+        shown = (str(v) if k == "got" else f"{k}={v}" for k, v in values.items())
+        raise UserError(f"{rule}; got {', '.join(shown)}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+from pyarrow import RecordBatch
 
 from reference_trainer.config import DataConfig
 from reference_trainer.errors import UserError
@@ -28,7 +29,11 @@ def sources(config: DataConfig) -> list[Path]:
         return sorted(found)
     found = []
     for pattern in config.files:
-        paths = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+        pattern = str(Path(pattern).expanduser())
+        if Path(pattern).is_dir():
+            raise UserError(f"data.files: {pattern} is a directory: name its files, as {pattern}/*")
+        matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        paths = [Path(p) for p in matches if Path(p).is_file()]
         if not paths:
             raise UserError(f"data.files: no file matches {pattern!r}")
         found += paths
@@ -44,11 +49,13 @@ def documents(path: Path, text_field: str) -> Iterator[str]:
     one large file can then be split and is never in memory whole.
 
     Raises:
-        UserError: if the file is not what its name says, or a text is missing.
+        UserError: if the file is not what its name says, is binary or compressed, or a text is
+            missing.
     """
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         yield from _lines(path, text_field)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         yield from _rows(path, text_field)
     else:
         yield from _pieces(path)
@@ -56,26 +63,28 @@ def documents(path: Path, text_field: str) -> Iterator[str]:
 
 def _pieces(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="replace", newline="") as text:
-        if path.stat().st_size <= _WHOLE_BYTES:
-            yield text.read()
-            return
-        while piece := text.read(_PIECE) + text.readline(_PIECE):
+        whole = path.stat().st_size <= _WHOLE_BYTES
+        while piece := text.read() if whole else text.read(_PIECE) + text.readline(_PIECE):
+            if "\0" in piece:
+                raise UserError(
+                    f"{path} is not UTF-8 text (it holds a NUL): decompress or convert it"
+                )
             yield piece
 
 
 def _lines(path: Path, text_field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON: {error}") from None
+                record = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number} is not JSON in UTF-8: {error}") from None
             text = record.get(text_field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise UserError(f"{path}:{number} has no text under {text_field!r}")
-            yield text
+            yield text.encode("utf-8", errors="replace").decode()  # half a surrogate pair: "?"
 
 
 def _rows(path: Path, text_field: str) -> Iterator[str]:
@@ -87,9 +96,16 @@ def _rows(path: Path, text_field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         raise UserError(f"{path} has no column {text_field!r}; it has {names}")
     number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+    for batch in _batches(file, path, text_field):
         for text in batch.column(0).to_pylist():
             number += 1
             if not isinstance(text, str):
                 raise UserError(f"{path}: row {number} has no text under {text_field!r}")
             yield text
+
+
+def _batches(file: parquet.ParquetFile, path: Path, column: str) -> Iterator[RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=1024, columns=[column])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None

@@ -38,8 +38,9 @@ def export(config: Config, world: World) -> Path:
     if world.first:
         described = hugging_face_config(shape, index.end, config.batch.length)
         write_whole(target / "config.json", json.dumps(described, indent=2))
-        if config.data.tokenizer != "bytes":
-            shutil.copy(config.data.tokenizer, target / "tokenizer.json")
+        tokenizer = config.data_directory / "tokenizer.json"
+        if tokenizer.is_file():
+            shutil.copy(tokenizer, target / "tokenizer.json")
     world.barrier()
     return target
 

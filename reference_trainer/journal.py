@@ -134,7 +134,7 @@ class Journal:
             ranks = self._meter.measure(self._followed(merged=True))
             phase = self.stage.phase
             cycles = self.stage.restarts.count(phase.stop - 1 - phase.start) + 1
-            self.metrics.write("end", phase.stop, cycles=cycles, ranks=ranks)
+            self.metrics.write("end", phase.stop, phase=phase.name, cycles=cycles, ranks=ranks)
 
     def _followed(self, *, merged: bool) -> dict[str, Tensor]:
         sites = dict(relora.low_rank_sites(self.stage.model))

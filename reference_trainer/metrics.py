@@ -18,22 +18,28 @@ class Metrics:
         directory: of the run.
         writes: whether this process is the one that writes.
         tensorboard: whether to write numbers for TensorBoard too.
-        from_step: drop records of this step and later ones first: the run went back to it.
+        since: the step and phase of the checkpoint that the run goes on from; what was recorded
+            after it is dropped first.
     """
 
     def __init__(
-        self, directory: Path, *, writes: bool, tensorboard: bool = False, from_step: int = 0
+        self,
+        directory: Path,
+        *,
+        writes: bool,
+        tensorboard: bool = False,
+        since: tuple[int, str] = (0, ""),
     ) -> None:
         self._file = None
         self._board: Any = None
         if not writes:
             return
         path = directory / "metrics.jsonl"
-        kept = [record for record in read(path) if record["step"] < from_step]
+        kept = [record for record in read(path) if _is_before(record, *since)]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _summary_writer(directory / "tensorboard", from_step)
+            self._board = _summary_writer(directory / "tensorboard", since[0])
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append one record and flush it."""
@@ -69,7 +75,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
@@ -78,15 +87,20 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        known = isinstance(record, dict) and {"event", "step"} <= record.keys()
+        if not known or not isinstance(record["step"], int):
             raise UserError(f"{path}:{number} is not a record of a run")
         records.append(record)
     return records
 
 
+def _is_before(record: dict[str, Any], step: int, phase: str) -> bool:
+    # At its own step a checkpoint comes after the phase's evaluation and end.
+    closing = record["event"] in ("evaluation", "end") and record.get("phase") == phase
+    return bool(record["step"] < step or (record["step"] == step and closing))
+
+
 def _summary_writer(directory: Path, from_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'") from None
+    from torch.utils.tensorboard import SummaryWriter  # of an extra
+
     return SummaryWriter(str(directory), purge_step=from_step)

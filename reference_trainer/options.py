@@ -50,6 +50,19 @@ def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
         UserError: if the file cannot be read, a key is unknown or a value is wrong.
     """
     tree = read_tree(file) if file else {}
+    known = dict(leaves())
+    for name in list(tree):
+        if name in known and "." in name:
+            head, _, leaf = name.partition(".")
+            raise UserError(f"{file}: write {name} nested, as {head}: {{{leaf}: ...}}")
+        if tree[name] is None and name not in known:
+            del tree[name]  # a section with nothing in it
+    for path, field in known.items():
+        head, _, leaf = path.rpartition(".")
+        branch = tree.get(head, {}) if head else tree
+        lists = isinstance(branch, dict) and isinstance(field.default, tuple)
+        if lists and isinstance(branch.get(leaf), str):
+            branch[leaf] = [branch[leaf]]
     for path, value in overrides.items():
         *heads, leaf = path.split(".")
         branch = tree
@@ -101,6 +114,7 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
 def nearest(name: str) -> str:
     """Return a hint with the option whose name is most like `name`."""
     names = [path for path, _ in leaves()]
+    names += [field.name for field in dataclasses.fields(Config)]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     return f"the nearest is {close[0]}"
 

@@ -3,12 +3,14 @@
 import hashlib
 import itertools
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from reference_trainer.config import DataConfig
@@ -29,7 +31,7 @@ class Index:
         vocab_size: ids are below it.
         end: the id that closes a document.
         dtype: of the ids, little-endian.
-        tokenizer: "bytes" or the tokenizer file's name.
+        tokenizer: "bytes" or the tokenizer file's name; a copy of it lies beside the index.
         documents: how many each split has.
         shards: for each split the tokens of each of its files, `<split>-<number>.bin`.
     """
@@ -91,6 +93,8 @@ def prepare(config: DataConfig, directory: Path) -> Index:
         documents={split: writer.documents for split, writer in writers.items()},
         shards={split: writer.tokens for split, writer in writers.items()},
     )
+    if config.tokenizer != "bytes":
+        shutil.copy(config.tokenizer, directory / "tokenizer.json")
     (directory / "index.json").write_text(json.dumps(asdict(index), indent=2), encoding="utf-8")
     return index
 
@@ -105,15 +109,16 @@ def read_index(directory: Path) -> Index:
     if not file.is_file():
         raise UserError(f"{directory} holds no prepared data (no index.json): run `prepare` first")
     try:
-        index = Index(**json.loads(file.read_text(encoding="utf-8")))
+        index = TypeAdapter(Index).validate_json(file.read_bytes(), strict=True)
         width = np.dtype(index.dtype).itemsize
         expected = {
             shard_path(directory, split, number): tokens * width
             for split in SPLITS
             for number, tokens in enumerate(index.shards[split])
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): run `prepare` again") from None
+    except (ValueError, TypeError, KeyError) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{file} is damaged ({message}): run `prepare` again") from None
     for path, size in expected.items():
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path} should have {size} bytes: run `prepare` again")

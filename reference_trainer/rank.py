@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -57,7 +58,10 @@ class RankMeter:
                 f"{file} is gone, against which ranks are measured: set log.rank_sites=0"
             )
         if world.first:
-            self._first = load_file(file)
+            try:
+                self._first = load_file(file)
+            except SafetensorError as error:
+                raise UserError(f"{file} is damaged: {error}") from None
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Return each matrix's rank of W - W_0; empty on all processes but the first."""

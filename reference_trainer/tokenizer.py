@@ -53,7 +53,9 @@ class FromFile:
             self._tokenizer = HuggingFaceTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self._tokenizer.no_truncation()  # which a published file may ask for, and loses text
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         ends = (self._tokenizer.token_to_id(name) for name in _END_NAMES)
         end = next((token for token in ends if token is not None), None)
         if end is None:

@@ -1,5 +1,6 @@
 """The training loop: Algorithm 1 of the ReLoRA paper, phase by phase."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from reference_trainer.config import Config, phases
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export
+from reference_trainer.files import locked
 from reference_trainer.journal import Journal, environment
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
@@ -32,9 +34,11 @@ def train(config: Config, *, resume: bool = False) -> None:
     Raises:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
-    check(config)
-    with open_world(config.parallel) as world:
+    check(config, resume=resume)
+    with open_world(config.parallel) as world, contextlib.ExitStack() as held:
         world.on_first(lambda: open_directory(config, resume=resume))
+        lock = locked(config.directory / "config.yaml")
+        world.on_first(lambda: held.enter_context(lock))
         data, length = config.data_directory, config.batch.length
         shape = config.model.shape(read_index(data).vocab_size)
         held_out = open_windows(data, "held_out", length)
@@ -42,12 +46,13 @@ def train(config: Config, *, resume: bool = False) -> None:
         batches = Batches(windows, config.batch.sequences, config.seed)
 
         newest = checkpoint.newest(config.checkpoints)
-        step = checkpoint.read_position(newest).step if newest else 0
+        position = checkpoint.read_position(newest) if newest else None
+        step = position.step if position else 0
         writer = Metrics(
             config.directory,
             writes=world.first,
             tensorboard=config.log.tensorboard,
-            from_step=step,
+            since=(step, position.phase) if position else (0, ""),
         )
         with writer as metrics:
             metrics.write("start", step, **environment(config, world))
@@ -95,8 +100,9 @@ def train_stage(
         if done % config.log.evaluate_every == 0 or done == phase.stop:
             journal.evaluation(done, evaluate(model, held_out, config, world))
         if done % config.checkpoint.every == 0 or done == phase.stop:
+            if done == phase.stop:
+                journal.end()
             latest = save(stage, config, done, world)
-    journal.end()
     return latest
 
 

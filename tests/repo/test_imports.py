@@ -19,8 +19,9 @@ LAYERS = {
         {"__init__"},
     ],
     "reference_trainer": [
-        {"__init__", "errors", "files", "model"},
-        {"config", "metrics"},
+        {"__init__", "errors", "model"},
+        {"config", "files"},
+        {"metrics"},
         {"options", "world", "documents", "tokenizer"},
         {"prepare", "parallel", "checkpoint", "rank", "report"},
         {"data", "stage"},

@@ -44,6 +44,11 @@ BAD = {
     "heads that do not divide": (["--model.heads", "5", "--model.kv_heads", "5"], "multiple of"),
     "a device that is not there": (["--parallel.device", "tpu"], "'auto', 'cpu' or 'cuda'"),
     "nothing to resume": (["--resume"], "holds no run to resume"),
+    "a directory as data": (["--data.files", "."], "is a directory: name its files"),
+    "a file as the directory of runs": (
+        ["--runs", SOURCES.replace("*", "data")],
+        "Not a directory",
+    ),
     "a missing configuration": (["--config", "no.yaml"], "cannot read no.yaml"),
 }
 
@@ -79,7 +84,8 @@ def test_a_directory_that_holds_another_run(tiny, tmp_path, capsys):
     directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("precious\n")
     assert main(["train", *tiny]) == 2
-    assert "holds a run already: --resume it, or give another --name" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds a run already: --resume it, remove it, or give another --name" in error
     assert [p.name for p in directory.iterdir()] == ["metrics.jsonl"]
     assert (directory / "metrics.jsonl").read_text() == "precious\n"
 
@@ -94,6 +100,7 @@ def test_a_directory_that_holds_another_run(tiny, tmp_path, capsys):
         (["prepare", "."], "exists already"),
         (["prepare", "out", "--data.prepared", "x"], "give data.files instead"),
         (["prepare", "out", "--data.files", "none.txt"], "no file matches"),
+        (["report", "none", "--out", "no/x.png"], "none holds no metrics.jsonl"),
     ],
 )
 def test_a_wrong_command(tmp_path, monkeypatch, capsys, arguments, message):
@@ -114,6 +121,21 @@ def test_help_teaches(command, capsys):
         assert "torchrun --nproc-per-node 8" in text
     if command == ["train"]:
         assert "--relora.rank RANK" in text
+
+
+def test_prepare_is_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["prepare", str(tmp_path / "out"), "--data.files", SOURCES]) == 2
+    assert "runs as one process" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reference_trainer.__main__.train", interrupted)
+    assert main(["train", *tiny]) == 130
+    assert "`train --resume` goes on" in capsys.readouterr().err
 
 
 def test_prepared_data_is_used(tmp_path, monkeypatch, capsys):

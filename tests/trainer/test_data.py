@@ -94,11 +94,18 @@ def test_a_tokenizer_file_is_used_and_its_end_closes_documents(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "</s>"])
     tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.enable_truncation(4)  # as many published files do: nothing may be cut
+    tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     pattern = str(tmp_path / write_jsonl(tmp_path))
     config = DataConfig(files=(pattern,), tokenizer=str(tmp_path / "tokenizer.json"), held_out=0.2)
     index = prepare(config, tmp_path / "out")
     assert index.end == tokenizer.token_to_id("</s>")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    kept = index.tokens("train") + index.tokens("held_out")
+    assert kept == sum(len(tokenizer.encode(text).ids) + 1 for text in TEXTS)
     ids = np.fromfile(shard_path(tmp_path / "out", "train", 0), dtype=index.dtype)
     assert int((ids == index.end).sum()) == index.documents["train"]
     first = ids[: list(ids).index(index.end)]
@@ -113,6 +120,14 @@ def test_bytes_round_trip_and_never_hold_an_end_inside(text):
     assert ids[-1] == 0
     assert 0 not in ids[:-1]
     assert bytes(ids[:-1].tolist()) == text.replace("\0", " ").encode("utf-8", errors="replace")
+
+
+def test_a_literal_name_with_brackets_is_found(tmp_path):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / f"a[{n}].txt").write_text(text)
+    files = tuple(str(tmp_path / f"a[{n}].txt") for n in range(3))
+    prepare(DataConfig(files=files), tmp_path)
+    assert sum(read_index(tmp_path).documents.values()) == 3
 
 
 class TestOrder:
@@ -178,6 +193,10 @@ def _missing_column(directory):
     [
         (lambda d: {"files": (str(d / "none*.txt"),)}, "no file matches"),
         (_write("a.txt", b""), "all 1 files are empty"),
+        (_write("a.txt", "UTF-16".encode("utf-16-le") * 99), "holds a NUL"),
+        (_write("a.jsonl", b'{"text": "\xff"}\n'), "a.jsonl:1 is not JSON in UTF-8"),
+        (_write("a.JSONL", b"["), "a.JSONL:1 is not JSON"),
+        (lambda d: {"files": (str(d),)}, "is a directory"),
         (_write("a.jsonl", b'{"text": "a"}\n{"text": '), "a.jsonl:2 is not JSON"),
         (_write("a.jsonl", b'{"body": "a"}\n'), "a.jsonl:1 has no text under 'text'"),
         (_write("a.parquet", b"not parquet"), "is not a Parquet file"),
@@ -200,6 +219,9 @@ def test_damaged_shards_are_refused(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="run `prepare` again"):
         open_windows(tmp_path / "out", "train", 8)
+    (tmp_path / "out" / "index.json").write_text('{"vocab_size": "a"}')
+    with pytest.raises(UserError, match="is damaged"):
+        read_index(tmp_path / "out")
     (tmp_path / "out" / "index.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         read_index(tmp_path / "out")

@@ -25,6 +25,12 @@ def test_defaults_file_and_command_line_in_rising_order(tmp_path):
     assert config.seed == Config().seed
 
 
+def test_a_file_may_leave_a_section_empty_and_name_one_glob_without_a_list(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\ndata: {files: a*.txt}\n")
+    assert resolve(file=file) == resolve("--data.files", "a*.txt")
+
+
 def test_every_field_has_an_option_with_help():
     for path, field in options.leaves():
         assert field.metadata["help"], path
@@ -56,6 +62,8 @@ def test_changed_names_the_fields():
         ("steps: many", "steps: .*integer.*got 'many'"),
         ("optim: {lr: .nan}", "optim.lr: .*finite"),
         ("optim: 3", "optim: .*got 3"),
+        ("relora.rank: 3", "write relora.rank nested, as relora: {rank: ...}"),
+        ("modle: {preset: 9m}", "unknown option modle: the nearest is model"),
         ("- a", "must hold a mapping"),
         ("a: [", "cannot read"),
         ("relora: {every: 10, warmup: 10}", "relora.every must be longer than relora.warmup"),

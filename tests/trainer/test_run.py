@@ -1,7 +1,9 @@
 """A whole run: phases, restarts, resume after a kill, export, the same on two processes."""
 
+import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from reference_trainer import checkpoint, options
 from reference_trainer.__main__ import main
 from reference_trainer.config import phases
 from reference_trainer.data import open_windows
+from reference_trainer.files import locked
+from reference_trainer.metrics import read
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
-from tests.trainer.conftest import losses, records
+from tests.trainer.conftest import SOURCES, losses, records
 from tests.trainer.test_command_line import lines_of
 
 RUN = Path("runs/first-run")
@@ -135,7 +139,7 @@ def test_what_stays_trainable_keeps_its_optimizer_state_across_the_hand_off(tiny
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
     import relora_core as relora
-    from tests.reference import ulp_distance
+    from tests.reference import ulp
 
     train(*tiny, "--parallel.precision", precision, "--optim.lr", "1e-2")
     for stage, config in stage_at("relora"):  # the last cycle is not merged yet
@@ -149,8 +153,10 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
             relora.restart_(stage.model, stage.optimizer)
             after = stage.model(tokens)
         assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        # Each of 14 matrices and 2 layers rounds anew in fp32; in bf16 that drowns.
-        assert ulp_distance(after, before) <= (2 if precision == "bf16" else 32)
+        # 14 matrices in a row round anew: single logits may differ by more than their mean.
+        apart = (after - before).double() / ulp(before.abs().max())
+        assert apart.square().mean().sqrt() <= 2
+        assert apart.abs().max() <= (4 if precision == "bf16" else 32)
 
 
 def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
@@ -212,11 +218,63 @@ def _steps(directory):
     return [json.loads(line)["step"] for line in lines if '"step",' in line and line.endswith("}")]
 
 
-def test_resuming_a_finished_run_changes_nothing(tiny):
+def test_resuming_a_finished_run_changes_nothing(tiny, capsys):
     train(*tiny)
     before = (RUN / "export/model.safetensors").read_bytes()
+    said, kept = capsys.readouterr().out, read(RUN / "metrics.jsonl")
     train("--resume")
     assert (RUN / "export/model.safetensors").read_bytes() == before
+    assert [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"] == kept[1:]
+    assert capsys.readouterr().out == said[said.index("\nheld-out") :]
+
+
+@pytest.mark.parametrize("at", [6, 14])
+def test_a_record_at_the_step_of_a_checkpoint_is_kept_once(tiny, at):
+    """A run stopped right after that checkpoint, at the hand-off and elsewhere."""
+    train(*tiny, "--log.evaluate_every", "7", "--checkpoint.every", "7", "--checkpoint.keep", "9")
+    whole = [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"]
+    for later in checkpoint.complete(RUN / "checkpoints"):
+        if later.name > f"step-{at:08d}":
+            shutil.rmtree(later)
+    train("--resume")
+    again = [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"]
+    untimed = ("tokens_per_second", "seconds")
+    for records_ in (whole, again):
+        for record in records_:
+            for key in untimed:
+                record.pop(key, None)
+    assert again == whole
+
+
+def test_a_renamed_run_without_its_sources_resumes_where_it_lies(tiny, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for path in glob.glob(SOURCES):
+        shutil.copy(path, tmp_path / "text")
+    train(*tiny, "--data.files", "text/*.py", "--name", "old")
+    shutil.rmtree(tmp_path / "text")
+    Path("runs/old").rename("runs/new")
+    train("--resume", "--name", "new")
+    assert "model:   runs/new/export" in capsys.readouterr().out
+    assert not Path("runs/old").exists()
+
+
+def test_a_run_in_use_is_refused(tiny, capsys):
+    train(*tiny)
+    with locked(RUN / "config.yaml"):
+        assert main(["train", "--resume"]) == 2
+    assert "is in use by a run that goes on" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys):
+    """Another run that began in the same new directory meanwhile must survive."""
+
+    def fail(*_):
+        (tmp_path / "runs" / "neighbour").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reference_trainer.begin.prepare", fail)
+    assert main(["train", *tiny]) == 130
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["neighbour"]
 
 
 def test_resuming_with_another_configuration_is_refused(tiny, capsys):
