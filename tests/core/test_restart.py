@@ -56,6 +56,19 @@ def test_the_function_stays_to_two_units_of_the_last_place(compute):
         assert apart.abs().max() <= (2 if compute == torch.bfloat16 else 4)
 
 
+def test_in_exact_arithmetic_the_function_stays_to_two_units_of_fp32():
+    """The merge's own error, without that of the forward passes: both are run in float64."""
+    model, optimizer = training()
+    tokens = torch.randint(0, 11, (4, 5))
+    for cycle in range(3):
+        for index in range(5):
+            step(model, optimizer, 10 * cycle + index)
+        before = copy.deepcopy(model).double()(tokens)
+        relora.restart_(model, optimizer)
+        after = copy.deepcopy(model).double()(tokens)
+        assert (after - before).abs().max() <= 2 * ulp(before.abs().max().float())
+
+
 def test_rank_grows_with_each_restart_and_within_its_bound():
     model, optimizer = training(torch.float64)
     sites = dict(relora.low_rank_sites(model))

@@ -45,10 +45,7 @@ BAD = {
     "a device that is not there": (["--parallel.device", "tpu"], "'auto', 'cpu' or 'cuda'"),
     "nothing to resume": (["--resume"], "holds no run to resume"),
     "a directory as data": (["--data.files", "."], "is a directory: name its files"),
-    "a file as the directory of runs": (
-        ["--runs", SOURCES.replace("*", "data")],
-        "Not a directory",
-    ),
+    "a file as the directory of runs": (["--runs", __file__], "File exists"),
     "a missing configuration": (["--config", "no.yaml"], "cannot read no.yaml"),
 }
 
