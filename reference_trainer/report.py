@@ -134,8 +134,8 @@ def _draw_speed(axes: Axes, steps: list[dict[str, Any]]) -> None:
 def _mark_restarts(axes: Axes, records: list[dict[str, Any]]) -> None:
     for record in _of(records, "restart"):
         axes.axvline(record["step"], color=_RESTART, linewidth=0.8, linestyle=":")
-    begun = [record["step"] for record in _of(records, "step") if record["phase"] == "relora"]
-    if begun and begun[0] != _of(records, "step")[0]["step"]:
+    begun = [r["step"] for r in _of(records, "evaluation") if r["phase"] == "relora"]
+    if begun and begun[0] > 0:
         axes.axvline(begun[0], color="black", linewidth=0.8)
 
 
