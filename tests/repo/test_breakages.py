@@ -16,7 +16,7 @@ DRAW_LOCALLY = "copy_(whole[: local(target).shape[0], : local(target).shape[1]])
 # file, what stands there, what is put there, the tests that must notice
 BREAKAGES = {
     "merge without the scale": (
-        *("relora_core/lazy_weight.py", "return self.scale * (B @ A)", "return (B @ A)"),
+        *("relora_core/lazy_weight.py", "return self.scale * (self", "return (self"),
         "tests/core/test_sites.py",
     ),
     "merge leaves B": (

@@ -185,6 +185,7 @@ def test_how_it_is_computed_does_not_change_what_is_computed(tiny, option):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look
 def test_compiled_blocks_compute_the_same(tiny):
     train(*tiny, "--name", "plain")
     train(*tiny, "--name", "other", "--parallel.compile", "true")
