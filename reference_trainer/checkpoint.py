@@ -122,25 +122,36 @@ def newest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_position(checkpoint: Path) -> Position:
-    """Check every file against the manifest and return where the checkpoint stands.
+def verify(checkpoint: Path) -> None:
+    """Check every file's size and checksum against the manifest.
 
     Raises:
         UserError: if a file is absent or damaged.
     """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        for name, (size, checksum) in manifest["files"].items():
-            file = checkpoint / name
+        expected = {checkpoint / name: fact for name, fact in manifest["files"].items()}
+        if checkpoint / "state.json" not in expected:
+            raise UserError(f"{checkpoint} is damaged: remove it to resume from before it")
+        for file, (size, checksum) in expected.items():
             if file.stat().st_size != size or _checksum(file) != checksum:
                 raise UserError(f"{file} is damaged: remove {checkpoint} to resume from before it")
-        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
     except UserError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} is damaged ({error}): remove it to resume from before it"
-        ) from None
+        raise _damaged(checkpoint, error) from None
+
+
+def read_position(checkpoint: Path) -> Position:
+    """Return where a checkpoint stands.
+
+    Raises:
+        UserError: if its state.json is absent or damaged.
+    """
+    try:
+        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint, error) from None
 
 
 def load_(
@@ -197,6 +208,10 @@ def _alone(world: World) -> Iterator[bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield world.size == 1
+
+
+def _damaged(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(f"{checkpoint} is damaged ({error}): remove it to resume from before it")
 
 
 def _key(name: str, key: str) -> str:

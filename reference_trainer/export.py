@@ -27,6 +27,7 @@ def export(config: Config, world: World) -> Path:
     source = checkpoint.newest(config.checkpoints)
     if source is None:
         raise UserError(f"{config.directory} has no complete checkpoint to export")
+    world.on_first(lambda: checkpoint.verify(source))
     target = config.directory / "export"
     index = read_index(config.data_directory)
     shape = config.model.shape(index.vocab_size)

@@ -119,16 +119,16 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
     an earlier phase: the plain weights, and the optimizer state of every parameter that stays
     trainable; adapters begin fresh.
     """
-    if source is None or checkpoint.read_position(source).phase != stage.phase.name:
+    position = checkpoint.read_position(source) if source else None
+    continues = position is not None and position.phase == stage.phase.name
+    if not continues:
         for _, site in relora.low_rank_sites(stage.model):
             site.low_rank.reset_parameters()
-    if source is None:
+    if source is None or position is None:
         plain = relora.base_state_dict(stage.model)
         init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
         return stage.phase.start
 
-    position = checkpoint.read_position(source)
-    continues = position.phase == stage.phase.name
     tensors = stage.tensors() if continues else relora.base_state_dict(stage.model)
     checkpoint.load_(
         source,

@@ -46,6 +46,9 @@ def train(config: Config, *, resume: bool = False) -> None:
         batches = Batches(windows, config.batch.sequences, config.seed)
 
         newest = checkpoint.newest(config.checkpoints)
+        if newest:
+            found = newest
+            world.on_first(lambda: checkpoint.verify(found))
         position = checkpoint.read_position(newest) if newest else None
         step = position.step if position else 0
         writer = Metrics(

@@ -296,6 +296,16 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny, capsys):
     assert f"{shard} is damaged" in error
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"files": []}', '{"files": {}}', "\udcff"])
+def test_a_damaged_manifest_is_refused_by_name(tiny, capsys, text):
+    train(*tiny)
+    newest = checkpoint.newest(RUN / "checkpoints")
+    (newest / "manifest.json").write_text(text, errors="surrogateescape")
+    assert main(["export", str(RUN)]) == 2
+    (error,) = lines_of(capsys.readouterr().err)
+    assert f"{newest.name} is damaged" in error
+
+
 def test_two_processes_compute_what_one_does(tiny, tmp_path):
     """20 steps with the hand-off and two restarts, fp32."""
     arguments = [*tiny, "--log.rank_sites", "3"]
