@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from reference_trainer.errors import UserError
+from reference_trainer.files import replaced
 from reference_trainer.world import World
 
 
@@ -50,9 +51,8 @@ class RankMeter:
         if begins:
             whole = _whole(weights)
             if world.first:
-                partial = file.with_suffix(".partial")
-                save_file(whole, partial)
-                partial.replace(file)
+                with replaced(file) as partial:
+                    save_file(whole, partial)
         elif not file.is_file():
             raise UserError(
                 f"{file} is gone, against which ranks are measured: set log.rank_sites=0"

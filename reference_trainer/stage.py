@@ -1,6 +1,6 @@
 """What one phase trains with: model, optimizer, schedule; built, then filled."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -167,8 +167,7 @@ def _groups(
 ) -> list[dict[str, object]]:
     sites = [site for _, site in relora.low_rank_sites(model)]
     adapters = {id(p) for site in sites for p in (site.lora_A, site.lora_B)}
-    options = asdict(config.optim)
-    rate, decay = options["lr"], options["weight_decay"]
+    rate, decay = config.optim.lr, config.optim.weight_decay
     members: dict[str, list[nn.Parameter]] = {"adapters": [], "matrices": [], "norms": []}
     for p in parameters.values():
         kind = "adapters" if id(p) in adapters else "matrices" if p.ndim > 1 else "norms"
