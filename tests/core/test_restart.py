@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import relora_core as relora
 from tests.core.test_sites import TARGETS, Model
-from tests.reference import ulp
+from tests.reference import randomize_, ulp
 
 RANK = 2
 
@@ -54,6 +56,33 @@ def test_the_function_stays_to_two_units_of_the_last_place(compute):
         apart = (after - before).double().div(unit)
         assert apart.square().mean().sqrt() <= 2
         assert apart.abs().max() <= (2 if compute == torch.bfloat16 else 4)
+
+
+@given(data=st.data())
+def test_every_output_of_a_layer_in_bf16_stays_to_two_units_of_the_last_place(data):
+    """Every single output, whatever the weights, which are stored in fp32.
+
+    A unit is counted at the magnitude of what is summed, (|x| (|W| + s |B| |A|)ᵀ)ᵢ: where a sum
+    cancels, its last place is not the place in which its terms were rounded.
+    """
+    out, inner, tokens = (data.draw(st.integers(1, 65)) for _ in range(3))
+    rank = data.draw(st.integers(1, min(out, inner)))
+    torch.manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    layer = relora.register_low_rank(
+        nn.Linear(inner, out, bias=False), rank=rank, alpha=data.draw(st.floats(1, 9))
+    )
+    randomize_(layer, std=data.draw(st.sampled_from([1e-3, 0.1, 1.0])))
+    site = relora.Site(layer, "weight")
+    x = torch.randn(tokens, inner)
+    with torch.no_grad():
+        magnitude = site.weight.abs() + site.scale * site.lora_B.abs() @ site.lora_A.abs()
+        unit = torch.finfo(torch.bfloat16).eps * (x.abs() @ magnitude.T)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            before = layer(x)
+            relora.restart_(layer, torch.optim.AdamW([site.lora_A, site.lora_B]))
+            after = layer(x)
+    assert before.dtype == torch.bfloat16
+    assert ((after - before).abs() <= 2 * unit).all()
 
 
 def test_in_exact_arithmetic_the_function_stays_to_two_units_of_fp32():
