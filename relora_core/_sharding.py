@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -21,6 +21,24 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def replicated(tensor: Tensor) -> Tensor:
+    """Return the whole tensor as one that computes with sharded ones; differentiable."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def row_parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return this rank's rows of W and of B, and A whole; None if W is not sharded by rows."""
+    if not isinstance(W, DTensor):
+        return W, B, A
+    assert isinstance(B, DTensor)
+    by_rows = all(p.is_replicate() or p.is_shard(0) for p in W.placements)
+    if not by_rows or B.placements != W.placements:
+        return None
+    return W.to_local(), B.to_local(), full(A)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of `tensor`, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -28,8 +46,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of `whole` that this rank holds of `like`. No communication."""
+    whole = whole.to(like.device, non_blocking=True)
     if not isinstance(like, DTensor):
-        return whole.to(like.device)
+        return whole
     placed = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return placed.to_local()
 

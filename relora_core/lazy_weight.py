@@ -29,9 +29,12 @@ class LazyWeight:
         base: $W$, of any shape `(out, ...)`.
         lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions.
         lora_B: $B$, `(out, rank)`.
-        scale: $s$.
+        scale: $s$; a tensor of one entry if it is trained.
+        dropout: the probability with which `F.linear` zeroes each entry of the low-rank path's
+            input, the others growing by 1 / (1 - dropout): y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.
 
     Raises:
+        ValueError: if there is dropout and anything but `F.linear` asks for the weight.
         AttributeError: at an in-place method or `data`: what is written would change a temporary,
             and be lost. A write to a view of it (`weight[0].zero_()`, `weight.detach().zero_()`)
             is lost without notice: write to `parametrizations.weight.original`.
@@ -46,14 +49,30 @@ class LazyWeight:
                 [0.5000, 1.5000]])
     """
 
-    def __init__(self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> None:
+    def __init__(
+        self,
+        base: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float | Tensor,
+        dropout: float = 0.0,
+    ) -> None:
         self.base = base
         self.lora_A = lora_A
         self.lora_B = lora_B
-        self.scale = scale
+        self.dropout = dropout
+        if isinstance(scale, Tensor):  # into A, so that s is a number wherever it is used
+            self.lora_A, self.scale = scale * lora_A, 1.0
+        else:
+            self.scale = scale
 
     def materialize(self) -> Tensor:
         """Return W + s B A as a tensor in W's dtype, differentiable in W, A and B."""
+        if self.dropout:
+            raise ValueError(
+                "dropout acts on the input of F.linear, and this operation needs the weight "
+                f"whole; got dropout={self.dropout:g}: register the tensor without it"
+            )
         return add_rounding_once(self.base, self.delta())
 
     def delta(self) -> Tensor:
@@ -137,7 +156,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     plain = not any(isinstance(t, LazyWeight) for t in others) and not input.is_nested
     if isinstance(weight, LazyWeight) and plain:
         W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
-        return low_rank_linear(input, W, A, B, s, bias)
+        return low_rank_linear(input, W, A, B, s, bias, weight.dropout)
     return F.linear(*_materialized((input, weight, bias)))
 
 
@@ -155,7 +174,7 @@ def _embedding(
             "an embedding with max_norm rewrites its weight at every look-up, which a low-rank "
             f"site forbids; got max_norm={max_norm}: build the embedding without it"
         )
-    if scale_grad_by_freq:
+    if scale_grad_by_freq or weight.dropout:  # which refuses dropout
         whole = weight.materialize()
         return F.embedding(input, whole, padding_idx, None, norm_type, True, sparse)
     W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relora_core._sharding import copy_from_full_, is_sharded
+from relora_core._sharding import copy_from_full_, is_sharded, replicated, row_parts
 from relora_core.lazy_weight import LazyWeight, add_rounding_once
 
 
@@ -29,6 +29,11 @@ class LowRank(nn.Module):
         alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
         seed: of every draw, from 0 to 2**63 - 1.
         name: what tells this site's draws from another's; `add_low_rank_` gives the module's name.
+        dropout: of the low-rank path's input while training, from 0 to below 1; for tensors that
+            only `F.linear` uses. What is merged is s B A, the mean over what dropout does.
+        trainable_scale: whether $s$ is a Parameter, `lora_scale` of shape `(1,)`, that starts at
+            `alpha / rank`. A merge uses its value, and a redraw keeps it. (The authors' code
+            zeroes it at a merge, after which neither it nor A and B have a gradient.)
 
     Raises:
         ValueError: if `base` has fewer than two dimensions, or an argument is out of range.
@@ -50,13 +55,16 @@ class LowRank(nn.Module):
         alpha: float | None = None,
         seed: int = 0,
         name: str = "",
+        dropout: float = 0.0,
+        trainable_scale: bool = False,
     ) -> None:
         super().__init__()
-        check_low_rank(base, rank=rank, alpha=alpha, seed=seed)
+        check_low_rank(base, rank=rank, alpha=alpha, seed=seed, dropout=dropout)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.seed = seed
         self.name = name
+        self.dropout = dropout
         self.restart = 0
         self.sharded = False  # whether it has been seen sharded
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
@@ -64,32 +72,45 @@ class LowRank(nn.Module):
         self.base_successors: tuple[str, ...] = ()
         self.lora_A = nn.Parameter(base.new_empty(rank, base[0].numel()))
         self.lora_B = nn.Parameter(base.new_empty(base.shape[0], rank))
+        self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
         self.reset_parameters()
 
     @property
-    def scale(self) -> float:
-        """The factor s = alpha / rank of every use of B A, the merge included."""
-        return self.alpha / self.rank
+    def scale(self) -> float | Tensor:
+        """The factor s of every use of B A, the merge included; a tensor if it is trained."""
+        return self.alpha / self.rank if self.lora_scale is None else replicated(self.lora_scale)
 
     def forward(self, base: Tensor) -> LazyWeight:
         """Return the lazy W + s B A."""
-        return LazyWeight(base, self.lora_A, self.lora_B, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set A to its current draw and B to zero; needed after `to_empty`."""
+        """Set A to its current draw, B to zero, s to its start; needed after `to_empty`."""
         self.refuse_gathered()
-        if not self.lora_A.is_meta:
-            shape = torch.Size(self.lora_A.shape)
-            draw = draw_A(shape, seed=self.seed, name=self.name, restart=self.restart)
-            copy_from_full_(self.lora_A, draw)
-        self.lora_B.zero_()
+        self._draw_()
+        if self.lora_scale is not None:
+            self.lora_scale.fill_(self.alpha / self.rank)
 
     def redraw_(self) -> None:
-        """Set A to its next draw and B to zero."""
+        """Set A to its next draw and B to zero; a trained s stays."""
         self.refuse_gathered()
         self.restart += 1
-        self.reset_parameters()
+        self._draw_()
+
+    @torch.no_grad()
+    def _draw_(self) -> None:
+        if not self.lora_A.is_meta:
+            draw = draw_A(
+                torch.Size(self.lora_A.shape),
+                seed=self.seed,
+                name=self.name,
+                restart=self.restart,
+                pinned=self.lora_A.is_cuda,  # copied from there, the host need not wait
+            )
+            copy_from_full_(self.lora_A, draw)
+        self.lora_B.zero_()
 
     def refuse_gathered(self) -> None:
         """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost.
@@ -108,17 +129,18 @@ class LowRank(nn.Module):
     def merge_into_(self, base: Tensor) -> None:
         """Add s B A to `base` in place and zero B: together they keep the function.
 
-        Sharded, it needs A whole and neither W nor B.
+        Sharded by rows, it needs A whole and neither W nor B. The host does not wait.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies.
         """
         self.refuse_gathered()
-        update = self(base).delta()
-        if base.dtype == update.dtype:
-            base.add_(update)
+        lazy = self(base)
+        parts = row_parts(base, lazy.lora_B, lazy.lora_A)
+        if parts is None:
+            base.copy_(add_rounding_once(base, lazy.delta()))
         else:
-            base.copy_(add_rounding_once(base, update))
+            add_update_(*parts, lazy.scale)
         self.lora_B.zero_()
 
     def get_extra_state(self) -> Tensor:
@@ -147,7 +169,9 @@ class LowRank(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha:g}, seed={self.seed}, restart={self.restart}"
 
 
-def draw_A(shape: torch.Size, *, seed: int, name: str, restart: int) -> Tensor:
+def draw_A(
+    shape: torch.Size, *, seed: int, name: str, restart: int, pinned: bool = False
+) -> Tensor:
     r"""Draw the whole of $A$, fp32 on the CPU: uniform in $\pm 1/\sqrt{in}$.
 
     The generator is keyed by a hash of the three names, and the global one is left alone.
@@ -156,11 +180,22 @@ def draw_A(shape: torch.Size, *, seed: int, name: str, restart: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}/{restart}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
     bound = 1 / math.sqrt(shape[1])
-    empty = torch.empty(shape, dtype=torch.float32, device="cpu")
+    empty = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
     return empty.uniform_(-bound, bound, generator=generator)
 
 
-def check_low_rank(base: Tensor, *, rank: int, alpha: float | None, seed: int) -> None:
+def add_update_(W: Tensor, B: Tensor, A: Tensor, s: float) -> None:
+    """W += s B A in place, computed in fp32 at least and rounded once."""
+    wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
+    total = W.to(wide).flatten(1)  # W's own memory, unless it is narrower or not contiguous
+    total.addmm_(B.to(wide), A.to(wide), alpha=s)
+    if W.dtype != wide or not W.is_contiguous():
+        W.copy_(total.view(W.shape))
+
+
+def check_low_rank(
+    base: Tensor, *, rank: int, alpha: float | None, seed: int, dropout: float
+) -> None:
     """Raise what `LowRank` raises for these arguments."""
     if is_lazy(base):
         raise ValueError(
@@ -181,5 +216,7 @@ def check_low_rank(base: Tensor, *, rank: int, alpha: float | None, seed: int) -
         )
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be positive and finite; got {alpha}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be from 0 to below 1; got {dropout}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1; got {seed}")

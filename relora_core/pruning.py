@@ -51,7 +51,7 @@ def prune_mask(tensor: Tensor, ratio: float) -> Tensor:
     whole = full(tensor)
     if whole.dtype.itemsize == 1:  # torch ranks no 8-bit floats
         whole = whole.float()
-    mask = smallest(whole.abs(), drop_count(tensor.numel(), ratio))
+    mask = smallest(whole, drop_count(tensor.numel(), ratio))
     return local_part(mask, tensor)
 
 
@@ -67,8 +67,16 @@ def zero_where_(tensor: Tensor, mask: Tensor) -> None:
 def has_nan(tensors: list[Tensor]) -> bool:
     """Whether any of `tensors` holds NaN, on any rank; waits for the device once."""
     # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
-    sums = [full(tensor.detach().abs().sum(dtype=torch.float32)) for tensor in tensors]
+    sums = [full(_sum_of_magnitudes(tensor.detach())) for tensor in tensors]
     return any(math.isnan(value) for value in to_floats(sums))
+
+
+def _sum_of_magnitudes(tensor: Tensor) -> Tensor:
+    if tensor.dtype.itemsize == 1:  # torch adds no 8-bit floats
+        tensor = tensor.float()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    total: Tensor = torch.linalg.vector_norm(tensor, 1, dtype=wide)
+    return total.float()
 
 
 def to_floats(scalars: list[Tensor]) -> list[float]:

@@ -15,6 +15,8 @@ def register_low_rank(
     alpha: float | None = None,
     seed: int = 0,
     name: str = "",
+    dropout: float = 0.0,
+    trainable_scale: bool = False,
 ) -> nn.Module:
     r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
 
@@ -30,6 +32,9 @@ def register_low_rank(
         alpha: $s$ = `alpha / rank`; `rank` if None.
         seed: of every draw of $A$.
         name: what tells this site's draws from another's of the same seed.
+        dropout: of the low-rank path's input while training; for tensors that only `F.linear`
+            uses.
+        trainable_scale: whether $s$ is trained, from `alpha / rank` on.
 
     Returns:
         `module`.
@@ -47,7 +52,15 @@ def register_low_rank(
         ['bias', 'parametrizations.weight.0.lora_A', 'parametrizations.weight.0.lora_B']
     """
     base = check_target(module, tensor_name)
-    low_rank = LowRank(base, rank=rank, alpha=alpha, seed=seed, name=name)
+    low_rank = LowRank(
+        base,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        name=name,
+        dropout=dropout,
+        trainable_scale=trainable_scale,
+    )
     names = list(module._parameters)
     low_rank.base_successors = tuple(names[names.index(tensor_name) + 1 :])
     low_rank.train(module.training)

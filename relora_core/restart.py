@@ -88,13 +88,10 @@ def restart_(
 def update_norms(sites: list[tuple[str, Site]]) -> dict[str, float]:
     """Return the Frobenius norm of s B A for each site, without forming it.
 
-    It is s sqrt(tr((Bᵀ B)(A Aᵀ))), from two r x r products; not finite if a factor is not.
+    It is sqrt(s² tr((Bᵀ B)(A Aᵀ))), from two r x r products; not finite if a factor is not.
     """
     squares = to_floats([_squared_norm(site).clamp(min=0) for _, site in sites])  # rounding: -0
-    return {
-        name: site.scale * math.sqrt(square)
-        for (name, site), square in zip(sites, squares, strict=True)
-    }
+    return {name: math.sqrt(square) for (name, _), square in zip(sites, squares, strict=True)}
 
 
 def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:
@@ -119,7 +116,8 @@ def _squared_norm(site: Site) -> Tensor:
     if autocasts(site.lora_A.device.type):
         with torch.autocast(site.lora_A.device.type, enabled=False):
             return _squared_norm(site)
-    A, B = site.lora_A.detach(), site.lora_B.detach()
-    wide = torch.promote_types(A.dtype, torch.float32)
-    A, B = A.to(wide), B.to(wide)
-    return (full(A @ A.t()) * full(B.t() @ B)).sum()
+    lazy = site.low_rank(site.weight)
+    wide = torch.promote_types(lazy.lora_A.dtype, torch.float32)
+    A, B = lazy.lora_A.to(wide), lazy.lora_B.to(wide)
+    square: Tensor = lazy.scale**2 * (full(A @ A.t()) * full(B.t() @ B)).sum()
+    return square

@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import is_fully_sharded, is_sharded, reshard_
+from relora_core._sharding import full, is_fully_sharded, is_sharded, reshard_
+from relora_core.lazy_weight import add_rounding_once
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     check_target,
@@ -63,8 +64,9 @@ class Site:
 
     @property
     def scale(self) -> float:
-        """The scale s of B A."""
-        return self.low_rank.scale
+        """The scale s of B A; where it is trained, this waits for the device."""
+        scale = self.low_rank.scale
+        return scale if isinstance(scale, float) else full(scale).item()
 
     @property
     def restart(self) -> int:
@@ -73,7 +75,8 @@ class Site:
 
     def merged(self) -> Tensor:
         """Return W + s B A, detached."""
-        return self.low_rank(self.weight).materialize().detach()  # type: ignore[no-any-return]
+        base = self.weight
+        return add_rounding_once(base, self.low_rank(base).delta()).detach()
 
     def merge_(self) -> None:
         """W += s B A, and B is zeroed."""
@@ -134,6 +137,8 @@ def add_low_rank_(
     alpha: float | None = None,
     seed: int = 0,
     rank_pattern: Mapping[str, int] | None = None,
+    dropout: float = 0.0,
+    trainable_scale: bool = False,
 ) -> nn.Module:
     r"""Make the `weight` of every matching module a low-rank site, in place.
 
@@ -151,6 +156,10 @@ def add_low_rank_(
         alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
         seed: of every draw, which is also keyed by the module's name and the restart.
         rank_pattern: `{glob: rank}` for sites of another rank; the first glob that matches counts.
+        dropout: of the low-rank path's input while training, from 0 to below 1; for linear layers
+            only. It keeps a mask and a copy of the input for backward at every site.
+        trainable_scale: whether each site's $s$ is trained, from `alpha / rank` on. A restart
+            merges with its value, and keeps it.
 
     Returns:
         `model`.
@@ -199,11 +208,19 @@ def add_low_rank_(
     for name, module in chosen.items():
         try:
             base = check_target(module, "weight")
-            check_low_rank(base, rank=ranks[name], alpha=alpha, seed=seed)
+            check_low_rank(base, rank=ranks[name], alpha=alpha, seed=seed, dropout=dropout)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
     for name, module in chosen.items():
-        register_low_rank(module, rank=ranks[name], alpha=alpha, seed=seed, name=name)
+        register_low_rank(
+            module,
+            rank=ranks[name],
+            alpha=alpha,
+            seed=seed,
+            name=name,
+            dropout=dropout,
+            trainable_scale=trainable_scale,
+        )
     return model
 
 

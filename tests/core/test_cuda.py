@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -97,6 +98,26 @@ def test_a_restart_works_with_every_kind_of_adamw(options):
         for key in ("exp_avg", "exp_avg_sq")
     )
     assert zeros >= report.reset.zeroed > 0
+
+
+def test_a_restart_waits_for_the_device_as_often_for_many_sites_as_for_one():
+    counts = []
+    for layers in (1, 7):
+        model = nn.Sequential(*(nn.Linear(64, 64, device="cuda") for _ in range(layers)))
+        relora.add_low_rank_(model, "*", rank=4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model(torch.randn(3, 64, device="cuda")).sum().backward()
+        optimizer.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                relora.restart_(model, optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len([w for w in caught if "synchronizing" in str(w.message)]))
+    assert counts == [2, 2]
 
 
 def test_a_grad_scaler_skips_infinite_steps_through_the_wrapper():

@@ -1,11 +1,14 @@
 """The two-path linear: equal to the dense sum, at the cost of the two paths."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import relora_core as relora
@@ -136,24 +139,122 @@ class TestCost:
         plain, _ = dense_twin(layer)
         assert self.flops(plain.to("meta")) / full >= 1.0
 
-    def test_no_tensor_of_the_weight_s_size_is_made(self):
-        layer = relora.register_low_rank(nn.Linear(64, 48, bias=False), rank=4)
-        made = []
+    def test_only_the_output_and_the_input_s_gradient_are_made_whole(self):
+        T, n, m, r = 37, 64, 48, 4
+        names = {(T, n): "T n", (T, m): "T m", (m, n): "m n", (n, m): "m n"}
+        layer = relora.register_low_rank(nn.Linear(n, m), rank=r, alpha=3.0)
+        x = torch.randn(T, n, requires_grad=True)
+        g = torch.randn(T, m)
+        seen = {x.data_ptr(), g.data_ptr(), relora.Site(layer, "weight").weight.data_ptr()}
+        made, alive = [], []
 
         class Watch(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 out = func(*args, **(kwargs or {}))
-                outs = out if isinstance(out, tuple | list) else [out]
-                weight = relora.Site(layer, "weight").weight
-                for one in outs:
-                    if isinstance(one, torch.Tensor) and one.numel() == weight.numel():
-                        made.append(one.data_ptr() == weight.data_ptr())
+                for one in out if isinstance(out, tuple | list) else [out]:
+                    if isinstance(one, torch.Tensor) and one.data_ptr() not in seen:
+                        seen.add(one.data_ptr())
+                        alive.append(one)  # so that no address is used again
+                        made.append(names.get(tuple(one.shape), "small"))
                 return out
 
-        x = torch.randn(5, 64, requires_grad=True)
         with Watch():
-            layer(x).sum().backward()
-        assert all(made)  # views of W itself only
+            layer(x).backward(g)
+        assert sorted(name for name in made if name != "small") == ["T m", "T n"]
+        made.clear()
         with Watch():
-            F.linear(x, layer.weight.materialize()).sum().backward()
-        assert not all(made)  # the watch does see a dense weight
+            F.linear(x, layer.weight.materialize()).backward(g)
+        assert "m n" in made  # the watch does see a dense weight
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_between_forward_and_backward_the_input_and_rank_numbers_a_token_are_kept(self, bias):
+        T, n, m, r = 37, 64, 48, 4
+        layer = relora.register_low_rank(nn.Linear(n, m, bias=bias), rank=r)
+        own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(T, n, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(x)
+        assert sorted(kept.values()) == [4 * T * r, 4 * T * n]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_as_near_to_float64_as_a_plain_linear(dtype):
+    layer = low_rank_layer(24, 40, 6, dtype=torch.float64)
+    exact = copy.deepcopy(layer)
+    merged = nn.Linear(40, 24).double()
+    merged.load_state_dict(relora.merged_state_dict(layer))
+    layer.to(dtype), merged.to(dtype)
+    site, exact_site = relora.Site(layer, "weight"), relora.Site(exact, "weight")
+    x, g = torch.randn(64, 40, dtype=dtype), torch.randn(64, 24, dtype=dtype)
+    x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    y, y64, plain = layer(x), exact(x64), merged(x)
+    y.backward(g)
+    y64.backward(g.double())
+
+    def error(ours, exact):
+        return ((ours.double() - exact).norm() / exact.norm()).item()
+
+    assert y.dtype == site.lora_A.grad.dtype == dtype
+    assert error(y, y64) <= 2 * error(plain, y64)
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert error(x.grad, x64.grad) <= tolerance
+    assert error(site.lora_A.grad, exact_site.lora_A.grad) <= tolerance
+    assert error(site.lora_B.grad, exact_site.lora_B.grad) <= tolerance
+
+
+def test_activation_checkpointing_changes_no_bit():
+    layer = low_rank_layer(dtype=torch.float32)
+    site = relora.Site(layer, "weight")
+    x = torch.randn(4, 7)
+    layer(x).square().sum().backward()
+    expected = [p.grad.clone() for p in (site.lora_A, site.lora_B, layer.bias)]
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    assert all(map(torch.equal, (site.lora_A.grad, site.lora_B.grad, layer.bias.grad), expected))
+
+
+class TestTorchFunc:
+    """torch.func sees plain operations, so every transform that a plain linear allows works."""
+
+    def call(self, layer, **changed):
+        named = {n: p.detach() for n, p in layer.named_parameters()} | changed
+        return lambda x: torch.func.functional_call(layer, named, (x,))
+
+    def test_an_ensemble_of_adapters_is_mapped_over_one_weight(self):
+        layer = low_rank_layer()
+        x = torch.randn(4, 7, dtype=torch.float64)
+        A, B = (torch.randn(3, *shape, dtype=torch.float64) for shape in ((3, 7), (5, 3)))
+        names = [f"parametrizations.weight.0.lora_{which}" for which in "AB"]
+
+        def one(a, b):
+            return self.call(layer, **dict(zip(names, (a, b), strict=True)))(x)
+
+        together = torch.func.vmap(one)(A, B)
+        for index in range(3):
+            torch.testing.assert_close(together[index], one(A[index], B[index]))
+
+    def test_forward_mode_agrees_with_reverse_mode(self):
+        layer = low_rank_layer()
+        x = torch.randn(7, dtype=torch.float64)
+        apply = self.call(layer)
+        torch.testing.assert_close(torch.func.jacfwd(apply)(x), torch.func.jacrev(apply)(x))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        torch.testing.assert_close(tangent, torch.func.jacrev(apply)(x).sum(1))
+
+    def test_a_hessian_is_that_of_the_dense_sum(self):
+        layer = low_rank_layer()
+        plain, _ = dense_twin(layer)
+        x = torch.randn(7, dtype=torch.float64)
+        cubed = [lambda x, f=f: f(x).pow(3).sum() for f in (self.call(layer), plain)]
+        ours, dense = (torch.func.hessian(f)(x) for f in cubed)
+        torch.testing.assert_close(ours, dense)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import relora_core as relora
+from relora_core import selection
 from tests.core.test_sites import TARGETS, Model
 from tests.reference import randomize_, ulp
 
@@ -228,6 +230,35 @@ def test_inside_autocast_it_measures_in_full_precision():
     with torch.autocast("cpu", dtype=torch.float16):
         inside = relora.restart_(model, optimizer)
     assert inside == relora.restart_(twin, other)
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_the_host_waits_as_often_for_many_sites_as_for_one(layers):
+    """Twice: for NaN and for the norms. On a device entries are selected by sorting."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+    relora.add_low_rank_(model, "*", rank=2)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    waits = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "bincount"):
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def tolist(tensor):
+        waits.append(tensor.shape)
+        return torch._C.TensorBase.tolist(tensor)
+
+    with (
+        mock.patch.object(selection, "_by_counting", selection._by_sorting),
+        mock.patch.object(torch.Tensor, "tolist", tolist),
+        Watch(),
+    ):
+        relora.restart_(model, optimizer)
+    assert waits == [(layers * 4,), (layers,)]  # moments, norms
 
 
 def test_a_frozen_site_needs_no_optimizer():

@@ -36,7 +36,8 @@ def train(rank, world_size, wrap):
     torch.manual_seed(0)
     model = Net()
     torch.manual_seed(1000 + rank)  # from here on every rank's randomness is its own
-    relora.add_low_rank_(model, ["mlp.*"], rank=3, alpha=6.0, seed=3)
+    relora.add_low_rank_(model, ["mlp.0"], rank=3, alpha=6.0, seed=3)
+    relora.add_low_rank_(model, ["mlp.2"], rank=3, alpha=6.0, seed=3, trainable_scale=True)
     model = wrap(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = relora.ResettableOptimizer(torch.optim.AdamW(trained, lr=1e-2))
