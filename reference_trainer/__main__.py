@@ -1,12 +1,14 @@
 """The command line: `python -m reference_trainer <command>`."""
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from reference_trainer import options
+from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
 from reference_trainer.errors import UserError
 from reference_trainer.export import export
@@ -35,6 +37,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(message)
 
+    def unknown(self, argument: str) -> UserError:
+        """Return the error for an option that this parser does not have."""
+        own = [string for action in self._actions for string in action.option_strings]
+        name = argument.partition("=")[0]
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.0)[0].removeprefix("--")
+        return UserError(f"unknown option {argument}: the nearest is {close} (see --help)")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
@@ -45,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = _parser()
         known, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise UserError(_unknown(known.command, unknown[0]))
+            raise known.parser.unknown(unknown[0])
         known.run(known)
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
@@ -74,6 +83,7 @@ def _parser() -> _Parser:
         made: argparse.ArgumentParser = commands.add_parser(
             name, help=help, description=help, formatter_class=formatting, allow_abbrev=False
         )
+        made.set_defaults(parser=made)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return made
 
@@ -94,6 +104,11 @@ def _parser() -> _Parser:
     one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
     options.add_options(one, only="parallel")
     one.set_defaults(run=_export)
+
+    one = command("bench", "measure the arms that a user would pick instead, interleaved")
+    one.epilog = run.EXAMPLES
+    run.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _say(*run.bench(arguments)))
 
     one = command("report", "draw a run's picture from its metrics, also while it runs")
     one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
@@ -160,11 +175,6 @@ def _run(directory: Path, given: dict[str, object]) -> Config:
         raise UserError(f"{directory} holds no run (no config.yaml): give a run's directory")
     whole = directory.resolve()
     return options.resolve(file, {**given, "runs": str(whole.parent), "name": whole.name})
-
-
-def _unknown(command: str, argument: str) -> str:
-    name = argument.removeprefix("--").partition("=")[0]
-    return f"unknown option {argument}: {options.nearest(name)} (see {command} --help)"
 
 
 def _say(*lines: str) -> None:

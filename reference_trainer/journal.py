@@ -1,12 +1,7 @@
 """What happens in a run, turned into records and lines on the terminal."""
 
-import os
-import platform
-import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,28 +135,3 @@ class Journal:
         sites = dict(relora.low_rank_sites(self.stage.model))
         names = spread(list(sites), self.config.log.rank_sites)
         return {name: sites[name].merged() if merged else sites[name].weight for name in names}
-
-
-def environment(config: Config, world: World) -> dict[str, object]:
-    """Return what a figure must say about where its numbers come from."""
-    cuda = world.device.type == "cuda"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "processes": world.size,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "seed": config.seed,
-        "rank": config.relora.rank,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -12,10 +12,11 @@ from reference_trainer import checkpoint
 from reference_trainer.begin import check, open_directory
 from reference_trainer.config import Config, phases
 from reference_trainer.data import Batches, Windows, open_windows
+from reference_trainer.environment import environment
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export
 from reference_trainer.files import locked
-from reference_trainer.journal import Journal, environment
+from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
 from reference_trainer.prepare import read_index
@@ -58,7 +59,8 @@ def train(config: Config, *, resume: bool = False) -> None:
             since=(step, position.phase) if position else (0, ""),
         )
         with writer as metrics:
-            metrics.write("start", step, **environment(config, world))
+            known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
+            metrics.write("start", step, **environment(world.device), **known)
             for phase in phases(config):
                 if step < phase.stop:
                     stage = build_stage(config, phase, shape, world)

@@ -1,63 +1,26 @@
-"""The two-path linear layer: W and its low-rank update are applied side by side.
+"""The linear layer over W + s B A, and which of its two forms computes it.
 
 Shapes: T tokens, n inputs, m outputs, r rank. x (T, n), W (m, n), A (r, n), B (m, r), b (m).
-"""
 
-from typing import Any
+Two paths, x Wᵀ + s (x Aᵀ) Bᵀ, are right over every W. The merged form, x (W + s B A)ᵀ, saves the
+products that apply B A beside W, 2 T r (m + n) operations, for forming the sum in forward and in
+backward, 4 m n r. It is right only where the sum is not rounded to 16 bits: over a 16-bit W that
+drops most of a small update. (Rounding the sum of an fp32 W, under autocast, would be right, but
+was measured to be slower than two paths.) So the merged form computes in fp32 and wider, from where
+it pays on; `docs/cost.md` has the measurements.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from relora_core.merged import MergedLinear
+from relora_core.two_paths import TwoPathLinear
 
-class _TwoPathLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, and u = x Aᵀ, which backward needs again.
-
-    With g the gradient of y and h = s g B, shared by two of them:
-
-        dx = g W + h A        dA = hᵀ x        dB = s gᵀ u        db = Σ g
-
-    No (m, n) gradient exists unless W itself asks for one, and y and dx are the only tensors of
-    their sizes. u is an output, rather than hidden in `ctx`, so that a second derivative finds
-    its way through it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
-    ) -> tuple[Tensor, Tensor]:
-        u = x @ A.t()
-        y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
-        ctx.save_for_backward(x, W, A, B, u)
-        ctx.set_materialize_grads(False)
-        ctx.s = s
-        return y.addmm_(u, B.t(), alpha=s), u
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, W, A, B, u = ctx.saved_tensors
-        need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
-        g, gu = grads
-        dx = dW = dA = dB = db = None
-        if g is not None:
-            if need_x or need_A:
-                h = ctx.s * (g @ B)
-                gu = h if gu is None else gu + h
-            if need_x:
-                dx = g @ W
-            if need_W:
-                dW = g.t() @ x
-            if need_B:
-                dB = ctx.s * (g.t() @ u)
-            if need_b:
-                db = g.sum(0)
-        if gu is not None:
-            if need_x:
-                dx = gu @ A if dx is None else dx.addmm_(gu, A)
-            if need_A:
-                dA = gu.t() @ x
-        return dx, dW, dA, dB, db, None
+# In units of m n / (m + n) tokens. From 2 on the merged form takes fewer operations; what is above
+# that pays for its passes over W.
+MERGED_FROM = 4
 
 
 def autocasts(device: str) -> bool:
@@ -76,6 +39,13 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the merged form is right and fast, computing in `dtype`."""
+    m, n = weight.shape
+    exact = weight.dtype == dtype and dtype in (torch.float32, torch.float64)
+    return exact and tokens * (m + n) >= MERGED_FROM * m * n
+
+
 def low_rank_linear(
     input: Tensor,
     weight: Tensor,
@@ -85,23 +55,27 @@ def low_rank_linear(
     bias: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Apply `F.linear(input, weight + scale * lora_B @ lora_A, bias)` without forming the sum.
+    """Apply `F.linear(input, weight + scale * lora_B @ lora_A, bias)`, its gradients factored.
 
     The factors take part in `weight`'s dtype; under autocast everything takes part in autocast's,
-    as it does in `F.linear`. Between forward and backward the input is kept, and T r numbers more;
-    with dropout of the low-rank path's input, instead of the input what dropout made of it, and
-    its mask.
+    as it does in `F.linear`. Between forward and backward the input is kept, and T r numbers more
+    in two paths; with dropout of the low-rank path's input, instead of the input what dropout made
+    of it, and its mask.
     """
     if autocasts(input.device.type) and torch.float64 not in (input.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = input.to(dtype), weight.to(dtype)
+        input, W = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    lora_A, lora_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    else:
+        dtype, W = weight.dtype, weight
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
     if dropout or transformed():
-        u = F.linear(F.dropout(input, dropout), lora_A)
-        return F.linear(input, weight, bias) + scale * F.linear(u, lora_B)
-    y, _ = _TwoPathLinear.apply(  # type: ignore[no-untyped-call]
-        input.reshape(-1, input.shape[-1]), weight, lora_A, lora_B, bias, scale
-    )
+        u = F.linear(F.dropout(input, dropout), A)
+        return F.linear(input, W, bias) + scale * F.linear(u, B)
+    x = input.reshape(-1, input.shape[-1])
+    if pays_merged(x.shape[0], weight, dtype):
+        y = MergedLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = TwoPathLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
     output: Tensor = y.reshape(*input.shape[:-1], weight.shape[0])
     return output

@@ -1,6 +1,8 @@
-"""The two-path linear: equal to the dense sum, at the cost of the two paths."""
+"""The linear: equal to the dense sum in both of its forms, at the cost of neither's gradient."""
 
 import copy
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import relora_core as relora
+from relora_core import linear
+from relora_core.merged import MergedLinear
 from tests.reference import dense_twin, randomize_
+
+FORMS = {"two paths": math.inf, "merged": 0}
+
+
+@pytest.fixture(autouse=True, params=FORMS)
+def form(request):
+    """Compute every test's linears in one form, then in the other."""
+    with mock.patch.object(linear, "MERGED_FROM", FORMS[request.param]):
+        yield request.param
 
 
 def low_rank_layer(out=5, inner=7, rank=3, bias=True, dtype=torch.float64):
@@ -123,13 +136,14 @@ class TestCost:
             layer(x).sum().backward()
         return counter.get_total_flops()
 
-    def test_two_paths_cost_what_the_formula_says(self):
-        layer = nn.Linear(self.N, self.M, bias=False, device="meta")
+    def test_each_form_costs_what_its_formula_says(self, form):
+        T, m, n, r = self.T, self.M, self.N, self.R
+        layer = nn.Linear(n, m, bias=False, device="meta")
         full = self.flops(layer)
-        assert full == 6 * self.T * self.M * self.N
-        low_rank = self.flops(relora.register_low_rank(layer, rank=self.R))
-        two_paths = 4 * self.T * self.M * self.N + 6 * self.T * self.R * (self.M + self.N)
-        assert low_rank == two_paths
+        assert full == 6 * T * m * n
+        low_rank = self.flops(relora.register_low_rank(layer, rank=r))
+        thin = {"two paths": 6 * T * r * (m + n), "merged": 4 * T * r * (m + n) + 4 * m * n * r}
+        assert low_rank == 4 * T * m * n + thin[form]
         assert low_rank / full <= 0.80
 
     def test_a_dense_parametrization_costs_more_than_full_rank(self):
@@ -139,7 +153,7 @@ class TestCost:
         plain, _ = dense_twin(layer)
         assert self.flops(plain.to("meta")) / full >= 1.0
 
-    def test_only_the_output_and_the_input_s_gradient_are_made_whole(self):
+    def test_only_the_output_and_the_input_s_gradient_are_made_whole(self, form):
         T, n, m, r = 37, 64, 48, 4
         names = {(T, n): "T n", (T, m): "T m", (m, n): "m n", (n, m): "m n"}
         layer = relora.register_low_rank(nn.Linear(n, m), rank=r, alpha=3.0)
@@ -158,16 +172,17 @@ class TestCost:
                         made.append(names.get(tuple(one.shape), "small"))
                 return out
 
+        sums = {"two paths": [], "merged": ["m n", "m n"]}[form]  # in forward, in backward
         with Watch():
             layer(x).backward(g)
-        assert sorted(name for name in made if name != "small") == ["T m", "T n"]
+        assert sorted(name for name in made if name != "small") == ["T m", "T n", *sums]
         made.clear()
         with Watch():
             F.linear(x, layer.weight.materialize()).backward(g)
-        assert "m n" in made  # the watch does see a dense weight
+        assert made.count("m n") > len(sums)  # the watch does see a dense gradient
 
     @pytest.mark.parametrize("bias", [True, False])
-    def test_between_forward_and_backward_the_input_and_rank_numbers_a_token_are_kept(self, bias):
+    def test_the_input_and_at_most_rank_numbers_a_token_are_kept_for_backward(self, bias, form):
         T, n, m, r = 37, 64, 48, 4
         layer = relora.register_low_rank(nn.Linear(n, m, bias=bias), rank=r)
         own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -181,7 +196,8 @@ class TestCost:
         x = torch.randn(T, n, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(x)
-        assert sorted(kept.values()) == [4 * T * r, 4 * T * n]
+        thin = {"two paths": [4 * T * r], "merged": []}[form]
+        assert sorted(kept.values()) == [*thin, 4 * T * n]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -219,6 +235,43 @@ def test_activation_checkpointing_changes_no_bit():
     layer.zero_grad()
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     assert all(map(torch.equal, (site.lora_A.grad, site.lora_B.grad, layer.bias.grad), expected))
+
+
+class TestChoice:
+    def merges(self, tokens, out=64, inner=32, dtype=torch.float32, computed=None):
+        layer = relora.register_low_rank(nn.Linear(inner, out, dtype=dtype), rank=2)
+        x = torch.randn(tokens, inner, dtype=dtype)
+        with (
+            mock.patch.object(linear, "MERGED_FROM", 4),
+            mock.patch.object(linear, "MergedLinear") as merged,
+            torch.autocast("cpu", dtype=computed, enabled=computed is not None),
+        ):
+            merged.apply.side_effect = MergedLinear.apply
+            layer(x)
+        return merged.apply.called
+
+    def test_many_tokens_over_a_weight_in_full_precision_are_merged(self):
+        assert not self.merges(85)  # 4 * 64 * 32 / (64 + 32) = 85.3
+        assert self.merges(86)
+        assert self.merges(86, dtype=torch.float64)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_weight_of_sixteen_bits_never_is(self, dtype):
+        """Rounding W + s B A to W's own grid drops what is less than half of its last place."""
+        assert not self.merges(10_000, dtype=dtype)
+
+    def test_under_autocast_none_is(self):
+        assert not self.merges(10_000, computed=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_the_merged_form_a_restart_changes_no_bit(dtype, form):
+    layer = low_rank_layer(24, 40, 6, dtype=dtype)
+    site = relora.Site(layer, "weight")
+    x = torch.randn(64, 40, dtype=dtype)
+    before = layer(x)
+    relora.restart_(layer, torch.optim.AdamW([site.lora_A, site.lora_B]))
+    assert torch.equal(layer(x), before) is (form == "merged")
 
 
 class TestTorchFunc:

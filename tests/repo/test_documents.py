@@ -1,6 +1,7 @@
 """Every Python block of the README and the docs runs, and every file they name exists."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_a_block_runs_as_written(block, tmp_path, monkeypatch):
 
 def test_there_are_blocks_to_run():
     assert BLOCKS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_is_the_one_that_its_results_give(page):
+    """`python docs/draw.py` writes them."""
+    script = runpy.run_path(str(ROOT / "docs" / "draw.py"))
+    text = page.read_text()
+    assert script["with_tables"](text) == text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        {"_sharding", "schedule", "linear", "embedding", "selection", "moments"},
-        {"lazy_weight", "pruning"},
+        {"_sharding", "schedule", "two_paths", "merged", "embedding", "selection", "moments"},
+        {"linear", "pruning"},
+        {"lazy_weight"},
         {"low_rank", "optimizer"},
         {"register"},
         {"sites"},
@@ -19,33 +20,38 @@ LAYERS = {
         {"__init__"},
     ],
     "reference_trainer": [
-        {"__init__", "errors", "model"},
-        {"config", "files"},
-        {"metrics"},
+        {"__init__", "errors", "environment", "model", "bench.__init__", "bench.memory"},
+        {"config", "files", "flops", "bench.arms", "bench.results"},
+        {"metrics", "bench.picture"},
         {"options", "world", "documents", "tokenizer"},
         {"prepare", "parallel", "checkpoint", "rank", "report"},
-        {"data", "stage"},
-        {"begin", "evaluate", "journal", "export"},
-        {"train"},
+        {"data", "stage", "bench.subjects"},
+        {"begin", "evaluate", "journal", "export", "bench.measure"},
+        {"train", "bench.restarts"},
+        {"bench.run"},
         {"__main__"},
     ],
 }
 MODULES = [
-    (package, path.stem) for package in LAYERS for path in sorted((ROOT / package).glob("*.py"))
+    (package, ".".join(path.relative_to(ROOT / package).with_suffix("").parts))
+    for package in LAYERS
+    for path in sorted((ROOT / package).rglob("*.py"))
 ]
-USES_THE_CORE = {"stage", "journal", "train", "export"}
+USES_THE_CORE = {"stage", "journal", "train", "export", "bench.arms", "bench.restarts"}
 
 
 def imported(package: str, module: str) -> set[str]:
     """Return the full names of the modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / package / f"{module}.py").read_text())):
+    file = (ROOT / package).joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{package}.{module} has a relative import"
-            own = node.module == package
-            found |= {f"{package}.{a.name}" for a in node.names} if own else {node.module}
+            own = (ROOT / node.module.replace(".", "/")).is_dir()
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if own else {node.module}
     return found
 
 
@@ -60,7 +66,8 @@ def test_a_module_imports_from_lower_layers_only(package, module):
     layers = LAYERS[package]
     level = next(i for i, layer in enumerate(layers) if module in layer)
     below = set().union(*layers[:level])
-    own = {n.split(".")[1] for n in imported(package, module) if n.startswith(f"{package}.")}
+    names = imported(package, module)
+    own = {n.removeprefix(f"{package}.") for n in names if n.startswith(f"{package}.")}
     assert own <= below
 
 

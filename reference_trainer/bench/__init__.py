@@ -1,0 +1,1 @@
+"""Measures what a user would pick instead, against it, in one run."""

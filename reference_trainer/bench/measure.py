@@ -1,0 +1,125 @@
+"""Arms in turn in one process, so that what slows the machine slows them all."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from reference_trainer.bench.arms import ARMS
+from reference_trainer.bench.memory import kept_bytes, peak_bytes, state_bytes
+from reference_trainer.bench.subjects import Subject
+from reference_trainer.flops import counted_flops
+from reference_trainer.world import World
+
+WARM_UPS = 2
+
+
+Timed = Callable[[], dict[str, float]]
+"""Does something, and returns the seconds of each of its parts by name."""
+
+
+def interleaved(
+    timed: Mapping[str, Timed], repeats: int, description: str
+) -> dict[str, list[dict[str, float]]]:
+    """Run each once a round, the first one changing from round to round; return their seconds."""
+    names = list(timed)
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    total = (WARM_UPS + repeats) * len(names)
+    with tqdm(total=total, desc=description, unit="run", disable=None) as bar:
+        for number in range(WARM_UPS + repeats):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                parts = timed[name]()
+                if number >= WARM_UPS:
+                    seconds[name].append(parts)
+                bar.update()
+    return seconds
+
+
+def measure(
+    subject: Subject,
+    arms: Sequence[tuple[str, str, bool]],
+    world: World,
+    *,
+    rank: int,
+    repeats: int,
+    seed: int,
+    recompute: bool,
+) -> list[dict[str, Any]]:
+    """Return a record for each arm: seconds of each repeat, operations and memory.
+
+    Args:
+        subject: what is run.
+        arms: (name, arm, whether compiled).
+        world: of one process.
+        rank: of the arms that have one.
+        repeats: timed rounds.
+        seed: of weights and inputs.
+        recompute: checkpoint the activations of each block (level "model").
+    """
+    timed: dict[str, Timed] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for name, arm, compiled in tqdm(arms, desc=f"{subject.name}: building", disable=None):
+        prepare_ = _preparing(arm, rank)
+        torch.manual_seed(seed)
+        work = subject.work(prepare_, world, compiled=compiled, recompute=recompute)
+        trained = [p for p in work.module.parameters() if p.requires_grad]
+        # Fused, for every arm: the fastest AdamW that torch has, of which full rank has the most.
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+        work.backward()
+        optimizer.step()
+        state = state_bytes(work.module, optimizer)
+        optimizer.zero_grad()
+        records[name] = _counted(subject, name, arm, rank) | {
+            "trained_parameters": sum(p.numel() for p in trained),
+            "kept_bytes": kept_bytes(work.module, work.forward),
+            "peak_bytes": state + peak_bytes(work.backward, world.device),
+        }
+        optimizer.zero_grad()
+        timed[name] = _step(work.backward, optimizer, world.device)
+
+    for name, seconds in interleaved(timed, repeats, subject.name).items():
+        for part in ("backward", "step"):
+            records[name][f"{part}_seconds"] = [parts[part] for parts in seconds]
+    return list(records.values())
+
+
+def count(
+    subject: Subject, arms: Sequence[tuple[str, str, bool]], *, rank: int
+) -> list[dict[str, Any]]:
+    """Return a record for each arm with its operations only."""
+    return [_counted(subject, name, arm, rank) for name, arm, _ in arms]
+
+
+def _counted(subject: Subject, name: str, arm: str, rank: int) -> dict[str, Any]:
+    flops = counted_flops(subject.on_meta(_preparing(arm, rank)).backward)
+    return {"event": "arm", "subject": subject.name, "arm": name, "flops": flops}
+
+
+def _preparing(arm: str, rank: int) -> Callable[[nn.Module], None]:
+    return lambda module: ARMS[arm](module, rank)
+
+
+def _step(
+    backward: Callable[[], None], optimizer: torch.optim.Optimizer, device: torch.device
+) -> Timed:
+    def run() -> dict[str, float]:
+        began = now(device)
+        backward()
+        middle = now(device)
+        optimizer.step()
+        done = now(device)
+        optimizer.zero_grad()
+        return {"backward": middle - began, "step": done - began}
+
+    return run
+
+
+def now(device: torch.device) -> float:
+    """Return the time after all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

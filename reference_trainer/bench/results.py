@@ -1,0 +1,137 @@
+"""A measurement on file and as a table: JSON lines of every repeat, and what follows from them."""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reference_trainer.errors import UserError
+
+FEWEST = 7  # repeats that a ratio needs
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The quartiles of repeats.
+
+    Args:
+        low: the first.
+        median: the second.
+        high: the third.
+    """
+
+    low: float
+    median: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return the quartiles of `values`; of a single one, it thrice.
+
+    Example:
+        >>> spread([1, 2, 3, 4, 5])
+        Spread(low=2.0, median=3.0, high=4.0)
+    """
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread | None:
+    """Return the quartiles of value / baseline round by round, or None of too few rounds.
+
+    Example:
+        >>> ratio([1.0] * 7, [2.0] * 7)
+        Spread(low=0.5, median=0.5, high=0.5)
+        >>> ratio([1.0] * 6, [2.0] * 6) is None
+        True
+    """
+    if len(values) < FEWEST:
+        return None
+    return spread([value / base for value, base in zip(values, baseline, strict=True)])
+
+
+def write(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Write one JSON object a line."""
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file that `write` wrote.
+
+    Raises:
+        UserError: if it is not one.
+    """
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    if not records or records[0].get("event") != "bench":
+        raise UserError(f"{file} holds no measurement of `bench`")
+    return records
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the Markdown table of a measurement, the line that says where it was made first."""
+    blocks = [_where(records[0])]
+    for subject, arms in by_subject(records):
+        rows = [_row(arm, arms[0]) for arm in arms]
+        header = list(rows[0])
+        lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
+        title = f"**{subject}**, ratios to {arms[0]['arm']}"
+        blocks.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if not enough(records):
+        blocks.append(f"No ratio of times from fewer than {FEWEST} repeats.")
+    return "\n\n".join(blocks)
+
+
+def enough(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether every arm was repeated often enough for a ratio."""
+    arms = [record for record in records if record["event"] == "arm"]
+    return all(len(arm.get("step_seconds", ())) >= FEWEST for arm in arms)
+
+
+def by_subject(
+    records: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Iterate over (subject, its arms), the baseline first."""
+    arms = [record for record in records if record["event"] == "arm"]
+    for subject in dict.fromkeys(record["subject"] for record in arms):
+        yield subject, [record for record in arms if record["subject"] == subject]
+
+
+def _where(first: dict[str, Any]) -> str:
+    known = [f"{first['device']}, {first['threads']} threads", f"torch {first['torch']}"]
+    known += [
+        f"{key} {first[key]}"
+        for key in ("model", "dtype", "tokens", "length", "rank", "seed")
+        if key in first
+    ]
+    return ", ".join([*known, str(first["date"])[:10]])
+
+
+def _row(arm: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
+    row = {"arm": str(arm["arm"])}
+    for part, title in (("backward", "forward + backward"), ("step", "whole step")):
+        if f"{part}_seconds" not in arm:
+            continue
+        values, baseline = arm[f"{part}_seconds"], base[f"{part}_seconds"]
+        if part == "step" and "backward_seconds" not in arm:
+            title = "time"
+        row[title] = f"{spread(values).median * 1e3:,.0f} ms"
+        row[f"{title}, ratio (quartiles)"] = _quartiles(ratio(values, baseline))
+    for key, title, unit in (
+        ("flops", "TFLOP", 1e12),
+        ("kept_bytes", "kept for backward, MB", 1e6),
+        ("peak_bytes", "peak, MB", 1e6),
+    ):
+        if key in arm:
+            share = arm[key] / base[key]
+            row[title] = f"{arm[key] / unit:,.{3 if key == 'flops' else 0}f} ({share:.3f})"
+    return row
+
+
+def _quartiles(ratio: Spread | None) -> str:
+    return "-" if ratio is None else f"{ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
