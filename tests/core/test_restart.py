@@ -41,8 +41,7 @@ def everything(model, optimizer):
 def test_the_function_stays_to_two_units_of_the_last_place(compute):
     """Of the compute dtype, at the largest output; weights are stored in fp32 or wider.
 
-    In fp32 and fp64 the model's six matrix products round in another order before and after a
-    merge, and single outputs may differ by a unit or two more; their root mean square may not.
+    In fp32 and fp64 twenty tokens are enough for the merged form, and no bit changes.
     """
     model, optimizer = training(torch.promote_types(compute, torch.float32))
     tokens = torch.randint(0, 11, (4, 5))
@@ -55,9 +54,7 @@ def test_the_function_stays_to_two_units_of_the_last_place(compute):
             after = model(tokens)
         assert before.dtype == compute
         unit = ulp(torch.maximum(before.abs(), after.abs()).max())
-        apart = (after - before).double().div(unit)
-        assert apart.square().mean().sqrt() <= 2
-        assert apart.abs().max() <= (2 if compute == torch.bfloat16 else 4)
+        assert (after - before).abs().max() <= (2 * unit if compute == torch.bfloat16 else 0)
 
 
 @given(data=st.data())

@@ -153,10 +153,8 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
             relora.restart_(stage.model, stage.optimizer)
             after = stage.model(tokens)
         assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        # 14 matrices in a row round anew: single logits may differ by more than their mean.
-        apart = (after - before).double() / ulp(before.abs().max())
-        assert apart.square().mean().sqrt() <= 2
-        assert apart.abs().max() <= (4 if precision == "bf16" else 32)
+        apart = (after - before).abs().max() / ulp(before.abs().max())
+        assert apart <= (2 if precision == "bf16" else 0)
 
 
 def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
