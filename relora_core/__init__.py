@@ -3,7 +3,7 @@
 from relora_core.low_rank import LowRank
 from relora_core.moments import declare_moments
 from relora_core.optimizer import ResetReport, ResettableOptimizer, reset_optimizer_
-from relora_core.pruning import magnitude_prune_
+from relora_core.pruning import magnitude_prune_, random_prune_
 from relora_core.register import is_low_rank, register_low_rank, remove_low_rank
 from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
@@ -28,6 +28,7 @@ __all__ = [
     "magnitude_prune_",
     "merge_",
     "merged_state_dict",
+    "random_prune_",
     "register_low_rank",
     "reinit_",
     "remove_low_rank",

@@ -1,7 +1,9 @@
 """How a tensor is spread over processes. The only file that names DTensor or FSDP."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
@@ -14,6 +16,29 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has been applied to `model` or to a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def sharding(tensor: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
+    """Return what two tensors share if their parts lie on the same processes; None if whole.
+
+    It is the mesh and those of its dimensions, of two processes or more, over which the tensor is
+    split.
+    """
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    split = [d for d, p in enumerate(tensor.placements) if p.is_shard() and mesh.size(d) > 1]
+    return (mesh, tuple(split)) if split else None
+
+
+def shard_sum(counts: Tensor, like: Tensor | None) -> Tensor:
+    """Add `counts` up, in place, over the processes that `like` is split over."""
+    split = None if like is None else sharding(like)
+    if split is not None:
+        mesh, dims = split
+        for dim in dims:
+            dist.all_reduce(counts, group=mesh.get_group(dim))
+    return counts
 
 
 def full(tensor: Tensor) -> Tensor:

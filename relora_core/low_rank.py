@@ -1,6 +1,5 @@
 """The parametrization W + s B A: its factors, their draws and their merge."""
 
-import hashlib
 import math
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from relora_core._sharding import copy_from_full_, is_sharded, replicated, row_parts
 from relora_core.lazy_weight import LazyWeight, add_rounding_once
+from relora_core.randomness import keyed_uniform
 
 
 class LowRank(nn.Module):
@@ -177,11 +177,8 @@ def draw_A(
     The generator is keyed by a hash of the three names, and the global one is left alone.
     `uniform_` in fp32 gives the same bits on every CPU, which `normal_` does not.
     """
-    digest = hashlib.blake2b(f"{seed}/{name}/{restart}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-    bound = 1 / math.sqrt(shape[1])
-    empty = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
-    return empty.uniform_(-bound, bound, generator=generator)
+    key, bound = f"{seed}/{name}/{restart}", 1 / math.sqrt(shape[1])
+    return keyed_uniform(key, shape, bound=bound, pinned=pinned)
 
 
 def add_update_(W: Tensor, B: Tensor, A: Tensor, s: float) -> None:

@@ -1,6 +1,7 @@
 """Reset the moments of some parameters, in any optimizer; and a wrapper that has it as a method."""
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,11 +9,46 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.moments import find_moments
-from relora_core.pruning import check_prunable, check_ratio, has_nan, prune_mask, zero_where_
+from relora_core.moments import ParameterState, find_states
+from relora_core.pruning import (
+    check_prunable,
+    check_ratio,
+    has_nan,
+    magnitude_masks,
+    random_mask,
+    zero_where_,
+)
 from relora_core.selection import drop_count
 
 Masks = Literal["joint", "independent"]
+Rule = Literal["magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class Reset:
+    """How moments are reset.
+
+    Args:
+        prune_ratio: from 0 to 1, the fraction to zero; 1 zeroes all.
+        masks: "joint", one for a parameter's moments, or "independent", one for each.
+        rule: "magnitude", the smallest go, or "random".
+        reset_step: whether the parameters' step counts begin anew.
+
+    Raises:
+        ValueError: if a value is none of these.
+    """
+
+    prune_ratio: float = 0.99
+    masks: Masks = "joint"
+    rule: Rule = "magnitude"
+    reset_step: bool = False
+
+    def __post_init__(self) -> None:
+        check_ratio(self.prune_ratio, "prune_ratio")
+        if self.masks not in ("joint", "independent"):
+            raise ValueError(f"masks must be 'joint' or 'independent'; got {self.masks!r}")
+        if self.rule not in ("magnitude", "random"):
+            raise ValueError(f"rule must be 'magnitude' or 'random'; got {self.rule!r}")
 
 
 @dataclass(frozen=True)
@@ -40,14 +76,17 @@ def reset_optimizer_(
     *,
     prune_ratio: float = 0.99,
     masks: Masks = "joint",
+    rule: Rule = "magnitude",
+    reset_step: bool = False,
+    seed: int = 0,
 ) -> ResetReport:
-    r"""Prune the optimizer's moments of `params` by magnitude.
+    r"""Prune the optimizer's moments of `params`.
 
     With one joint mask a parameter's moments are zeroed together, where the leading one (for
     Adam $m$ = `exp_avg`) is smallest. This differs from the authors' code, which prunes each by
     itself ("independent"): that leaves $m \ne 0$ over $v = 0$, and while $B = 0$ keeps $A$'s
-    gradient at zero, $A$ then moves by `lr * m / eps` in a step. Step counters, hyperparameters
-    and all other parameters' states stay as they are.
+    gradient at zero, $A$ then moves by `lr * m / eps` in a step. Hyperparameters, all other
+    parameters' states and, unless asked for, step counts stay as they are.
 
     Args:
         optimizer: any torch optimizer whose moments are known (see `declare_moments`), or a
@@ -55,13 +94,19 @@ def reset_optimizer_(
         params: some of its parameters.
         prune_ratio: from 0 to 1, the fraction to zero as in `magnitude_prune_`; 1 zeroes all.
         masks: "joint" or "independent".
+        rule: "magnitude", or "random" as in `random_prune_`.
+        reset_step: whether to begin the parameters' step counts anew, so that Adam corrects the
+            bias of its new moments as it did at first. The authors' code never does.
+        seed: of the random rule, which is also keyed by the parameter's place in `params`.
 
     Returns:
         A `ResetReport`.
 
     Raises:
         ValueError: if an argument is out of range, a parameter is not the optimizer's, its state
-            has undeclared keys, or a moment holds NaN. Nothing is changed then.
+            has undeclared keys, or a moment holds NaN; if the optimizer keeps factored statistics
+            only and `prune_ratio` is not 1; if it counts no steps for each parameter and
+            `reset_step` is asked for. Nothing is changed then.
         TypeError: if a moment is not floating point.
 
     Example:
@@ -74,41 +119,86 @@ def reset_optimizer_(
 
     Reference: https://arxiv.org/abs/2307.05695, section 3: 99% by magnitude.
     """
-    moments = plan_reset(optimizer, params, prune_ratio=prune_ratio, masks=masks)
-    return apply_reset_(moments, prune_ratio=prune_ratio, masks=masks)
+    reset = Reset(prune_ratio, masks, rule, reset_step)
+    params = list(params)
+    states = plan_reset(optimizer, params, reset)
+    return apply_reset_(states, reset, [f"{seed}/{index}" for index in range(len(params))])
 
 
 def plan_reset(
-    optimizer: Optimizer, params: Iterable[nn.Parameter], *, prune_ratio: float, masks: Masks
-) -> list[list[Tensor]]:
-    """Return the moments that a reset will prune, or raise what `reset_optimizer_` raises."""
-    check_ratio(prune_ratio, "prune_ratio")
-    if masks not in ("joint", "independent"):
-        raise ValueError(f"masks must be 'joint' or 'independent'; got {masks!r}")
-    found = find_moments(optimizer, params)
-    for moment in (moment for moments in found for moment in moments):
-        check_prunable(moment)
-    if has_nan([moment for moments in found for moment in moments]):
+    optimizer: Optimizer, params: Iterable[nn.Parameter], reset: Reset
+) -> list[ParameterState]:
+    """Return the states that a reset will change, or raise what `reset_optimizer_` raises."""
+    states = find_states(optimizer, params)
+    for state in states:
+        for moment in state.moments:
+            check_prunable(moment)
+        if state.factors and not state.moments and reset.prune_ratio < 1:
+            raise ValueError(
+                "the optimizer keeps factored statistics, which no entry of a parameter owns, so "
+                f"they cannot be pruned; got prune_ratio={reset.prune_ratio:g}: give 1, which "
+                "zeroes them"
+            )
+        if reset.reset_step and not state.clock:
+            raise ValueError(
+                "the optimizer counts no steps for each parameter, so there is none to reset: "
+                "leave reset_step out"
+            )
+    tensors = [tensor for state in states for tensor in (*state.moments, *state.factors)]
+    if has_nan(tensors):
         raise ValueError(
             "the optimizer's moments hold NaN, which has no magnitude: go back to a checkpoint "
             "from before, and skip steps whose gradients are not finite"
         )
-    return found
+    return states
 
 
 @torch.no_grad()
-def apply_reset_(found: list[list[Tensor]], *, prune_ratio: float, masks: Masks) -> ResetReport:
-    """Prune what `plan_reset` returned."""
+def apply_reset_(
+    states: Sequence[ParameterState], reset: Reset, keys: Sequence[str]
+) -> ResetReport:
+    """Prune what `plan_reset` returned; `keys` of random masks are by the parameters' places."""
     entries = zeroed = 0
-    for moments in found:
-        mask = prune_mask(moments[0], prune_ratio)
-        for moment in moments:
-            if masks == "independent" and moment is not moments[0]:
-                mask = prune_mask(moment, prune_ratio)
-            zero_where_(moment, mask)
-            entries += moment.numel()
-            zeroed += drop_count(moment.numel(), prune_ratio)
+    moments = [moment for state in states for moment in state.moments]
+    for moment, mask in zip(moments, _masks(states, reset, keys), strict=True):
+        zero_where_(moment, mask)
+        entries += moment.numel()
+        zeroed += drop_count(moment.numel(), reset.prune_ratio)
+    for state in states:
+        for factor in state.factors:
+            entries += factor.numel()
+            if reset.prune_ratio == 1:
+                factor.zero_()
+                zeroed += factor.numel()
+        if reset.reset_step:
+            _restart_clock_(state)
     return ResetReport(entries, zeroed)
+
+
+def _masks(states: Sequence[ParameterState], reset: Reset, keys: Sequence[str]) -> Iterator[Tensor]:
+    """Yield the mask of every moment, in order."""
+    ratio, joint = reset.prune_ratio, reset.masks == "joint"
+    chosen_by = [state.moments[:1] if joint else state.moments for state in states]
+    if reset.rule == "magnitude":
+        masks = iter(magnitude_masks([m for group in chosen_by for m in group], ratio))
+    else:
+        masks = (
+            random_mask(moment, ratio, f"{keys[state.index]}/{number}")
+            for state, group in zip(states, chosen_by, strict=True)
+            for number, moment in enumerate(group)
+        )
+    for state, group in zip(states, chosen_by, strict=True):
+        own = list(itertools.islice(masks, len(group)))
+        yield from own * len(state.moments) if joint else own
+
+
+def _restart_clock_(state: ParameterState) -> None:
+    for key, begin in state.clock.items():
+        count = state.state.get(key)
+        if isinstance(count, Tensor):
+            count.fill_(begin)
+        elif count is not None:
+            state.state[key] = type(count)(begin)
 
 
 def _delegated(name: str) -> Any:
@@ -182,9 +272,20 @@ class ResettableOptimizer(Optimizer):
         *,
         prune_ratio: float = 0.99,
         masks: Masks = "joint",
+        rule: Rule = "magnitude",
+        reset_step: bool = False,
+        seed: int = 0,
     ) -> ResetReport:
         """Prune the moments of `params`: see `reset_optimizer_`."""
-        return reset_optimizer_(self.inner, params, prune_ratio=prune_ratio, masks=masks)
+        return reset_optimizer_(
+            self.inner,
+            params,
+            prune_ratio=prune_ratio,
+            masks=masks,
+            rule=rule,
+            reset_step=reset_step,
+            seed=seed,
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the inner optimizer's parameters."""

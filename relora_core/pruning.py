@@ -1,11 +1,13 @@
-"""Prune a tensor by magnitude: exact in count, and the same sharded as on one device."""
+"""Prune tensors by magnitude or at random: exact in count, and the same sharded as whole."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from relora_core._sharding import full, local, local_part
+from relora_core._sharding import local, local_part, shard_sum, sharding
+from relora_core.randomness import keyed_uniform
 from relora_core.selection import drop_count, smallest
 
 
@@ -42,16 +44,55 @@ def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
     check_prunable(tensor)
     if has_nan([tensor]):
         raise ValueError("cannot rank a tensor that holds NaN: find what produced it")
-    zero_where_(tensor, prune_mask(tensor, ratio))
+    (mask,) = magnitude_masks([tensor], ratio)
+    zero_where_(tensor, mask)
     return tensor
 
 
-def prune_mask(tensor: Tensor, ratio: float) -> Tensor:
-    """Mark the entries of this rank's part of `tensor` that `magnitude_prune_` zeroes."""
-    whole = full(tensor)
-    if whole.dtype.itemsize == 1:  # torch ranks no 8-bit floats
-        whole = whole.float()
-    mask = smallest(whole, drop_count(tensor.numel(), ratio))
+@torch.no_grad()
+def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
+    r"""Zero entries of `tensor` chosen at random, exactly as many as `magnitude_prune_` would.
+
+    $k = \lfloor \texttt{ratio} \cdot (n - 1) \rfloor + 1$ of $n$ entries, each set of them as
+    likely as any other. The choice depends on `seed` and the shape alone, so every process of every
+    world size makes the same; the global generator is left alone.
+
+    Args:
+        tensor: any shape and dtype, changed in place.
+        ratio: from 0 to 1; 1 zeroes everything.
+        seed: of the choice.
+
+    Returns:
+        `tensor`.
+
+    Raises:
+        ValueError: if `ratio` is outside [0, 1]. Nothing is changed then.
+        TypeError: if `tensor` is not floating point.
+
+    Example:
+        >>> int((random_prune_(torch.ones(1000), ratio=0.9) == 0).sum())
+        900
+
+    Reference: `reset_optimizer` of https://github.com/Guitaricet/relora, which keeps each entry
+    with a probability instead, drawn on each process by itself.
+    """
+    check_ratio(ratio, "ratio")
+    check_prunable(tensor)
+    zero_where_(tensor, random_mask(tensor, ratio, f"{seed}"))
+    return tensor
+
+
+def magnitude_masks(tensors: Sequence[Tensor], ratio: float) -> list[Tensor]:
+    """Mark the entries of this rank's parts of `tensors` that `magnitude_prune_` zeroes."""
+    # torch ranks no 8-bit floats
+    ranked = [tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors]
+    return smallest(ranked, [drop_count(tensor.numel(), ratio) for tensor in tensors])
+
+
+def random_mask(tensor: Tensor, ratio: float, key: str) -> Tensor:
+    """Mark the entries of this rank's part of `tensor` that a draw of this key chooses."""
+    draw = keyed_uniform(f"{key}/prune", tensor.shape, bound=1.0)
+    (mask,) = smallest([draw], [drop_count(draw.numel(), ratio)])
     return local_part(mask, tensor)
 
 
@@ -64,10 +105,19 @@ def zero_where_(tensor: Tensor, mask: Tensor) -> None:
     part.masked_fill_(mask, 0)
 
 
-def has_nan(tensors: list[Tensor]) -> bool:
-    """Whether any of `tensors` holds NaN, on any rank; waits for the device once."""
+def has_nan(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of `tensors` holds NaN, on any rank; waits for the device once.
+
+    Tensors that are sharded over the same processes share one collective.
+    """
+    together: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        together.setdefault((sharding(tensor), tensor.device), []).append(tensor.detach())
     # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
-    sums = [full(_sum_of_magnitudes(tensor.detach())) for tensor in tensors]
+    sums = [
+        shard_sum(torch.stack([_sum_of_magnitudes(local(t)) for t in group]), group[0]).sum()
+        for group in together.values()
+    ]
     return any(math.isnan(value) for value in to_floats(sums))
 
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from relora_core._sharding import full
 from relora_core.linear import autocasts
-from relora_core.optimizer import Masks, ResetReport, apply_reset_, plan_reset
+from relora_core.optimizer import Masks, Reset, ResetReport, Rule, apply_reset_, plan_reset
 from relora_core.pruning import to_floats
 from relora_core.sites import Site, sites_of
 
@@ -43,6 +43,8 @@ def restart_(
     *,
     prune_ratio: float = 0.99,
     masks: Masks = "joint",
+    rule: Rule = "magnitude",
+    reset_step: bool = False,
 ) -> RestartReport:
     r"""Merge, redraw and prune: $W \leftarrow W + s B A$, $A \leftarrow$ new, $B \leftarrow 0$.
 
@@ -55,6 +57,8 @@ def restart_(
         optimizer: that holds the sites' factors; any wrapper `reset_optimizer_` accepts.
         prune_ratio: fraction of the factors' moments to zero, from 0 to 1.
         masks: "joint" or "independent", see `reset_optimizer_`.
+        rule: "magnitude", or "random", keyed by each site's seed, name and restart.
+        reset_step: whether the factors' step counts begin anew, see `reset_optimizer_`.
 
     Returns:
         A `RestartReport`.
@@ -72,16 +76,22 @@ def restart_(
 
     Reference: https://arxiv.org/abs/2307.05695, Algorithm 1, lines 8 to 12.
     """
+    reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
-    factors = [p for _, site in sites for p in (site.lora_A, site.lora_B) if p.requires_grad]
-    moments = plan_reset(optimizer, factors, prune_ratio=prune_ratio, masks=masks)
+    factors = {
+        f"{site.low_rank.seed}/{name}/{site.restart}/{which}": factor
+        for name, site in sites
+        for which, factor in (("lora_A", site.lora_A), ("lora_B", site.lora_B))
+        if factor.requires_grad
+    }
+    states = plan_reset(optimizer, factors.values(), reset)
     norms = update_norms(sites)
     _refuse_overflow(sites, norms)
 
     for _, site in sites:
         site.merge_()
         site.redraw_()
-    return RestartReport(norms, apply_reset_(moments, prune_ratio=prune_ratio, masks=masks))
+    return RestartReport(norms, apply_reset_(states, reset, list(factors)))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """When to restart, and the learning rate around it: one clock, in optimizer steps."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,15 +10,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True)
 class Restarts:
-    r"""The clock: a restart before every step $t = k \cdot$ `every`, $k \ge 1$.
+    r"""The clock: a restart before every step $t = $ `first` $ + k \cdot$ `every`, $k \ge 0$.
 
     Args:
         every: the period, in optimizer steps.
-        warmup: how many steps the learning rate takes from 0 at a restart back to full, from 1
-            to `every - 1`.
+        warmup: how many steps the learning rate takes from 0 at a restart back to full, at
+            least 1.
+        first: the step of the first restart, at least 1; `every` if None. After a warm start of
+            $w$ steps on the same clock, $w$ + `every` gives every cycle its full length.
+        anneal: how many steps the learning rate takes from full down to 0 at a restart; 0 to
+            drop at once, as in the paper.
 
     Raises:
-        ValueError: if `warmup` is not in that range.
+        ValueError: if a value is out of range, or `warmup + anneal` leaves no step of a period at
+            the full rate.
         TypeError: if an argument is not an int.
 
     Example:
@@ -27,36 +32,59 @@ class Restarts:
         [10, 20, 30]
         >>> [restarts.factor(step) for step in range(9, 16)]
         [1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+        >>> offset = Restarts(every=10, warmup=2, first=13, anneal=2)
+        >>> [step for step in range(31) if offset.at(step)]
+        [13, 23]
+        >>> [offset.factor(step) for step in range(10, 16)]
+        [1.0, 1.0, 0.5, 0.0, 0.5, 1.0]
 
     Reference: https://arxiv.org/abs/2307.05695, section 3, "jagged cosine".
     """
 
     every: int
     warmup: int
+    first: int | None = field(default=None, kw_only=True)
+    anneal: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or isinstance(value, bool):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole and not (name == "first" and value is None):
                 raise TypeError(f"{name} must be an int, in optimizer steps; got {value!r}")
-        if not 1 <= self.warmup < self.every:
+        if self.warmup < 1 or self.anneal < 0 or self.warmup + self.anneal >= self.every:
             raise ValueError(
-                "a restart period must be longer than its warm-up, and the warm-up at least one "
-                f"step; got every={self.every}, warmup={self.warmup}"
+                "a restart period must be longer than its warm-up and anneal together, and the "
+                f"warm-up at least one step; got every={self.every}, warmup={self.warmup}, "
+                f"anneal={self.anneal}"
             )
+        if self.first is not None and self.first <= self.anneal:
+            raise ValueError(
+                "the first restart must come after its anneal and at step 1 or later; got "
+                f"first={self.first}, anneal={self.anneal}"
+            )
+
+    @property
+    def _first(self) -> int:
+        return self.every if self.first is None else self.first
 
     def at(self, step: int) -> bool:
         """Whether a restart runs before `step` (counted from 0)."""
-        return step > 0 and step % self.every == 0
+        return step >= self._first and (step - self._first) % self.every == 0
 
     def count(self, step: int) -> int:
         """How many restarts have run when `step` runs, the one at `step` included."""
-        return max(step, 0) // self.every
+        return 0 if step < self._first else (step - self._first) // self.every + 1
 
     def factor(self, step: int) -> float:
-        """Return the ramp in [0, 1] at `step`: 0 at a restart, 1 from `warmup` steps after it."""
-        if step < self.every:
-            return 1.0
-        return min(1.0, step % self.every / self.warmup)
+        """Return the ramp in [0, 1] at `step`: 0 at a restart, 1 from `warmup` steps after it on.
+
+        And 1 until `anneal` steps before the next.
+        """
+        since = step - self._first
+        left = -since if since < 0 else self.every - since % self.every
+        up = 1.0 if since < 0 else min(1.0, since % self.every / self.warmup)
+        down = min(1.0, left / self.anneal) if self.anneal else 1.0
+        return min(up, down)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""Which entries of a tensor are its smallest by magnitude, by an exact count."""
+"""Which entries of tensors are their smallest by magnitude, by an exact count, sharded or not."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from relora_core._sharding import local, local_part, shard_sum, sharding
 
 _DIGIT = 11  # bits a pass looks at
 _CHUNK = 2**18  # entries worked on at once, so that they stay in the cache
@@ -19,68 +22,168 @@ def drop_count(entries: int, ratio: float) -> int:
     return 0 if entries == 0 else math.floor(ratio * (entries - 1)) + 1
 
 
-def smallest(tensor: Tensor, count: int) -> Tensor:
-    """Mark the `count` entries smallest by magnitude; among equals, the lowest index goes first.
+def smallest(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Mark in each tensor its `counts[i]` entries smallest by magnitude, among equals the first.
+
+    "First" is by the index in the whole tensor, so that a sharded tensor has the mask that it
+    would have on one device. Tensors of one dtype that are sharded over the same processes share
+    their collectives: for each dimension of the mesh at most six (nine for fp64), whatever the
+    number of tensors.
 
     Args:
-        tensor: floating point of 16 bits or more, of any shape, without NaN, on one device.
-        count: from 0 to the number of entries.
+        tensors: floating point of 16 bits or more, of any shape, without NaN, sharded or not.
+        counts: from 1 to the number of the whole tensor's entries; 0 of an empty one.
 
     Returns:
-        A bool tensor of the same shape with exactly `count` entries True.
+        For each tensor a bool mask of this rank's part. Off the CPU the host never waits.
     """
-    flat = tensor.flatten()
+    masks: dict[int, Tensor] = {}
+    together: dict[object, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if sharding(tensor) is None:
+            part = local(tensor)
+            select = _by_counting if part.device.type == "cpu" else _by_sorting
+            masks[index] = select(part.flatten(), counts[index]).view(part.shape)
+        else:
+            together.setdefault((sharding(tensor), tensor.dtype), []).append(index)
+    for indices in together.values():
+        shards = [tensors[i] for i in indices]
+        on_cpu = local(shards[0]).device.type == "cpu"
+        found = _of_shards(shards, [counts[i] for i in indices], on_cpu=on_cpu)
+        masks |= dict(zip(indices, found, strict=True))
+    return [masks[index] for index in range(len(tensors))]
+
+
+def _by_counting(flat: Tensor, count: int) -> Tensor:
+    mask = torch.zeros_like(flat, dtype=torch.bool)
     if count == 0:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-    elif flat.device.type == "cpu":
-        mask = _by_counting(flat, count)
-    else:
-        mask = _by_sorting(flat, count)
-    return mask.view(tensor.shape)
+        return mask
+    (threshold,), (left,), (ties,) = _kth([_Counted(flat)], [count], _width(flat), None)
+    mask = _at_most(flat, threshold)
+    if left < ties:
+        equal = torch.cat([_key(chunk) == threshold for chunk in _chunks(flat)])
+        mask[equal.nonzero().squeeze(1)[left:]] = False
+    return mask
 
 
 def _by_sorting(flat: Tensor, count: int) -> Tensor:
-    """Sort them all: nothing waits for the device, which sorts fast."""
     order = flat.abs().argsort(stable=True)
     return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, order[:count], True)
 
 
-def _by_counting(flat: Tensor, count: int) -> Tensor:
-    """Find the threshold by a radix select over the magnitudes' bits, which are in their order.
+def _of_shards(shards: Sequence[Tensor], counts: Sequence[int], *, on_cpu: bool) -> list[Tensor]:
+    parts = [local(shard).flatten() for shard in shards]
+    rows = _Counted if on_cpu else _Sorted
+    threshold, left, ties = _kth([rows(p) for p in parts], counts, _width(parts[0]), shards[0])
+    masks = [_at_most(part, t) for part, t in zip(parts, threshold, strict=True)]
+    # Among equals by their place in the whole tensor. Every process sees the same counts, and
+    # agrees on whether that is needed; off the CPU to look would be to wait.
+    if not on_cpu or bool((left < ties).any()):
+        equal = [_key(part) == t for part, t in zip(parts, threshold, strict=True)]
+        places = [_places(shard) for shard in shards]
+        bits = max(shard.numel() for shard in shards).bit_length()
+        keys = [
+            rows(place[same] if on_cpu else place.where(same, 2**bits))
+            for place, same in zip(places, equal, strict=True)
+        ]
+        last, _, _ = _kth(keys, left, bits + 1, shards[0])
+        for mask, same, place, end in zip(masks, equal, places, last, strict=True):
+            mask &= ~same | (place <= end)
+    return [mask.view(local(shard).shape) for mask, shard in zip(masks, shards, strict=True)]
 
-    Each pass counts how often every value of the next bits occurs among the entries that agree
-    with the threshold so far, and so learns those bits of it.
+
+def _kth(
+    rows: Sequence["_Counted | _Sorted"],
+    counts: Sequence[int] | Tensor,
+    width: int,
+    like: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the `counts[i]`-th smallest key of each row by a radix select over `width` bits.
+
+    Each pass counts how often every value of the next bits occurs among the keys that agree with
+    the result so far, over all processes that share `like`, and so learns those bits of it.
+
+    Returns:
+        The keys; how many of the equal ones are counted in; and how many equal ones there are.
     """
-    chunks = _chunks(flat)
-    candidates = chunks
-    shift, digits, wanted = 8 * flat.itemsize - 1, 2**_DIGIT, count
-    while shift:
-        width = min(_DIGIT, shift)
-        shift -= width
-        histogram = torch.zeros(digits, dtype=torch.int64)
-        for chunk in candidates:
-            histogram += torch.bincount(_digit(chunk, shift, width), minlength=digits)
-        up_to = histogram.cumsum(0)
-        digit = int(torch.searchsorted(up_to, wanted))
-        wanted -= int(up_to[digit] - histogram[digit])
-        agree = torch.cat([c[_digit(c, shift, width) == digit] for c in candidates])
-        candidates = _chunks(agree)
-    threshold, ties = candidates[0][0].abs(), int(histogram[digit])
+    wanted = torch.as_tensor(counts, device=rows[0].device)
+    found = torch.zeros_like(wanted)
+    while width:
+        step = min(_DIGIT, width)
+        width -= step
+        histogram = shard_sum(torch.stack([row.histogram(width, step) for row in rows]), like)
+        up_to = histogram.cumsum(1)
+        digit = torch.searchsorted(up_to, wanted.unsqueeze(1)).clamp_(max=2**_DIGIT - 1)
+        equal = histogram.gather(1, digit).squeeze(1)
+        wanted = wanted - (up_to.gather(1, digit).squeeze(1) - equal)
+        found += digit.squeeze(1) << width
+        for row, chosen in zip(rows, digit.squeeze(1), strict=True):
+            row.keep(chosen, width, step)
+    return found, wanted, equal
 
+
+class _Counted:
+    """Keys counted one by one: for the CPU, where a look at the counts costs nothing."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.device = flat.device
+        self.chunks = _chunks(flat)
+
+    def histogram(self, shift: int, step: int) -> Tensor:
+        total = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        for chunk in self.chunks:
+            total += torch.bincount(_digit(chunk, shift, step), minlength=2**_DIGIT)
+        return total
+
+    def keep(self, digit: Tensor, shift: int, step: int) -> None:
+        agree = [c[_digit(c, shift, step) == digit] for c in self.chunks]
+        self.chunks = _chunks(torch.cat(agree))
+
+
+class _Sorted:
+    """Keys sorted once, then counted by searching: for devices, which nothing waits for."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.device = flat.device
+        self.keys = _key(flat).to(torch.int64).sort().values
+        self.found = torch.zeros((), dtype=torch.int64, device=flat.device)
+
+    def histogram(self, shift: int, step: int) -> Tensor:
+        edges = torch.arange(2**_DIGIT + 1, device=self.device).clamp_(max=2**step)
+        return torch.searchsorted(self.keys, self.found + (edges << shift)).diff()
+
+    def keep(self, digit: Tensor, shift: int, step: int) -> None:
+        self.found = self.found + (digit << shift)
+
+
+def _width(flat: Tensor) -> int:
+    return 8 * flat.itemsize - 1
+
+
+def _key(values: Tensor) -> Tensor:
+    """Return integers in the order of the magnitudes: their bits."""
+    if not values.is_floating_point():
+        return values
+    return values.abs().view(_INTEGERS[values.itemsize])
+
+
+def _digit(values: Tensor, shift: int, step: int) -> Tensor:
+    digit: Tensor = (_key(values) >> shift) & (2**step - 1)
+    return digit
+
+
+def _at_most(flat: Tensor, threshold: Tensor) -> Tensor:
     mask = torch.empty_like(flat, dtype=torch.bool)
-    for marked, chunk in zip(_chunks(mask), chunks, strict=True):
-        torch.le(chunk.abs(), threshold, out=marked)
-    if wanted < ties:
-        equal = torch.cat([chunk.abs() == threshold for chunk in chunks])
-        mask.index_fill_(0, equal.nonzero().squeeze(1)[wanted:], False)
+    for marked, chunk in zip(_chunks(mask), _chunks(flat), strict=True):
+        torch.le(_key(chunk), threshold, out=marked)
     return mask
 
 
 def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(flat, _CHUNK)
+    return torch.split(flat, _CHUNK) if flat.device.type == "cpu" else (flat,)
 
 
-def _digit(chunk: Tensor, shift: int, width: int) -> Tensor:
-    bits = chunk.abs().view(_INTEGERS[chunk.itemsize]) >> shift
-    first = shift + width == 8 * chunk.itemsize - 1
-    return bits if first else bits & (2**width - 1)
+def _places(shard: Tensor) -> Tensor:
+    """Return the index in the whole tensor of each entry of this rank's part."""
+    whole = torch.arange(shard.numel(), device=local(shard).device).view(shard.shape)
+    return local_part(whole, shard).flatten()

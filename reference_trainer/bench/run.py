@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--level", default="block", choices=("linear", "block", "model", "restart", "prune"))
     add("--model", default="1.3b", choices=PRESETS, help="shape (default: 1.3b)")
     add("--layers", type=_positive, help="blocks of the model, over the preset's")
+    add("--vocab", type=_positive, default=32_000, help="tokens of the model (default: 32000)")
     add("--blocks", type=_positive, default=1, help="of level restart (default: 1)")
     names = usual()
     add("--arms", nargs="+", default=names, help=f"the first is the baseline ({' '.join(names)})")
@@ -75,7 +76,7 @@ def bench(arguments: argparse.Namespace) -> list[str]:
         return _shown(measurements, arguments.picture)
     if world_size() > 1:
         raise UserError("`bench` runs as one process: start it without torchrun")
-    shape = preset(arguments.model, vocab_size=32_000)
+    shape = preset(arguments.model, vocab_size=arguments.vocab)
     if arguments.layers:
         shape = dataclasses.replace(shape, layers=arguments.layers)
     arms = parse_arms(arguments.arms)
@@ -97,7 +98,7 @@ def bench(arguments: argparse.Namespace) -> list[str]:
         elif arguments.level == "prune":
             records += measure_prune(world.device, repeats=arguments.repeats)
         else:
-            keys = ("dtype", "tokens", "length", "rank", "checkpoint_activations")
+            keys = ("dtype", "tokens", "length", "rank", "vocab", "checkpoint_activations")
             first |= {key: getattr(arguments, key) for key in keys} | {"layers": shape.layers}
             for subject in chosen:
                 records += _measured(subject, arms, arguments, world)

@@ -26,8 +26,7 @@ OPTIMIZERS = {
     "Adagrad": (torch.optim.Adagrad, {}),
     "Adadelta": (torch.optim.Adadelta, {}),
 }
-UNKNOWN = {
-    "Adafactor": (torch.optim.Adafactor, {}),
+REFUSED = {
     "ASGD": (torch.optim.ASGD, {}),
     "Rprop": (torch.optim.Rprop, {}),
 }
@@ -109,13 +108,105 @@ def test_a_joint_mask_leaves_no_momentum_over_a_zero_second_moment():
         assert bool(stray.any()) is not safe
 
 
-@pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_optimizer_is_refused_with_its_keys_and_the_way_to_declare_it(kind):
-    optimizer, params = stepped(*UNKNOWN[kind])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_optimizer_whose_state_is_no_average_is_refused_with_the_reason(kind):
+    optimizer, params = stepped(*REFUSED[kind])
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=rf"declare_moments\({kind}"):
+    with pytest.raises(ValueError, match=rf"{kind} cannot be reset: its `\w+` is"):
         relora.reset_optimizer_(optimizer, params)
     assert str(snapshot(optimizer)) == str(before)
+
+
+class TestFactoredStatistics:
+    """No entry of a parameter owns a row's or a column's statistic: all go, or none."""
+
+    def test_pruning_them_is_refused(self):
+        optimizer, params = stepped(torch.optim.Adafactor, {})
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=r"factored statistics.*got prune_ratio=0.99: give 1"):
+            relora.reset_optimizer_(optimizer, params)
+        assert str(snapshot(optimizer)) == str(before)
+
+    def test_a_full_reset_zeroes_them(self):
+        optimizer, params = stepped(torch.optim.Adafactor, {})
+        report = relora.reset_optimizer_(optimizer, params, prune_ratio=1.0)
+        state = optimizer.state[params[0]]
+        assert not state["row_var"].any()
+        assert not state["col_var"].any()
+        assert report.entries == report.zeroed == 6 + 5 + 7
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_muon_s_momentum_is_pruned():
+    optimizer, params = stepped(torch.optim.Muon, {}, params=[nn.Parameter(torch.randn(6, 5))])
+    report = relora.reset_optimizer_(optimizer, params, prune_ratio=0.9)
+    momentum = optimizer.state[params[0]]["momentum_buffer"]
+    assert int((momentum == 0).sum()) == report.zeroed == math.floor(0.9 * 29) + 1
+
+
+class TestRandomRule:
+    def masks(self, **options):
+        optimizer, params = stepped(torch.optim.AdamW, {})
+        report = relora.reset_optimizer_(
+            optimizer, params, prune_ratio=0.8, rule="random", **options
+        )
+        values = [m for p in params for m in moments_of(optimizer, p).values()]
+        assert report.zeroed == sum(int((value == 0).sum()) for value in values)
+        assert report.zeroed == 2 * (math.floor(0.8 * 29) + 1 + math.floor(0.8 * 6) + 1)
+        return [(value == 0).flatten().tolist() for value in values]
+
+    def test_depends_on_the_seed_alone(self):
+        first = self.masks(seed=3)
+        torch.rand(5)
+        assert self.masks(seed=3) == first
+        assert self.masks(seed=4) != first
+
+    def test_masks_are_joint_or_each_moment_s_own(self):
+        m, v, *_ = self.masks()
+        assert m == v
+        m, v, *_ = self.masks(masks="independent")
+        assert m != v
+
+    def test_leaves_the_global_generator_alone(self):
+        state = torch.get_rng_state()
+        self.masks()
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        stepped(torch.optim.AdamW, {})
+        assert torch.equal(torch.get_rng_state(), after)
+
+
+class TestStepReset:
+    @pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if "SGD" not in k])
+    def test_begins_the_count_of_the_given_parameters_anew(self, kind):
+        optimizer, params = stepped(*OPTIMIZERS[kind])
+        count = torch.as_tensor(optimizer.state[params[1]]["step"]).clone()
+        relora.reset_optimizer_(optimizer, params[:1], reset_step=True)
+        assert optimizer.state[params[0]]["step"] == 0
+        assert optimizer.state[params[1]]["step"] == count == 3
+        if kind == "NAdam":
+            assert optimizer.state[params[0]]["mu_product"] == 1
+            assert optimizer.state[params[1]]["mu_product"] != 1
+
+    def test_with_a_full_reset_the_next_update_is_the_very_first(self):
+        optimizer, params = stepped(torch.optim.AdamW, {"weight_decay": 0.0}, steps=50)
+        relora.reset_optimizer_(optimizer, params, prune_ratio=1.0, reset_step=True)
+        before = params[0].detach().clone()
+        params[0].grad = torch.randn_like(params[0])
+        optimizer.step()
+        expected = before - 1e-2 * params[0].grad.sign()
+        torch.testing.assert_close(params[0].detach(), expected, atol=1e-6, rtol=1e-5)
+
+    def test_where_no_steps_are_counted_it_is_refused(self):
+        optimizer, params = stepped(torch.optim.SGD, {"momentum": 0.9})
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match="counts no steps for each parameter"):
+            relora.reset_optimizer_(optimizer, params, reset_step=True)
+        assert str(snapshot(optimizer)) == str(before)
 
 
 def test_a_declared_optimizer_is_reset(monkeypatch):
@@ -157,6 +248,7 @@ def test_declaring_nonsense_is_refused():
     [
         (lambda o, p: None, {"prune_ratio": 1.1}, "prune_ratio must be between 0 and 1; got 1.1"),
         (lambda o, p: None, {"masks": "both"}, "masks must be 'joint' or 'independent'"),
+        (lambda o, p: None, {"rule": "size"}, "rule must be 'magnitude' or 'random'"),
         (lambda o, p: p.append(nn.Parameter(torch.ones(2))), {}, "1 of 3 parameters are not in"),
         (lambda o, p: o.state[p[1]]["exp_avg_sq"].fill_(math.nan), {}, "moments hold NaN"),
     ],
@@ -180,9 +272,10 @@ class TestWrapper:
             if schedule:
                 schedule.step()
 
-    @pytest.mark.parametrize("kind", [*OPTIMIZERS, *UNKNOWN])
+    @pytest.mark.parametrize("kind", [*OPTIMIZERS, *REFUSED, "Adafactor"])
     def test_steps_as_the_inner_one_does_bit_for_bit(self, kind):
-        make, options = {**OPTIMIZERS, **UNKNOWN}[kind]
+        known = {**OPTIMIZERS, **REFUSED, "Adafactor": (torch.optim.Adafactor, {})}
+        make, options = known[kind]
         results = []
         for wrap in (lambda o: o, relora.ResettableOptimizer):
             inner, params = stepped(make, options, steps=1)

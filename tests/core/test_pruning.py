@@ -62,6 +62,32 @@ def test_both_ways_of_selecting_equal_sorting(select, data):
     assert mask.nonzero().squeeze(1).tolist() == sorted(order[:count])
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+@given(data=st.data())
+def test_many_tensors_at_once_are_each_selected_as_if_alone(on_cpu, data):
+    """The way of shards, here of one process: by counting, and by sorting as on a device."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    entries = st.lists(ties | st.floats(-4, 4, width=16), min_size=1, max_size=60)
+    tensors = [torch.tensor(data.draw(entries), dtype=dtype) for _ in range(3)]
+    counts = [data.draw(st.integers(1, len(tensor))) for tensor in tensors]
+    together = selection._of_shards(tensors, counts, on_cpu=on_cpu)
+    for tensor, count, mask in zip(tensors, counts, together, strict=True):
+        assert torch.equal(mask, selection._by_sorting(tensor, count))
+
+
+@given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 5))
+def test_random_pruning_zeroes_exactly_as_many_and_by_its_seed(entries, ratio, seed):
+    pruned = relora.random_prune_(torch.ones(entries), ratio=ratio, seed=seed)
+    dropped = math.floor(ratio * (entries - 1)) + 1 if entries else 0
+    assert int((pruned == 0).sum()) == dropped
+    assert torch.equal(relora.random_prune_(torch.ones(entries), ratio=ratio, seed=seed), pruned)
+
+
+def test_random_pruning_prefers_no_entry():
+    kept = sum(relora.random_prune_(torch.ones(10), ratio=0.5, seed=s) for s in range(4000)) / 4000
+    torch.testing.assert_close(kept, torch.full((10,), 0.5), atol=0.04, rtol=0.0)
+
+
 def test_views_and_zero_dimensions_are_pruned_in_place():
     base = torch.arange(1.0, 13.0).view(3, 4)
     relora.magnitude_prune_(base.t()[1:], ratio=0.5)  # 2..4, 6..8, 10..12: five of nine go

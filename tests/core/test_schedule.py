@@ -90,8 +90,9 @@ class TestJaggedLR:
         schedule = SCHEDULERS[kind](optimizer)
         return optimizer, relora.JaggedLR(schedule, restarts) if restarts else schedule
 
-    def test_is_the_inner_one_times_the_ramp(self, kind, tensor_lr):
-        restarts = relora.Restarts(every=10, warmup=4)
+    @pytest.mark.parametrize("more", [{}, {"first": 13, "anneal": 3}])
+    def test_is_the_inner_one_times_the_ramp(self, kind, tensor_lr, more):
+        restarts = relora.Restarts(every=10, warmup=4, **more)
         smooth = advance(*self.made(kind, tensor_lr), kind, STEPS)
         jagged = advance(*self.made(kind, tensor_lr, restarts), kind, STEPS)
         for step in range(STEPS):
@@ -194,9 +195,38 @@ class TestRestarts:
             assert restarts.factor(step) == expected
             assert restarts.at(step) == (step > 0 and restarts.factor(step) == 0.0)
 
+    @given(st.data())
+    def test_an_offset_clock_is_the_plain_one_moved(self, data):
+        every = data.draw(st.integers(2, 30))
+        warmup = data.draw(st.integers(1, every - 1))
+        first = data.draw(st.integers(1, 60))
+        plain = relora.Restarts(every=every, warmup=warmup)
+        moved = relora.Restarts(every=every, warmup=warmup, first=first)
+        for step in range(first + 3 * every):
+            along = max(step - first + every, 0)
+            assert moved.at(step) == (step >= first and plain.at(along))
+            assert moved.count(step) == plain.count(along)
+            assert moved.factor(step) == plain.factor(along)
+
+    @given(st.data())
+    def test_an_anneal_mirrors_the_warm_up(self, data):
+        every = data.draw(st.integers(3, 30))
+        warmup = data.draw(st.integers(1, every - 2))
+        anneal = data.draw(st.integers(1, every - 1 - warmup))
+        restarts = relora.Restarts(every=every, warmup=warmup, anneal=anneal)
+        for before in range(every - warmup):
+            expected = 0.0 if before == 0 else min(1.0, before / anneal)
+            assert restarts.factor(2 * every - before) == expected
+            assert restarts.factor(every - before) == expected
+
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
+            ({"every": 10, "warmup": 6, "anneal": 4}, ValueError, "and anneal together.*anneal=4"),
+            ({"every": 10, "warmup": 6, "anneal": -1}, ValueError, "anneal=-1"),
+            ({"every": 10, "warmup": 6, "first": 0}, ValueError, "at step 1 or later; got first=0"),
+            ({"every": 10, "warmup": 6, "first": 3, "anneal": 3}, ValueError, "after its anneal"),
+            ({"every": 10, "warmup": 6, "first": 3.0}, TypeError, "first must be an int"),
             ({"every": 10, "warmup": 10}, ValueError, "longer than its warm-up.*every=10"),
             ({"every": 10, "warmup": 0}, ValueError, "at least one step"),
             ({"every": 10, "warmup": 2.5}, TypeError, "warmup must be an int"),

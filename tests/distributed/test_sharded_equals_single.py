@@ -6,9 +6,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import relora_core as relora
+from relora_core import selection
 from tests.distributed.processes import on_processes
 
 STEPS, EVERY = 12, 4
@@ -115,6 +117,72 @@ def test_a_run_with_restarts_is_the_same_under_ddp(tmp_path):
         assert torch.equal(results[1][name], tensor)  # replicas stay bit-equal
 
 
+LAYOUTS = {
+    "rows over a square": ((2, 2), (Shard(0), Shard(0))),
+    "rows and columns": ((2, 2), (Shard(0), Shard(1))),
+    "replicas of shards": ((2, 2), (Replicate(), Shard(0))),
+    "shards of replicas": ((2, 2), (Shard(1), Replicate())),
+}
+
+
+def whole_tensors(dtype):
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(10, 7), (2, 5), (1, 4), (5, 3), (6, 6)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    for tensor in tensors:
+        tensor.view(-1)[::3] = 0.5  # ties
+    return tensors
+
+
+def prune_over_a_mesh(rank, world_size, layout):
+    sizes, placements = LAYOUTS[layout]
+    mesh = init_device_mesh("cpu", sizes)
+    result = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        shards = [distribute_tensor(t, mesh, placements) for t in whole_tensors(dtype)]
+        for index, mask in enumerate(selection.smallest(shards, [s.numel() // 2 for s in shards])):
+            shape, stride = shards[index].shape, shards[index].stride()
+            whole = DTensor.from_local(mask, mesh, placements, shape=shape, stride=stride)
+            result[f"{dtype}/{index}"] = whole.full_tensor()
+    return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_selection_over_a_mesh_of_two_dimensions_is_that_of_one_process(tmp_path, layout):
+    results = on_processes(prune_over_a_mesh, 4, tmp_path / "ranks", layout)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        wholes = whole_tensors(dtype)
+        expected = selection.smallest(wholes, [whole.numel() // 2 for whole in wholes])
+        for result in results:
+            for index, mask in enumerate(expected):
+                assert torch.equal(result[f"{dtype}/{index}"], mask), (dtype, index)
+
+
+def count_collectives(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    counts = []
+    for tensors in (1, 20):
+        whole = torch.ones(9, 4)  # equal entries: the most passes there are
+        params = [
+            torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])) for _ in range(tensors)
+        ]
+        optimizer = torch.optim.AdamW(params)
+        for p in params:
+            p.grad = distribute_tensor(whole, mesh, [Shard(0)])
+        optimizer.step()
+        with CommDebugMode() as traffic:
+            report = relora.reset_optimizer_(optimizer, params, prune_ratio=0.5)
+        counts.append(traffic.get_total_counts())
+        assert report.zeroed == tensors * 2 * 18
+    return {"counts": torch.tensor(counts)}
+
+
+def test_a_reset_takes_as_many_collectives_for_many_tensors_as_for_one(tmp_path):
+    for result in on_processes(count_collectives, 2, tmp_path / "ranks"):
+        one, many = result["counts"].tolist()
+        assert one == many == 1 + 3 + 1  # NaN; 31 bits of magnitudes; 7 bits of places
+
+
 def prune_sharded(rank, world_size):
     mesh = init_device_mesh("cpu", (world_size,))
     result = {}
@@ -129,7 +197,7 @@ def prune_sharded(rank, world_size):
     return result
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_pruning_a_sharded_tensor_equals_pruning_the_whole(tmp_path, world_size):
     for result in on_processes(prune_sharded, world_size, tmp_path / "ranks"):
         for name, pruned in result.items():

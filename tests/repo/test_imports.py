@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        {"_sharding", "schedule", "two_paths", "merged", "embedding", "selection", "moments"},
-        {"linear", "pruning"},
-        {"lazy_weight"},
+        {"_sharding", "schedule", "two_paths", "merged", "embedding", "moments", "randomness"},
+        {"linear", "selection"},
+        {"lazy_weight", "pruning"},
         {"low_rank", "optimizer"},
         {"register"},
         {"sites"},

@@ -45,6 +45,7 @@ def test_in_place_functions_and_only_they_end_in_an_underscore():
         "add_low_rank_",
         "magnitude_prune_",
         "merge_",
+        "random_prune_",
         "reinit_",
         "reset_optimizer_",
         "restart_",

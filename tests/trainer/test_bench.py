@@ -13,7 +13,22 @@ from reference_trainer.bench import arms, memory, results
 from reference_trainer.model import Block, preset, rotary_table
 from tests.trainer.test_command_line import lines_of
 
-TINY = [*("--model", "9m", "--layers", "1", "--tokens", "32", "--length", "16", "--rank", "4")]
+TINY = [
+    *(
+        "--model",
+        "9m",
+        "--layers",
+        "1",
+        "--tokens",
+        "32",
+        "--length",
+        "16",
+        "--rank",
+        "4",
+        "--vocab",
+        "50",
+    )
+]
 
 
 def test_all_arms_compute_the_same(monkeypatch):
