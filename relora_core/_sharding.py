@@ -27,7 +27,10 @@ def sharding(tensor: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
     if not isinstance(tensor, DTensor):
         return None
     mesh = tensor.device_mesh
-    split = [d for d, p in enumerate(tensor.placements) if p.is_shard() and mesh.size(d) > 1]
+    # Not is_shard(): the strided shards of FSDP2 over tensor parallelism deny it.
+    split = [
+        d for d, p in enumerate(tensor.placements) if not p.is_replicate() and mesh.size(d) > 1
+    ]
     return (mesh, tuple(split)) if split else None
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from relora_core.merged import MergedLinear
 from relora_core.two_paths import TwoPathLinear
@@ -43,7 +44,10 @@ def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the merged form is right and fast, computing in `dtype`."""
     m, n = weight.shape
     exact = weight.dtype == dtype and dtype in (torch.float32, torch.float64)
-    return exact and tokens * (m + n) >= MERGED_FROM * m * n
+    if not exact or torch.compiler.is_exporting():  # an exported graph is for every batch
+        return False
+    # Where the number of tokens depends on data, a compiler cannot ask: two paths are right.
+    return guard_or_false(tokens * (m + n) >= MERGED_FROM * m * n)
 
 
 def low_rank_linear(

@@ -204,7 +204,7 @@ class JaggedLR(LRScheduler):
         Raises:
             ValueError: if it was saved under another clock. Nothing is changed then.
         """
-        if state_dict["restarts"] != asdict(self.restarts):
+        if Restarts(**state_dict["restarts"]) != self.restarts:
             raise ValueError(
                 f"the schedule was saved under the clock {state_dict['restarts']}, this one has "
                 f"{asdict(self.restarts)}: a run keeps one clock"

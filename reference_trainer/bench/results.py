@@ -106,9 +106,10 @@ def _where(first: dict[str, Any]) -> str:
     known = [f"{first['device']}, {first['threads']} threads", f"torch {first['torch']}"]
     known += [
         f"{key} {first[key]}"
-        for key in ("model", "dtype", "tokens", "length", "rank", "seed")
+        for key in ("model", "layers", "vocab", "dtype", "tokens", "length", "rank", "seed")
         if key in first
     ]
+    known += ["activations recomputed"] if first.get("checkpoint_activations") else []
     return ", ".join([*known, str(first["date"])[:10]])
 
 

@@ -85,6 +85,8 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     )
     if out.exists() and not arguments.count:
         raise UserError(f"{out} exists already: give --out another name")
+    if arguments.count and arguments.level in ("restart", "prune"):
+        raise UserError(f"--count is of products, of which --level {arguments.level} is not made")
     chosen = _subjects(arguments, shape)
     parallel = ParallelConfig(device=arguments.device)
     with open_world(parallel) as world:

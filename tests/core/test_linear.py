@@ -125,6 +125,28 @@ def test_compiles_whole_from_outside_and_inside(backend):
     assert relora.Site(layer, "weight").lora_B.grad is not None
 
 
+def routed(layer, x):
+    """Compute the rows that begin with a positive number, whose count depends on the data."""
+    return layer(x[(x[:, 0] > 0).nonzero().squeeze(1)])
+
+
+def test_compiles_whole_over_a_number_of_tokens_that_depends_on_data():
+    layer = low_rank_layer(dtype=torch.float32)
+    x = torch.randn(9, 7)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(routed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(layer, x), routed(layer, x))
+
+
+def test_is_exported_for_every_number_of_tokens():
+    layer = low_rank_layer(dtype=torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    exported = torch.export.export(layer, (torch.randn(50, 7),), dynamic_shapes=({0: batch},))
+    for tokens in (2, 300):
+        x = torch.randn(tokens, 7)
+        torch.testing.assert_close(exported.module()(x), layer(x))
+
+
 class TestCost:
     T, M, N, R = 4096, 2048, 2048, 128
 

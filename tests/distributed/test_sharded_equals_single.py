@@ -158,6 +158,33 @@ def test_selection_over_a_mesh_of_two_dimensions_is_that_of_one_process(tmp_path
                 assert torch.equal(result[f"{dtype}/{index}"], mask), (dtype, index)
 
 
+def reset_over_tensor_parallelism(rank, world_size):
+    """FSDP2 over rows that tensor parallelism has split: strided shards."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(6, 16, bias=False))
+    whole = torch.randn(16, 6, generator=torch.Generator().manual_seed(3))
+    model[0].weight = nn.Parameter(distribute_tensor(whole, mesh["tp"], [Shard(0)]))
+    fully_shard(model, mesh=mesh["dp"])
+    (weight,) = model.parameters()
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = weight.detach().clone()
+    optimizer.step()
+    for ratio in (0.25, 0.5, 0.99):
+        relora.reset_optimizer_(optimizer, [weight], prune_ratio=ratio)
+    kept = optimizer.state[weight]["exp_avg"].full_tensor()
+    if rank == 3:
+        optimizer.state[weight]["exp_avg"].to_local().fill_(float("nan"))
+    with pytest.raises(ValueError, match="hold NaN"):  # on every rank
+        relora.reset_optimizer_(optimizer, [weight])
+    return {"kept": kept, "whole": whole}
+
+
+def test_strided_shards_are_reset_as_the_whole(tmp_path):
+    for result in on_processes(reset_over_tensor_parallelism, 4, tmp_path / "ranks"):
+        largest = result["whole"].abs().flatten().argmax()
+        assert result["kept"].flatten().nonzero().tolist() == [[int(largest)]]
+
+
 def count_collectives(rank, world_size):
     mesh = init_device_mesh("cpu", (world_size,))
     counts = []

@@ -126,6 +126,7 @@ class TestCommand:
             (["--arms", "full", "full"], "an arm comes twice"),
             (["--tokens", "33"], "--tokens must be a multiple of --length; got tokens=33"),
             (["--rank", "129"], "--rank must be at most 128, the model's width; got 129"),
+            (["--count", "--level", "restart"], "--level restart is not made"),
             (["--repeats", "0"], "must be at least 1; got 0"),
             (["--model", "2b"], "invalid choice: '2b'"),
             (["--show", "none.jsonl"], "cannot read none.jsonl"),
