@@ -103,6 +103,8 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        world = World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        yield world
+        world.barrier()  # a process that leaves while another still connects can abort it
     finally:
         dist.destroy_process_group()
