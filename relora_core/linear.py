@@ -21,7 +21,7 @@ from relora_core.two_paths import TwoPathLinear
 
 # In units of m n / (m + n) tokens. From 2 on the merged form takes fewer operations; what is above
 # that pays for its passes over W.
-MERGED_FROM = 4
+MERGED_FROM = 5
 
 
 def autocasts(device: str) -> bool:

@@ -172,11 +172,7 @@ class LowRank(nn.Module):
 def draw_A(
     shape: torch.Size, *, seed: int, name: str, restart: int, pinned: bool = False
 ) -> Tensor:
-    r"""Draw the whole of $A$, fp32 on the CPU: uniform in $\pm 1/\sqrt{in}$.
-
-    The generator is keyed by a hash of the three names, and the global one is left alone.
-    `uniform_` in fp32 gives the same bits on every CPU, which `normal_` does not.
-    """
+    r"""Draw the whole of $A$, uniform in $\pm 1/\sqrt{in}$, keyed by seed, name and restart."""
     key, bound = f"{seed}/{name}/{restart}", 1 / math.sqrt(shape[1])
     return keyed_uniform(key, shape, bound=bound, pinned=pinned)
 

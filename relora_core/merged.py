@@ -22,7 +22,7 @@ class MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102 - the class says it
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
     ) -> Tensor:
         ctx.save_for_backward(x, W, A, B)
@@ -30,7 +30,7 @@ class MergedLinear(torch.autograd.Function):
         return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102 - the class says it
         x, W, A, B = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
         (g,) = grads

@@ -22,7 +22,7 @@ class TwoPathLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(  # noqa: D102 - the class says it
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
     ) -> tuple[Tensor, Tensor]:
         u = x @ A.t()
@@ -33,7 +33,7 @@ class TwoPathLinear(torch.autograd.Function):
         return y.addmm_(u, B.t(), alpha=s), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102 - the class says it
         x, W, A, B, u = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
         g, gu = grads

@@ -132,18 +132,17 @@ class _Dense(nn.Module):
         return base + self.lora_B @ self.lora_A
 
 
-class _Plain(nn.Linear):
+class _Factored(nn.Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
+
+class _Plain(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-class _TwoPaths(nn.Linear):
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
+class _TwoPaths(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         x, dtype = _computed(x)
         y, _ = TwoPathLinear.apply(  # type: ignore[no-untyped-call]
@@ -154,19 +153,18 @@ class _TwoPaths(nn.Linear):
             None,
             1.0,
         )
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        output: Tensor = y.view(*x.shape[:-1], -1)
+        return output
 
 
-class _Merged(nn.Linear):
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
+class _Merged(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         x, _ = _computed(x)
         y = _MergedLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]), self.weight, self.lora_A, self.lora_B
         )
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        output: Tensor = y.view(*x.shape[:-1], -1)
+        return output
 
 
 def _computed(x: Tensor) -> tuple[Tensor, torch.dtype]:
