@@ -10,6 +10,7 @@ from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.flops import step_flops
 from reference_trainer.model import PRESETS, preset
+from relora_core import layouts
 
 DOCS = Path(__file__).parent
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -50,7 +51,38 @@ def merged() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"floors": floors, "merged": merged}
+def optimizers() -> str:
+    """Return the table of what a reset does to the state of each optimizer."""
+    lines = [
+        "| optimizer | pruned, the first one leads | also |",
+        "| --- | --- | --- |",
+    ]
+    known = {
+        f"{cls.__module__}.{cls.__qualname__}": layout for cls, layout in layouts.TORCH.items()
+    }
+    for path, layout in {**known, **layouts.FOREIGN}.items():
+        also = [
+            *(f"{key}: zeroed by a full reset only" for key in layout.factors),
+            *(f"{key}: set to the parameter" for key in layout.copies),
+            *(["no count of steps for each parameter"] if not layout.clock else []),
+        ]
+        lines.append(f"| {_short(path)} | {', '.join(layout.moments) or '-'} | {'; '.join(also)} |")
+    for path, reason in layouts.REFUSED.items():
+        lines.append(f"| {_short(path)} | refused | {reason} |")
+    return "\n".join(lines)
+
+
+def _short(path: str) -> str:
+    package, name = path.split(".")[0], path.rpartition(".")[2]
+    names = {
+        "Optimizer1State": "Lion, SGD, RMSprop, Adagrad, LARS, in 8 or 32 bits",
+        "Optimizer2State": "Adam, AdamW, LAMB, in 8 or 32 bits",
+        "_AdamBase": "Adam, AdamW, in 8, 4 bits or fp8",
+    }
+    return f"{package}: {names.get(name, name)}"
+
+
+TABLES = {"floors": floors, "merged": merged, "optimizers": optimizers}
 
 
 def with_tables(page: str) -> str:

@@ -1,10 +1,11 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
+from relora_core.layouts import declare_moments
 from relora_core.low_rank import LowRank
-from relora_core.moments import declare_moments
-from relora_core.optimizer import ResetReport, ResettableOptimizer, reset_optimizer_
+from relora_core.optimizer import ResettableOptimizer
 from relora_core.pruning import magnitude_prune_, random_prune_
 from relora_core.register import is_low_rank, register_low_rank, remove_low_rank
+from relora_core.reset import ResetReport, reset_optimizer_
 from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.serialization import base_state_dict, merged_state_dict, save_merged

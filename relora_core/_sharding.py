@@ -72,6 +72,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(part: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor of which every rank holds its `part`, sharded as `like`."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of `whole` that this rank holds of `like`. No communication."""
     whole = whole.to(like.device, non_blocking=True)

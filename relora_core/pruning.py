@@ -1,7 +1,7 @@
 """Prune tensors by magnitude or at random: exact in count, and the same sharded as whole."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -82,17 +82,17 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
     return tensor
 
 
-def magnitude_masks(tensors: Sequence[Tensor], ratio: float) -> list[Tensor]:
+def magnitude_masks(tensors: Iterable[Tensor], ratio: float) -> list[Tensor]:
     """Mark the entries of this rank's parts of `tensors` that `magnitude_prune_` zeroes."""
     # torch ranks no 8-bit floats
-    ranked = [tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors]
-    return smallest(ranked, [drop_count(tensor.numel(), ratio) for tensor in tensors])
+    ranked = (tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors)
+    return smallest((tensor, drop_count(tensor.numel(), ratio)) for tensor in ranked)
 
 
 def random_mask(tensor: Tensor, ratio: float, key: str) -> Tensor:
     """Mark the entries of this rank's part of `tensor` that a draw of this key chooses."""
     draw = keyed_uniform(f"{key}/prune", tensor.shape, bound=1.0)
-    (mask,) = smallest([draw], [drop_count(draw.numel(), ratio)])
+    (mask,) = smallest([(draw, drop_count(draw.numel(), ratio))])
     return local_part(mask, tensor)
 
 
@@ -105,19 +105,19 @@ def zero_where_(tensor: Tensor, mask: Tensor) -> None:
     part.masked_fill_(mask, 0)
 
 
-def has_nan(tensors: Sequence[Tensor]) -> bool:
+def has_nan(tensors: Iterable[Tensor]) -> bool:
     """Whether any of `tensors` holds NaN, on any rank; waits for the device once.
 
     Tensors that are sharded over the same processes share one collective.
     """
     together: dict[object, list[Tensor]] = {}
+    shards: dict[object, Tensor] = {}
     for tensor in tensors:
-        together.setdefault((sharding(tensor), tensor.device), []).append(tensor.detach())
-    # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
-    sums = [
-        shard_sum(torch.stack([_sum_of_magnitudes(local(t)) for t in group]), group[0]).sum()
-        for group in together.values()
-    ]
+        place = (sharding(tensor), tensor.device)
+        # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
+        together.setdefault(place, []).append(_sum_of_magnitudes(local(tensor.detach())))
+        shards.setdefault(place, tensor)
+    sums = [shard_sum(torch.stack(own), shards[place]).sum() for place, own in together.items()]
     return any(math.isnan(value) for value in to_floats(sums))
 
 

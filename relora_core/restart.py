@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from relora_core._sharding import full
 from relora_core.linear import autocasts
-from relora_core.optimizer import Masks, Reset, ResetReport, Rule, apply_reset_, plan_reset
 from relora_core.pruning import to_floats
+from relora_core.reset import Masks, Reset, ResetReport, Rule, apply_reset_, plan_reset
 from relora_core.sites import Site, sites_of
 
 

@@ -80,37 +80,60 @@ class Restarts:
 
         And 1 until `anneal` steps before the next.
         """
-        since = step - self._first
-        left = -since if since < 0 else self.every - since % self.every
-        up = 1.0 if since < 0 else min(1.0, since % self.every / self.warmup)
+        since, left = self._around(step)
+        up = 1.0 if since is None else min(1.0, since / self.warmup)
         down = min(1.0, left / self.anneal) if self.anneal else 1.0
         return min(up, down)
+
+    def ramp_end(self, step: int) -> int:
+        """Return the full end of the ramp that `step` is in, or `step` where the factor is 1."""
+        since, left = self._around(step)
+        if since is not None and since < self.warmup:
+            return step - since + self.warmup
+        return step + left - self.anneal if left < self.anneal else step
+
+    @property
+    def full_until(self) -> int:
+        """The step up to which the factor is 1 since the beginning."""
+        return self._first - self.anneal
+
+    def _around(self, step: int) -> tuple[int | None, int]:
+        """Return how many steps it is since the last restart and until the next."""
+        since = step - self._first
+        if since < 0:
+            return None, -since
+        return since % self.every, self.every - since % self.every
 
 
 @dataclass(frozen=True)
 class JaggedCosine:
-    r"""A warm-up and cosine decay, times the ramp after each restart, as a function of the step.
+    r"""A cosine decay after a warm-up, with straight ramps around restarts, as a function.
 
-    $$f(t) = \min(1, t / w) \cdot
-    (f_{min} + (1 - f_{min}) (1 + \cos(\pi \min(1, t / T))) / 2) \cdot j(t)$$
+    $$f(t) = j(t) \cdot c(e(t)), \qquad
+    c(t) = f_{min} + (1 - f_{min}) (1 + \cos(\pi \min(1, (t - w) / (T - w)))) / 2$$
 
-    with $w$ = `warmup`, $T$ = `total`, $f_{min}$ = `min_ratio` and $j$ = `restarts.factor`. Give
-    it to `LambdaLR`. Unlike the authors' scheduler, the decay runs over all steps rather than the
-    steps after the warm-up, and `total` need not be a multiple of the period.
+    with $w$ = `warmup`, $T$ = `total` and $f_{min}$ = `min_ratio`. $j$ rises from 0 to 1 over the
+    warm-up and is `restarts.factor` after it, and $e(t)$ is the end of the ramp that $t$ is in: it
+    runs straight to the value that the cosine has there. Outside ramps $e(t) = t$. This is the
+    authors' `cosine_restarts`, wherever that is defined (`total` a multiple of the period,
+    `adjust_step` 0). Give it to `LambdaLR`.
 
     Args:
         total: $T$, in steps, at least 1.
         restarts: the clock; None for a smooth schedule.
-        warmup: $w$, in steps; 0 for none.
+        warmup: $w$, in steps, less than `total`; 0 for none.
         min_ratio: the factor at the end, from 0 to 1.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the first restart (or its anneal) comes
+            before the end of the warm-up.
 
     Example:
         >>> schedule = JaggedCosine(total=100, restarts=Restarts(every=50, warmup=10), warmup=10)
-        >>> [round(schedule(step), 3) for step in (0, 10, 49, 50, 60, 100)]
-        [0.0, 0.978, 0.564, 0.0, 0.411, 0.0]
+        >>> [round(schedule(step), 3) for step in (0, 5, 10, 49, 50, 55, 60, 100)]
+        [0.0, 0.5, 1.0, 0.644, 0.0, 0.232, 0.464, 0.1]
+
+    Reference: https://github.com/Guitaricet/relora, `peft_pretraining/training_utils.py`.
     """
 
     total: int
@@ -121,17 +144,30 @@ class JaggedCosine:
     def __post_init__(self) -> None:
         if self.total < 1:
             raise ValueError(f"total must be at least 1 step; got {self.total}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be 0 steps or more; got {self.warmup}")
+        if not 0 <= self.warmup < self.total:
+            raise ValueError(
+                f"warmup must be 0 steps or more and less than total={self.total}; got "
+                f"{self.warmup}"
+            )
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"min_ratio must be between 0 and 1; got {self.min_ratio}")
+        if self.restarts and self.restarts.full_until < self.warmup:
+            raise ValueError(
+                f"the warm-up must end before the first restart and its anneal, which begin at "
+                f"step {self.restarts.full_until}; got warmup={self.warmup}"
+            )
 
     def __call__(self, step: int) -> float:
         """Return the factor at `step`."""
-        ramp = min(1.0, step / self.warmup) if self.warmup else 1.0
-        decay = (1 + math.cos(math.pi * min(1.0, step / self.total))) / 2
-        jag = self.restarts.factor(step) if self.restarts else 1.0
-        return ramp * (self.min_ratio + (1 - self.min_ratio) * decay) * jag
+        if step < self.warmup:
+            return step / self.warmup
+        if self.restarts is None:
+            return self._cosine(step)
+        return self.restarts.factor(step) * self._cosine(self.restarts.ramp_end(step))
+
+    def _cosine(self, step: int) -> float:
+        progress = min(1.0, (step - self.warmup) / (self.total - self.warmup))
+        return self.min_ratio + (1 - self.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class JaggedLR(LRScheduler):

@@ -1,7 +1,7 @@
 """Which entries of tensors are their smallest by magnitude, by an exact count, sharded or not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,36 +22,37 @@ def drop_count(entries: int, ratio: float) -> int:
     return 0 if entries == 0 else math.floor(ratio * (entries - 1)) + 1
 
 
-def smallest(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """Mark in each tensor its `counts[i]` entries smallest by magnitude, among equals the first.
+def smallest(tensors: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
+    """Mark in each tensor its `count` entries smallest by magnitude, among equals the first.
 
     "First" is by the index in the whole tensor, so that a sharded tensor has the mask that it
     would have on one device. Tensors of one dtype that are sharded over the same processes share
     their collectives: for each dimension of the mesh at most six (nine for fp64), whatever the
-    number of tensors.
+    number of tensors. The others are taken, and let go, one by one.
 
     Args:
-        tensors: floating point of 16 bits or more, of any shape, without NaN, sharded or not.
-        counts: from 1 to the number of the whole tensor's entries; 0 of an empty one.
+        tensors: floating point of 16 bits or more, of any shape, without NaN, sharded or not; each
+            with its count, from 1 to the number of the whole tensor's entries (0 of an empty one).
 
     Returns:
         For each tensor a bool mask of this rank's part. Off the CPU the host never waits.
     """
     masks: dict[int, Tensor] = {}
-    together: dict[object, list[int]] = {}
-    for index, tensor in enumerate(tensors):
+    together: dict[object, dict[int, tuple[Tensor, int]]] = {}
+    for index, (tensor, count) in enumerate(tensors):
         if sharding(tensor) is None:
             part = local(tensor)
             select = _by_counting if part.device.type == "cpu" else _by_sorting
-            masks[index] = select(part.flatten(), counts[index]).view(part.shape)
+            masks[index] = select(part.flatten(), count).view(part.shape)
         else:
-            together.setdefault((sharding(tensor), tensor.dtype), []).append(index)
-    for indices in together.values():
-        shards = [tensors[i] for i in indices]
+            place = (sharding(tensor), tensor.dtype)
+            together.setdefault(place, {})[index] = (tensor, count)
+    for group in together.values():
+        shards, counts = zip(*group.values(), strict=True)
         on_cpu = local(shards[0]).device.type == "cpu"
-        found = _of_shards(shards, [counts[i] for i in indices], on_cpu=on_cpu)
-        masks |= dict(zip(indices, found, strict=True))
-    return [masks[index] for index in range(len(tensors))]
+        found = _of_shards(shards, counts, on_cpu=on_cpu)
+        masks |= dict(zip(group, found, strict=True))
+    return [masks[index] for index in sorted(masks)]
 
 
 def _by_counting(flat: Tensor, count: int) -> Tensor:

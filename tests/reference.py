@@ -58,3 +58,31 @@ def ulp_distance(one: Tensor, other: Tensor) -> float:
     """Return the largest difference in units of the last place of the largest value."""
     largest = torch.maximum(one.abs().max(), other.abs().max())
     return (one.double() - other.double()).abs().max().item() / ulp(largest)
+
+
+def authors_cosine_restarts(
+    step: int,
+    *,
+    total: int,
+    first_warmup: int,
+    every: int,
+    warmup: int,
+    low: float,
+    adjust: int = 0,
+) -> float:
+    """The learning-rate factor of the authors' `cosine_restarts`, as a formula.
+
+    Source: https://github.com/Guitaricet/relora, peft_pretraining/training_utils.py.
+    """
+
+    def cosine(t: int) -> float:
+        progress = (t - first_warmup) / max(1, total - first_warmup)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    if step < first_warmup:
+        return step / first_warmup
+    moved = step + adjust
+    since = moved % every
+    if since < warmup and step >= every:  # asks the step that is not moved
+        return since / warmup * cosine(moved - since + warmup)
+    return cosine(moved)

@@ -3,9 +3,10 @@
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import relora_core as relora
@@ -26,6 +27,44 @@ def test_equals_sorting_and_keeps_the_survivors_bits(values, ratio, dtype):
     assert pruned.tolist() == prune_by_sorting(before.tolist(), ratio)
     kept = pruned != 0
     assert torch.equal(pruned[kept], before[kept])
+
+
+KINDS = {
+    "normal": lambda r, n: r.standard_normal(n),
+    "few values": lambda r, n: r.choice([0.0, -0.0, 1.0, -1.0, 2.0, math.inf, -math.inf], n),
+    "one value": lambda r, n: np.full(n, r.choice([0.0, 3.0, -math.inf])),
+    "far apart": lambda r, n: r.standard_normal(n) * 10.0 ** r.integers(-45, 30, n),
+    "mostly zero": lambda r, n: r.standard_normal(n) * (r.random(n) < 0.1),
+}
+VIEWS = {
+    "whole": lambda t: t,
+    "transposed": lambda t: t.view(2, -1).t(),
+    "every third": lambda t: t[::3],
+    "a part": lambda t: t[1:-1],
+    "spread": lambda t: t.view(2, -1)[:, ::2],
+}
+
+
+@settings(max_examples=10_000)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    entries=st.integers(1, 100).map(lambda half: 2 * half),
+    ratio=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(list(KINDS)),
+    view=st.sampled_from(list(VIEWS)),
+)
+def test_equals_numpy_whatever_the_values_and_the_memory(seed, entries, ratio, dtype, kind, view):
+    values = KINDS[kind](np.random.default_rng(seed), entries)
+    tensor = VIEWS[view](torch.from_numpy(values).to(dtype))
+    before = tensor.double().numpy().copy()
+    relora.magnitude_prune_(tensor, ratio=ratio)
+    count = math.floor(ratio * (before.size - 1)) + 1 if before.size else 0
+    order = np.argsort(np.abs(before).ravel(), kind="stable")
+    before.ravel()[order[:count]] = 0.0
+    after = tensor.double().numpy()
+    assert np.array_equal(after, before)
+    assert np.array_equal(np.signbit(after)[after != 0], np.signbit(before)[before != 0])
 
 
 @given(st.integers(0, 300), st.floats(0, 1), st.sampled_from(DTYPES))

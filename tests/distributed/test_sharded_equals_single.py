@@ -140,7 +140,7 @@ def prune_over_a_mesh(rank, world_size, layout):
     result = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         shards = [distribute_tensor(t, mesh, placements) for t in whole_tensors(dtype)]
-        for index, mask in enumerate(selection.smallest(shards, [s.numel() // 2 for s in shards])):
+        for index, mask in enumerate(selection.smallest((s, s.numel() // 2) for s in shards)):
             shape, stride = shards[index].shape, shards[index].stride()
             whole = DTensor.from_local(mask, mesh, placements, shape=shape, stride=stride)
             result[f"{dtype}/{index}"] = whole.full_tensor()
@@ -152,7 +152,7 @@ def test_selection_over_a_mesh_of_two_dimensions_is_that_of_one_process(tmp_path
     results = on_processes(prune_over_a_mesh, 4, tmp_path / "ranks", layout)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         wholes = whole_tensors(dtype)
-        expected = selection.smallest(wholes, [whole.numel() // 2 for whole in wholes])
+        expected = selection.smallest((whole, whole.numel() // 2) for whole in wholes)
         for result in results:
             for index, mask in enumerate(expected):
                 assert torch.equal(result[f"{dtype}/{index}"], mask), (dtype, index)

@@ -74,9 +74,77 @@ BREAKAGES = {
         *("relora_core/selection.py", "    if left < ties:", "    if left < 0:"),
         "tests/core/test_pruning.py",
     ),
+    "threshold off by one": (
+        *("relora_core/selection.py", "torch.le(_key(chunk)", "torch.lt(_key(chunk)"),
+        "tests/core/test_pruning.py",
+    ),
+    "ranked by value, not by magnitude": (
+        *("relora_core/selection.py", "values.abs().view(", "values.view("),
+        "tests/core/test_pruning.py",
+    ),
     "second moment not pruned": (
-        *("relora_core/optimizer.py", "own * len(state.moments) if joint", "own if joint"),
+        *("relora_core/reset.py", "own * len(state.moments) if joint", "own if joint"),
+        "tests/core/test_reset.py",
+    ),
+    "each moment ranked by itself": (
+        *("relora_core/reset.py", 'joint = reset.masks == "joint"', "joint = False"),
+        "tests/core/test_reset.py",
+    ),
+    "random masks the same for every parameter": (
+        *("relora_core/reset.py", 'f"{keys[state.index]}/{number}"', 'f"{number}"'),
+        "tests/core/test_reset.py",
+    ),
+    "factors left at a full reset": (
+        *("relora_core/reset.py", "factor.zero_()", "pass"),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "a copy left behind": (
+        *("relora_core/reset.py", "local(copy).copy_(local(state.parameter.detach()))", "pass"),
+        "tests/core/test_reset.py",
+    ),
+    "the step counted on": (
+        *("relora_core/reset.py", "            count.fill_(begin)", "            pass"),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "state indexed": (
+        *("relora_core/moments.py", "one.state.get(p)", "one.state[p]"),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "wrong code for zero": (
+        *("relora_core/quantized.py", "table.abs().argmin()", "table.argmin()"),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "codes ranked instead of values": (
+        *("relora_core/quantized.py", "(self.table[flat.int()] * scales)", "(flat.float())"),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "a hook run twice": (
+        *("relora_core/optimizer.py", "step.hooked = True", "step.hooked = False"),
         "tests/core/test_optimizer.py",
+    ),
+    "a scaled step not unscaled": (
+        *(
+            "relora_core/optimizer.py",
+            '_step_supports_amp_scaling = _delegated("_step_supports_amp_scaling")',
+            "_step_supports_amp_scaling = True",
+        ),
+        "tests/core/test_optimizer_table.py",
+    ),
+    "ramp off by one": (
+        *(
+            "relora_core/schedule.py",
+            "min(1.0, since / self.warmup)",
+            "min(1.0, (since + 1) / self.warmup)",
+        ),
+        "tests/core/test_schedule.py",
+    ),
+    "a ramp to where the cosine was": (
+        *("relora_core/schedule.py", "return step - since + self.warmup", "return step - since"),
+        "tests/core/test_schedule.py",
+    ),
+    "the schedule's smooth rate not saved": (
+        *("relora_core/schedule.py", 'self._smooth = list(state_dict["smooth"])', "pass"),
+        "tests/core/test_schedule.py",
     ),
     "restart one step late": (
         *(

@@ -10,10 +10,12 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        {"_sharding", "schedule", "two_paths", "merged", "embedding", "moments", "randomness"},
-        {"linear", "selection"},
+        {"_sharding", "schedule", "two_paths", "merged", "embedding", "layouts", "randomness"},
+        {"linear", "selection", "quantized"},
         {"lazy_weight", "pruning"},
-        {"low_rank", "optimizer"},
+        {"low_rank", "moments"},
+        {"reset"},
+        {"optimizer"},
         {"register"},
         {"sites"},
         {"restart", "serialization"},
