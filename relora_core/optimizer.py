@@ -39,6 +39,7 @@ class ResettableOptimizer(Optimizer):
         TypeError: if `inner` is not a `torch.optim.Optimizer`.
 
     Example:
+        >>> import torch
         >>> p = nn.Parameter(torch.zeros(3))
         >>> optimizer = ResettableOptimizer(torch.optim.AdamW([p], lr=0.1))
         >>> p.grad = torch.ones(3)

@@ -130,8 +130,8 @@ class JaggedCosine:
 
     Example:
         >>> schedule = JaggedCosine(total=100, restarts=Restarts(every=50, warmup=10), warmup=10)
-        >>> [round(schedule(step), 3) for step in (0, 5, 10, 49, 50, 55, 60, 100)]
-        [0.0, 0.5, 1.0, 0.644, 0.0, 0.232, 0.464, 0.1]
+        >>> [round(schedule(step), 3) for step in (0, 5, 10, 49, 50, 55, 60, 99)]
+        [0.0, 0.5, 1.0, 0.644, 0.0, 0.236, 0.472, 0.1]
 
     Reference: https://github.com/Guitaricet/relora, `peft_pretraining/training_utils.py`.
     """
