@@ -74,12 +74,14 @@ def refused(path: str, reason: str, **cannot: str) -> Row:
     return Row(path, refused={"reset": reason}, cannot=named)
 
 
-def bnb(name: str, *moments: str, **options: object) -> Row:
+def bnb(
+    name: str, *moments: str, shapes: tuple[tuple[int, ...], ...] = LARGE, **options: object
+) -> Row:
     return Row(
         f"bitsandbytes.optim.{name}",
         options,
         moments,
-        shapes=LARGE,
+        shapes=shapes,
         cannot={"dcp flat": BNB_FLAT},
     )
 
@@ -149,6 +151,9 @@ OPTIMIZERS = {
     "Rprop": refused("torch.optim.Rprop", "its `step_size` is a step length"),
     "LBFGS": refused("torch.optim.LBFGS", "its history belongs to all parameters together"),
     "bitsandbytes AdamW8bit": bnb("AdamW8bit", "state1", "state2"),
+    "bitsandbytes AdamW8bit over a block in part": bnb(
+        *("AdamW8bit", "state1", "state2"), shapes=((65, 71), (9,))
+    ),
     "bitsandbytes AdamW 32 bits": bnb("AdamW", "state1", "state2"),
     "bitsandbytes LAMB8bit": bnb("LAMB8bit", "state1", "state2"),
     "bitsandbytes Lion8bit": bnb("Lion8bit", "state1"),

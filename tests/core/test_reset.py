@@ -154,6 +154,36 @@ def test_a_declared_copy_follows_the_parameter_that_a_restart_redraws(monkeypatc
     assert torch.equal(site.lora_A, drawn)
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_schedule_free_goes_on_from_the_redrawn_factors(averaged):
+    """Merged as they stand: the averaged ones in its evaluation mode."""
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(5, 6)), "0", rank=3)
+    (_, site), *_ = relora.low_rank_sites(model)
+    optimizer = schedulefree.AdamWScheduleFree([site.lora_A, site.lora_B], lr=1e-2)
+    optimizer.train()
+    x = torch.randn(4, 5)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(5):
+        step()
+    if averaged:
+        optimizer.eval()
+    before = model(x)
+    relora.restart_(model, optimizer, prune_ratio=1.0)
+    torch.testing.assert_close(model(x), before)
+    optimizer.train()
+    drawn = site.lora_A.detach().clone()
+    assert not site.lora_B.any()
+    step()  # B was zero, so A's gradient was: only an old z could move it
+    assert torch.equal(site.lora_A, drawn)
+    assert site.lora_B.any()
+
+
 def test_declaring_nonsense_is_refused():
     with pytest.raises(TypeError, match="Optimizer subclass"):
         relora.declare_moments(dict, ["a"])
