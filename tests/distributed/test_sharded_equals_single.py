@@ -1,5 +1,7 @@
 """Under FSDP2 the primitives do what they do on one process, with uneven shards too."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ import relora_core as relora
 from relora_core import selection
 from tests.distributed.processes import on_processes
 
-STEPS, EVERY = 12, 4
+STEPS, EVERY = 30, 8  # three restarts
 
 
 class Net(nn.Module):
@@ -80,8 +82,8 @@ def single():
     return train(0, 1, lambda model: model)
 
 
-def under_fsdp(rank, world_size, reshard):
-    mesh = init_device_mesh("cpu", (world_size,))
+def under_fsdp(rank, world_size, sizes, reshard):
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicas", "shards")[-len(sizes) :])
 
     def wrap(model):
         fully_shard(model.mlp, mesh=mesh, reshard_after_forward=reshard)
@@ -104,14 +106,19 @@ def compare(results, expected):
                 torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("world_size", "reshard"), [(2, True), (3, True), (2, False)])
-def test_a_run_with_restarts_is_the_same_under_fsdp(tmp_path, world_size, reshard):
-    results = on_processes(under_fsdp, world_size, tmp_path / "ranks", reshard)
+@pytest.mark.parametrize(
+    ("sizes", "reshard"),
+    [((1,), True), ((2,), True), ((3,), True), ((4,), True), ((2,), False), ((2, 2), True)],
+    ids=["1", "2", "3", "4", "2 kept gathered", "2 replicas of 2 shards"],
+)
+def test_a_run_with_restarts_is_the_same_under_fsdp(tmp_path, sizes, reshard):
+    results = on_processes(under_fsdp, math.prod(sizes), tmp_path / "ranks", sizes, reshard)
     compare(results, single())
 
 
-def test_a_run_with_restarts_is_the_same_under_ddp(tmp_path):
-    results = on_processes(under_ddp, 2, tmp_path / "ranks")
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_run_with_restarts_is_the_same_under_ddp(tmp_path, world_size):
+    results = on_processes(under_ddp, world_size, tmp_path / "ranks")
     compare(results, single())
     for name, tensor in results[0].items():
         assert torch.equal(results[1][name], tensor)  # replicas stay bit-equal
