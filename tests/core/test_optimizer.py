@@ -32,6 +32,7 @@ def test_sees_what_loading_replaces():
 def test_runs_each_hook_once():
     inner, params = stepped()
     optimizer = relora.ResettableOptimizer(inner)
+    optimizer._patch_step_function()  # as torch's own constructor and unpickling do
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
