@@ -57,9 +57,12 @@ def replicated(tensor: Tensor) -> Tensor:
 
 
 def row_parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return this rank's rows of W and of B, and A whole; None if W is not sharded by rows."""
+    """Return this rank's rows of W and of B, and A whole; None if W is sharded, but not by rows.
+
+    A whole W beside sharded factors (left out of FSDP by `ignored_params`) has all rows here.
+    """
     if not isinstance(W, DTensor):
-        return W, B, A
+        return W, full(B), full(A)
     assert isinstance(B, DTensor)
     by_rows = all(p.is_replicate() or p.is_shard(0) for p in W.placements)
     if not by_rows or B.placements != W.placements:

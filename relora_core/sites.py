@@ -76,7 +76,8 @@ class Site:
     def merged(self) -> Tensor:
         """Return W + s B A, detached."""
         base = self.weight
-        return add_rounding_once(base, self.low_rank(base).delta()).detach()
+        update = self.low_rank(base).delta()
+        return add_rounding_once(base, update if is_sharded(base) else full(update)).detach()
 
     def merge_(self) -> None:
         """W += s B A, and B is zeroed."""

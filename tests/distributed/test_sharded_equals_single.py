@@ -92,6 +92,18 @@ def under_fsdp(rank, world_size, sizes, reshard):
     return train(rank, world_size, wrap)
 
 
+def over_whole_bases(rank, world_size):
+    """The frozen weights stay whole on every rank, outside FSDP: only what trains is sharded."""
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def wrap(model):
+        bases = {site.weight for _, site in relora.low_rank_sites(model)}
+        fully_shard(model.mlp, mesh=mesh, ignored_params=bases)
+        return fully_shard(model, mesh=mesh, ignored_params=bases)
+
+    return train(rank, world_size, wrap)
+
+
 def under_ddp(rank, world_size):
     return train(rank, world_size, DistributedDataParallel)
 
@@ -114,6 +126,14 @@ def compare(results, expected):
 def test_a_run_with_restarts_is_the_same_under_fsdp(tmp_path, sizes, reshard):
     results = on_processes(under_fsdp, math.prod(sizes), tmp_path / "ranks", sizes, reshard)
     compare(results, single())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_run_with_restarts_is_the_same_over_whole_bases(tmp_path, world_size):
+    results = on_processes(over_whole_bases, world_size, tmp_path / "ranks")
+    compare(results, single())
+    for name, tensor in results[0].items():
+        assert all(torch.equal(result[name], tensor) for result in results)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
