@@ -1,5 +1,6 @@
 """Resets: their rules and refusals. What each optimizer needs is in the table of optimizers."""
 
+import importlib
 import math
 
 import pytest
@@ -152,6 +153,30 @@ def test_a_declared_copy_follows_the_parameter_that_a_restart_redraws(monkeypatc
         assert torch.equal(optimizer.state[p]["master"], p.detach().float())
     step()  # B is zero, so A's gradient is: only a stale copy could move A
     assert torch.equal(site.lora_A, drawn)
+
+
+@pytest.mark.parametrize("path", [*layouts.FOREIGN, *layouts.REFUSED])
+def test_a_class_known_by_name_is_where_the_table_says(path):
+    module, _, name = path.rpartition(".")
+    library = path.split(".")[0]
+    pytest.importorskip(library, reason=f"{library} is not installed", exc_type=ImportError)
+    cls = getattr(importlib.import_module(module), name)
+    assert f"{cls.__module__}.{cls.__qualname__}" == path
+
+
+def test_an_optimizer_of_copies_in_host_memory_is_refused():
+    """torchao's, which needs a GPU to be made: a class of its name stands for it."""
+
+    class Offloaded(torch.optim.SGD):
+        pass
+
+    Offloaded.__module__, Offloaded.__qualname__ = (
+        "torchao.optim.cpu_offload",
+        "CPUOffloadOptimizer",
+    )
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="steps copies of the parameters in host memory"):
+        relora.reset_optimizer_(Offloaded([p]), [p])
 
 
 @pytest.mark.parametrize("averaged", [False, True])
