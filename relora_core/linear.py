@@ -29,12 +29,14 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work.
+def needs_plain() -> bool:
+    """Whether `torch.func`, forward-mode differentiation or `torch.export` is at work.
 
-    They see through plain operations: vmap has no rule for a write in place, and a `jvp` of the
-    Function's own would keep `torch.compile` out.
+    They see through plain operations: vmap has no rule for a write in place, a `jvp` of the
+    Function's own would keep `torch.compile` out, and an exported graph is for every batch.
     """
+    if torch.compiler.is_exporting():
+        return True
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -44,7 +46,7 @@ def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the merged form is right and fast, computing in `dtype`."""
     m, n = weight.shape
     exact = weight.dtype == dtype and dtype in (torch.float32, torch.float64)
-    if not exact or torch.compiler.is_exporting():  # an exported graph is for every batch
+    if not exact:
         return False
     # Where the number of tokens depends on data, a compiler cannot ask: two paths are right.
     return guard_or_false(tokens * (m + n) >= MERGED_FROM * m * n)
@@ -73,7 +75,7 @@ def low_rank_linear(
     else:
         dtype, W = weight.dtype, weight
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    if dropout or transformed():
+    if dropout or needs_plain():
         u = F.linear(F.dropout(input, dropout), A)
         return F.linear(input, W, bias) + scale * F.linear(u, B)
     x = input.reshape(-1, input.shape[-1])
