@@ -79,6 +79,7 @@ def low_rank_linear(
         u = F.linear(F.dropout(input, dropout), A)
         return F.linear(input, W, bias) + scale * F.linear(u, B)
     x = input.reshape(-1, input.shape[-1])
+    # Torch has no types for `apply`.
     if pays_merged(x.shape[0], weight, dtype):
         y = MergedLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
     else:

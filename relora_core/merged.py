@@ -22,15 +22,17 @@ class MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102 - the class says it
+    def forward(
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
     ) -> Tensor:
+        """Return y."""
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
         return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102 - the class says it
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, W, A, B and b."""
         x, W, A, B = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
         (g,) = grads

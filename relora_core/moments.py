@@ -13,18 +13,15 @@ from relora_core.quantized import QuantizedMoment, TableMoment, is_quantized
 
 
 class Moment(Protocol):
-    """A running average, whatever it is kept as.
-
-    Args:
-        tensor: of the parameter's shape, and sharded as it is.
-        has_zero: whether every entry can be made zero by itself.
-    """
+    """A running average, whatever it is kept as."""
 
     @property
-    def tensor(self) -> Tensor: ...  # noqa: D102 - the class says it
+    def tensor(self) -> Tensor:
+        """What it is kept as, of the parameter's shape and sharded as it is."""
 
     @property
-    def has_zero(self) -> bool: ...  # noqa: D102 - the class says it
+    def has_zero(self) -> bool:
+        """Whether every entry can be made zero by itself."""
 
     def values(self) -> Tensor:
         """Return what it stands for, floating point and sharded as `tensor`."""

@@ -68,16 +68,18 @@ class QuantizedMoment:
     @property
     def has_zero(self) -> bool:
         """Whether every entry can be made zero by itself."""
-        part = _part(self.tensor)
+        part: Any = local(self.tensor)
         return type(part).__name__ != "OptimState4bit" or bool(part.signed)
 
     def values(self) -> Tensor:
         """Return what the codes stand for, in fp32."""
-        return sharded_like(_part(self.tensor).dequantize(torch.float32), self.tensor)
+        part: Any = local(self.tensor)
+        return sharded_like(part.dequantize(torch.float32), self.tensor)
 
     def zero_where_(self, mask: Tensor) -> None:
         """Write the code of zero where `mask` says, and the scale of blocks that go whole."""
-        part, gone = _part(self.tensor), mask.flatten()
+        part: Any = local(self.tensor)
+        gone = mask.flatten()
         kind = type(part).__name__
         if kind == "OptimStateFp8":
             part.codes.view(torch.uint8).masked_fill_(mask, 0)
@@ -93,10 +95,6 @@ class QuantizedMoment:
 def is_quantized(tensor: Tensor) -> bool:
     """Whether this is a moment of torchao's, sharded or not."""
     return type(local(tensor)).__name__ in _TORCHAO
-
-
-def _part(tensor: Tensor) -> Any:
-    return local(tensor)
 
 
 def _zero_code(table: Tensor) -> Tensor:

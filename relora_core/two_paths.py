@@ -22,9 +22,10 @@ class TwoPathLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102 - the class says it
+    def forward(
         ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor | None, s: float
     ) -> tuple[Tensor, Tensor]:
+        """Return y and u."""
         u = x @ A.t()
         y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
         ctx.save_for_backward(x, W, A, B, u)
@@ -33,7 +34,8 @@ class TwoPathLinear(torch.autograd.Function):
         return y.addmm_(u, B.t(), alpha=s), u
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102 - the class says it
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, W, A, B and b."""
         x, W, A, B, u = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
         g, gu = grads

@@ -34,12 +34,25 @@ def dense_twin(module: nn.Module, tensor_name: str = "weight") -> tuple[nn.Modul
     return plain, dense
 
 
+def dropped(entries: int, ratio: float) -> int:
+    """How many entries go: what lies at or below the quantile at `ratio`."""
+    return math.floor(ratio * (entries - 1)) + 1 if entries else 0
+
+
+def mask_by_sorting(tensor: Tensor, ratio: float) -> Tensor:
+    """Mark the entries that go, by a stable sort of the magnitudes."""
+    magnitudes = tensor.abs().flatten()
+    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
+    mask[magnitudes.argsort(stable=True)[: dropped(tensor.numel(), ratio)]] = True
+    return mask.view(tensor.shape)
+
+
 def prune_by_sorting(values: list[float], ratio: float) -> list[float]:
-    """Zero the floor(ratio * (n - 1)) + 1 smallest by magnitude, the first among equals first."""
-    count = math.floor(ratio * (len(values) - 1)) + 1 if values else 0
+    """Zero the smallest by magnitude, the first among equals first."""
+    count = dropped(len(values), ratio)
     order = sorted(range(len(values)), key=lambda i: (abs(values[i]), i))
-    dropped = set(order[:count])
-    return [0.0 if i in dropped else value for i, value in enumerate(values)]
+    gone = set(order[:count])
+    return [0.0 if i in gone else value for i, value in enumerate(values)]
 
 
 def randomize_(model: nn.Module, std: float = 0.5) -> None:

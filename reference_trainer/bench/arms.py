@@ -145,6 +145,7 @@ class _Plain(_Factored):
 class _TwoPaths(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         x, dtype = _computed(x)
+        # Torch has no types for `apply`.
         y, _ = TwoPathLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
             self.weight.to(dtype),
@@ -160,6 +161,7 @@ class _TwoPaths(_Factored):
 class _Merged(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         x, _ = _computed(x)
+        # Torch has no types for `apply`.
         y = _MergedLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]), self.weight, self.lora_A, self.lora_B
         )

@@ -1,7 +1,6 @@
 """The table of optimizers: what each keeps, and which promises cannot be kept for it, and why."""
 
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -265,8 +264,3 @@ def raw(value: object) -> object:
         own = value.detach().cpu().contiguous().flatten()
         return own.view(torch.uint8).tolist() if own.numel() else []
     return value
-
-
-def dropped(entries: int, ratio: float) -> int:
-    """How many entries go: what lies at or below the quantile at `ratio`."""
-    return math.floor(ratio * (entries - 1)) + 1

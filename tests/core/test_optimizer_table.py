@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import relora_core as relora
 from tests.core.optimizers import (
     OPTIMIZERS,
-    dropped,
     made,
     raw,
     set_gradients,
@@ -24,6 +23,7 @@ from tests.core.optimizers import (
     take_step,
     value_of,
 )
+from tests.reference import dropped, mask_by_sorting
 
 ON_CUDA = (
     pytest.mark.cuda,
@@ -88,12 +88,8 @@ class TestReset:
         report = relora.reset_optimizer_(optimizer, [first], prune_ratio=0.9)
 
         gone = dropped(first.numel(), 0.9)
-        if row.moments:
-            lead = before[row.moments[0]].flatten().abs()
-            mask = torch.zeros_like(lead, dtype=torch.bool)
-            mask[lead.argsort(stable=True)[:gone]] = True
-            mask = mask.view(first.shape)
         for key, value in before.items():
+            mask = mask_by_sorting(before[row.moments[0]], 0.9)
             assert torch.equal(value_of(states[0], key), value.masked_fill(mask, 0))
         for key in row.copies:
             assert torch.equal(states[0][key], first)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import relora_core as relora
 from relora_core import selection
-from tests.reference import prune_by_sorting
+from tests.reference import dropped, prune_by_sorting
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ties = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, math.inf, -math.inf])
@@ -59,9 +59,8 @@ def test_equals_numpy_whatever_the_values_and_the_memory(seed, entries, ratio, d
     tensor = VIEWS[view](torch.from_numpy(values).to(dtype))
     before = tensor.double().numpy().copy()
     relora.magnitude_prune_(tensor, ratio=ratio)
-    count = math.floor(ratio * (before.size - 1)) + 1 if before.size else 0
     order = np.argsort(np.abs(before).ravel(), kind="stable")
-    before.ravel()[order[:count]] = 0.0
+    before.ravel()[order[: dropped(before.size, ratio)]] = 0.0
     after = tensor.double().numpy()
     assert np.array_equal(after, before)
     assert np.array_equal(np.signbit(after)[after != 0], np.signbit(before)[before != 0])
@@ -70,8 +69,7 @@ def test_equals_numpy_whatever_the_values_and_the_memory(seed, entries, ratio, d
 @given(st.integers(0, 300), st.floats(0, 1), st.sampled_from(DTYPES))
 def test_the_count_is_exact_even_when_all_are_equal(entries, ratio, dtype):
     pruned = relora.magnitude_prune_(torch.ones(entries, dtype=dtype), ratio=ratio)
-    dropped = math.floor(ratio * (entries - 1)) + 1 if entries else 0
-    assert int((pruned == 0).sum()) == dropped
+    assert int((pruned == 0).sum()) == dropped(entries, ratio)
 
 
 def test_eight_bit_floats_are_pruned_too():
@@ -117,8 +115,7 @@ def test_many_tensors_at_once_are_each_selected_as_if_alone(on_cpu, data):
 @given(st.integers(0, 300), st.floats(0, 1), st.integers(0, 5))
 def test_random_pruning_zeroes_exactly_as_many_and_by_its_seed(entries, ratio, seed):
     pruned = relora.random_prune_(torch.ones(entries), ratio=ratio, seed=seed)
-    dropped = math.floor(ratio * (entries - 1)) + 1 if entries else 0
-    assert int((pruned == 0).sum()) == dropped
+    assert int((pruned == 0).sum()) == dropped(entries, ratio)
     assert torch.equal(relora.random_prune_(torch.ones(entries), ratio=ratio, seed=seed), pruned)
 
 

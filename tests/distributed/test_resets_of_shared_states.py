@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import relora_core as relora
 from tests.core.optimizers import ADAM, OPTIMIZERS
 from tests.distributed.processes import on_processes
+from tests.reference import dropped, mask_by_sorting
 
 SHAPES = ((10, 7), (1, 5), (9,))  # over 2 or 3 processes: uneven shards, and empty ones
 SHARDED = ("AdamW amsgrad", "NAdam", "RMSprop centered", "SGD momentum", "Adamax")
@@ -105,15 +106,11 @@ def eight_bits(rank, world_size):
 def test_a_reset_of_sharded_codes_zeroes_by_the_order_of_the_whole(tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed")
     for result in on_processes(eight_bits, 2, tmp_path / "ranks"):
-        lead = result["before/exp_avg"].abs().flatten()
-        gone = int(0.9 * (lead.numel() - 1)) + 1
-        mask = torch.zeros_like(lead, dtype=torch.bool)
-        mask[lead.argsort(stable=True)[:gone]] = True
-        mask = mask.view(128, 80)
+        mask = mask_by_sorting(result["before/exp_avg"], 0.9)
         for key in ADAM:
             expected = result[f"before/{key}"].masked_fill(mask, 0)
             assert torch.equal(result[f"after/{key}"], expected)
-        assert result["zeroed"] == 2 * gone
+        assert result["zeroed"] == 2 * dropped(128 * 80, 0.9)
         assert result["finite"]
 
 
