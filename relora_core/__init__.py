@@ -1,5 +1,6 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
+from relora_core.bases import split_bases_
 from relora_core.layouts import declare_moments
 from relora_core.low_rank import LowRank
 from relora_core.optimizer import ResettableOptimizer
@@ -36,4 +37,5 @@ __all__ = [
     "reset_optimizer_",
     "restart_",
     "save_merged",
+    "split_bases_",
 ]

@@ -1,11 +1,21 @@
 """How a tensor is spread over processes. The only file that names DTensor or FSDP."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -16,6 +26,24 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has been applied to `model` or to a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether `parallelize_module` has split `module`'s own parameters, and nothing has since."""
+    applied = getattr(module, "_distribute_module_applied", False)
+    return bool(applied) and all(mesh_dims(p) <= 1 for p in module.parameters(recurse=False))
+
+
+def sharers(model: nn.Module) -> list[int]:
+    """Return the ranks of the processes that share `model`; empty if there is no sign of any."""
+    if not dist.is_initialized() or dist.get_backend() == "fake":
+        return []
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            return sorted(dist.get_process_group_ranks(module.process_group))
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    largest = max(meshes, key=lambda mesh: mesh.size(), default=None)
+    return [] if largest is None else sorted(largest.mesh.flatten().tolist())
 
 
 def sharding(tensor: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
@@ -56,18 +84,104 @@ def replicated(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def row_parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return this rank's rows of W and of B, and A whole; None if W is sharded, but not by rows.
+def new_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return empty A, `(rank, in)`, and B, `(out, rank)`, split where tensor parallelism splits W.
 
-    A whole W beside sharded factors (left out of FSDP by `ignored_params`) has all rows here.
+    Where it splits W's rows it splits B's, and where W's columns A's.
+    """
+    A = (rank, math.prod(W.shape[1:]))
+    B = (W.shape[0], rank)
+    if not isinstance(W, DTensor):
+        return W.new_empty(A), W.new_empty(B)
+    rows, columns = _along(W)
+    return _empty_like(W, A, columns), _empty_like(W, B, rows)
+
+
+def _empty_like(W: DTensor, shape: tuple[int, int], placements: list[Placement]) -> Tensor:
+    whole = torch.empty(shape, dtype=W.dtype, device="meta")
+    placed = distribute_tensor(whole, W.device_mesh, placements, src_data_rank=None)
+    return torch.empty_like(placed, device=W.device)
+
+
+def _along(W: DTensor) -> tuple[list[Placement], list[Placement]]:
+    """Return how the rows of B and the columns of A lie where W's rows and columns do."""
+    rows = [p if _dim(p) == 0 else Replicate() for p in W.placements]
+    columns = [Replicate() if _dim(p) in (None, 0) else p for p in W.placements]
+    return rows, columns
+
+
+def split_dim(W: Tensor) -> int | None:
+    """Return the dimension that tensor parallelism splits W over, on a mesh of one dimension."""
+    assert isinstance(W, DTensor)
+    return _dim(W.placements[0]) if W.device_mesh.ndim == 1 else None
+
+
+def is_first(tensor: Tensor) -> bool:
+    """Whether this process is the first of those that hold `tensor`, on a one-dimensional mesh."""
+    assert isinstance(tensor, DTensor)
+    return tensor.device_mesh.get_local_rank() == 0
+
+
+def summing(tensor: Tensor) -> Tensor:
+    """Return the whole of `tensor`, its gradient being the sum of what the processes compute."""
+    whole = replicated(tensor)
+    assert isinstance(whole, DTensor)
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def last_split(tensor: Tensor) -> Tensor:
+    """Return this process's part of `tensor` along the last dimension."""
+    assert isinstance(tensor, DTensor)
+    return tensor.redistribute(placements=[Shard(tensor.ndim - 1)]).to_local()
+
+
+def columns_of(y: Tensor, W: Tensor) -> Tensor:
+    """Return the output of which every process holds the columns of its rows of W."""
+    assert isinstance(W, DTensor)
+    shape = torch.Size([*y.shape[:-1], W.shape[0]])
+    stride = tuple(shape[dim + 1 :].numel() for dim in range(y.ndim))
+    placements = [Shard(y.ndim - 1)]
+    return DTensor.from_local(
+        y, W.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def parts_of_sum(y: Tensor, W: Tensor) -> Tensor:
+    """Return the output that is the sum of every process's `y`."""
+    assert isinstance(W, DTensor)
+    return DTensor.from_local(y, W.device_mesh, [Partial()], run_check=False)
+
+
+def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this rank's block of W, the block's rows of B and its columns of A, `(rank, ...)`.
+
+    Only what is not here yet of B and A is gathered. A whole W beside sharded factors (left out of
+    FSDP by `ignored_params`) is one block.
     """
     if not isinstance(W, DTensor):
         return W, full(B), full(A)
-    assert isinstance(B, DTensor)
-    by_rows = all(p.is_replicate() or p.is_shard(0) for p in W.placements)
-    if not by_rows or B.placements != W.placements:
-        return None
-    return W.to_local(), B.to_local(), full(A)
+    assert isinstance(A, DTensor)
+    if W.ndim > 2 and any(_dim(p) not in (None, 0) for p in W.placements):
+        A = replicated(A).view(A.shape[0], *W.shape[1:])  # so that its columns split as W's do
+    rows, columns = _along(W)
+    return W.to_local(), _placed(B, rows), _placed(A, columns).flatten(1)
+
+
+def _dim(placement: Placement) -> int | None:
+    # Not is_shard(): the strided shards of FSDP2 over tensor parallelism deny it.
+    return getattr(placement, "dim", None)
+
+
+def _placed(tensor: Tensor, placements: list[Placement]) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    if tuple(placements) != tensor.placements:
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
+
+
+def mesh_dims(tensor: Tensor) -> int:
+    """Return over how many dimensions of a mesh `tensor` is laid: 0 for a plain one."""
+    return tensor.device_mesh.ndim if isinstance(tensor, DTensor) else 0
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core._sharding import is_sharded
 from relora_core.embedding import low_rank_embedding
 from relora_core.linear import autocasts, low_rank_linear
+from relora_core.tensor_parallel import parallel_linear
 
 _OPERATORS = (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
@@ -156,6 +158,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     plain = not any(isinstance(t, LazyWeight) for t in others) and not input.is_nested
     if isinstance(weight, LazyWeight) and plain:
         W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
+        if is_sharded(W) and is_sharded(input):
+            return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
         return low_rank_linear(input, W, A, B, s, bias, weight.dropout)
     return F.linear(*_materialized((input, weight, bias)))
 

@@ -1,14 +1,26 @@
 """The parametrization W + s B A: its factors, their draws and their merge."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relora_core._sharding import copy_from_full_, is_sharded, replicated, row_parts
-from relora_core.lazy_weight import LazyWeight, add_rounding_once
+from relora_core._sharding import (
+    copy_from_full_,
+    is_sharded,
+    local,
+    mesh_dims,
+    new_factors,
+    parts,
+    replicated,
+    sharded_like,
+)
+from relora_core.lazy_weight import LazyWeight
+from relora_core.low_bits import join, split
 from relora_core.randomness import keyed_uniform
+from relora_core.update import Update
 
 
 class LowRank(nn.Module):
@@ -24,7 +36,8 @@ class LowRank(nn.Module):
 
     Args:
         base: $W$, `(out, ...)`; $A$ is `(rank, in)` and $B$ `(out, rank)` in its dtype and on its
-            device, `in` being the product of the other dimensions.
+            device, `in` being the product of the other dimensions. Of a $W$ that tensor
+            parallelism has split by rows $B$ is split as $W$, by columns $A$.
         rank: $r$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
         seed: of every draw, from 0 to 2**63 - 1.
@@ -36,7 +49,8 @@ class LowRank(nn.Module):
             zeroes it at a merge, after which neither it nor A and B have a gradient.)
 
     Raises:
-        ValueError: if `base` has fewer than two dimensions, or an argument is out of range.
+        ValueError: if `base` has fewer than two dimensions, or an argument is out of range; under
+            tensor parallelism also for dropout and for other than two dimensions.
         TypeError: if `base` is not a floating-point tensor.
 
     Example:
@@ -66,12 +80,16 @@ class LowRank(nn.Module):
         self.name = name
         self.dropout = dropout
         self.restart = 0
-        self.sharded = False  # whether it has been seen sharded
+        # What `split_bases_` makes of W: its dtype before, and the bits that it lacks since.
+        self.split_from: torch.dtype | None = None
+        self.low_bits: Tensor | None = None  # zero, if None
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
-        self.lora_A = nn.Parameter(base.new_empty(rank, base[0].numel()))
-        self.lora_B = nn.Parameter(base.new_empty(base.shape[0], rank))
+        A, B = new_factors(base, rank)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        # Over how many dimensions of a mesh the factors were laid at first, and at most since.
+        self.first_dims = self.most_dims = mesh_dims(A)
         self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
         self.reset_parameters()
 
@@ -112,36 +130,106 @@ class LowRank(nn.Module):
             copy_from_full_(self.lora_A, draw)
         self.lora_B.zero_()
 
+    def see_sharding(self) -> None:
+        """Take note of how the factors are sharded now."""
+        self.most_dims = max(self.most_dims, mesh_dims(self.lora_A))
+
     def refuse_gathered(self) -> None:
         """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost.
 
-        It is known by their having been sharded when they were last looked at.
+        It is known by their having been sharded further when they were looked at before.
         """
-        self.sharded = self.sharded or is_sharded(self.lora_A)
-        if self.sharded and not is_sharded(self.lora_A):
+        self.see_sharding()
+        if mesh_dims(self.lora_A) < self.most_dims:
             raise ValueError(
                 f"the parameters of {self.name or 'a low-rank site'} are gathered, and what is "
                 "written to them now would be lost: call reshard() of the FSDP module that owns "
                 "them first, or pass the whole model"
             )
 
-    @torch.no_grad()
-    def merge_into_(self, base: Tensor) -> None:
-        """Add s B A to `base` in place and zero B: together they keep the function.
-
-        Sharded by rows, it needs A whole and neither W nor B. The host does not wait.
+    def update(self, base: Tensor) -> Update:
+        """Return this process's block of s B A; what it lacks of A (and rarely of B) is gathered.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies.
         """
         self.refuse_gathered()
         lazy = self(base)
-        parts = row_parts(base, lazy.lora_B, lazy.lora_A)
-        if parts is None:
-            base.copy_(add_rounding_once(base, lazy.delta()))
+        return Update(*parts(base.detach(), lazy.lora_B.detach(), lazy.lora_A.detach()), lazy.scale)
+
+    @torch.no_grad()
+    def merge_into_(self, base: Tensor, update: Update | None = None) -> None:
+        """Add s B A to `base` in place and zero B: together they keep the function.
+
+        Sharded by rows, it needs A whole and neither W nor B. The host does not wait, but for the
+        low bits of a split W.
+
+        Args:
+            base: W.
+            update: what `self.update(base)` returned, if it was asked for already.
+
+        Raises:
+            ValueError: if the parameters are FSDP's gathered copies.
+        """
+        self.refuse_gathered()
+        update = update or self.update(base)
+        if self.split_from is None:
+            update.add_(update.W)
         else:
-            add_update_(*parts, lazy.scale)
+            self._set_halves_(base, update.add_(self.exact(base)))
         self.lora_B.zero_()
+
+    @torch.no_grad()
+    def merged(self, base: Tensor) -> Tensor:
+        """Return W + s B A, sharded as W: what a merge would make of W."""
+        total = self.update(base).add_(self.exact(base).clone())
+        return sharded_like(total.to(self.split_from or base.dtype), base)
+
+    def exact(self, base: Tensor) -> Tensor:
+        """Return this process's part of W; of a split W its fp32 value, made anew."""
+        part = local(base.detach())
+        if self.split_from is None:
+            return part
+        return part.float() if self.low_bits is None else join(part, self.low_bits.to(part.device))
+
+    @torch.no_grad()
+    def split_(self, base: nn.Parameter) -> None:
+        """Turn `base` into the nearest bfloat16, and keep what it lacks: see `split_bases_`."""
+        self.split_from = base.dtype
+        if base.dtype == torch.float32:
+            value = base.data
+            base.data = torch.empty_like(value, dtype=torch.bfloat16)
+            self._set_halves_(base, value)
+
+    @torch.no_grad()
+    def unsplit_(self, base: nn.Parameter) -> None:
+        """Undo `split_`, W's value as exact as its dtype before holds it."""
+        if self.split_from is not None:
+            base.data = self.exact(base).to(self.split_from)
+        self.split_from = self.low_bits = None
+
+    def _set_halves_(self, base: Tensor, value: Tensor) -> None:
+        if base.is_meta:
+            return
+        upper, low = split(value)
+        base.copy_(upper)
+        if self.low_bits is None:
+            self.low_bits = torch.empty_like(low, device="cpu", pin_memory=base.is_cuda)
+        self.low_bits.copy_(low)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.low_bits is not None:
+            destination[prefix + "low_bits"] = self.low_bits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if self.split_from is not None:
+            self.low_bits = state_dict.pop(prefix + "low_bits", None)
+            if self.low_bits is not None:
+                self.low_bits = self.low_bits.to("cpu", torch.int16, copy=True)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def get_extra_state(self) -> Tensor:
         """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64."""
@@ -177,15 +265,6 @@ def draw_A(
     return keyed_uniform(key, shape, bound=bound, pinned=pinned)
 
 
-def add_update_(W: Tensor, B: Tensor, A: Tensor, s: float) -> None:
-    """W += s B A in place, computed in fp32 at least and rounded once."""
-    wide = torch.promote_types(torch.promote_types(W.dtype, A.dtype), torch.float32)
-    total = W.to(wide).flatten(1)  # W's own memory, unless it is narrower or not contiguous
-    total.addmm_(B.to(wide), A.to(wide), alpha=s)
-    if W.dtype != wide or not W.is_contiguous():
-        W.copy_(total.view(W.shape))
-
-
 def check_low_rank(
     base: Tensor, *, rank: int, alpha: float | None, seed: int, dropout: float
 ) -> None:
@@ -201,7 +280,7 @@ def check_low_rank(
         raise TypeError(f"a low-rank weight must be floating point; got {base.dtype}")
     if base.numel() == 0:
         raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
-    out, inner = base.shape[0], base[0].numel()
+    out, inner = base.shape[0], math.prod(base.shape[1:])
     if not 1 <= rank <= min(out, inner):
         raise ValueError(
             f"rank must be between 1 and min(out, in) = {min(out, inner)} for a weight of "
@@ -211,5 +290,14 @@ def check_low_rank(
         raise ValueError(f"alpha must be positive and finite; got {alpha}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1; got {dropout}")
+    if is_sharded(base) and base.ndim != 2:
+        raise ValueError(
+            f"under tensor parallelism a low-rank weight is a matrix; got shape {tuple(base.shape)}"
+        )
+    if is_sharded(base) and dropout:
+        raise ValueError(
+            "under tensor parallelism every process would drop other entries of one input: leave "
+            f"dropout out; got dropout={dropout:g}"
+        )
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1; got {seed}")

@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import is_sharded
+from relora_core._sharding import is_sharded, is_tensor_parallel
 from relora_core.low_rank import LowRank
 
 
@@ -81,9 +81,10 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
     if base is None:
         own = sorted(key for key, value in module._parameters.items() if value is not None)
         raise ValueError(f"{kind} has no Parameter {tensor_name!r}; it has {own}")
-    if is_sharded(base):
+    if is_sharded(base) and not is_tensor_parallel(module):
         raise ValueError(
-            f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard"
+            f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard (and "
+            "after parallelize_module, if it was split by hand for tensor parallelism)"
         )
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
@@ -119,13 +120,15 @@ def remove_low_rank(
     if tensor_name not in low_rank_tensors(module):
         raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
     low_rank, base = low_rank_and_base(module, tensor_name)
-    if low_rank.sharded or is_sharded(base):
+    low_rank.see_sharding()
+    if low_rank.most_dims > low_rank.first_dims:
         raise ValueError(
             "a low-rank site cannot be removed after fully_shard: export with "
             "merged_state_dict, or remove it before sharding"
         )
     if merge:
         low_rank.merge_into_(base)
+    low_rank.unsplit_(base)
     # A deepcopy shares the class that torch made for the original, and torch removes the
     # property from that class: without a class of its own, removal here would break the other.
     cls = type(module)

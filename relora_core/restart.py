@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._sharding import full
-from relora_core.linear import autocasts
+from relora_core._sharding import full, shard_sum, sharding
 from relora_core.pruning import to_floats
 from relora_core.reset import Masks, Reset, ResetReport, Rule, apply_reset_, plan_reset
+from relora_core.roll_call import roll_call
 from relora_core.sites import Site, sites_of
+from relora_core.update import Update
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def restart_(
     masks: Masks = "joint",
     rule: Rule = "magnitude",
     reset_step: bool = False,
+    timeout: timedelta = timedelta(minutes=10),
 ) -> RestartReport:
     r"""Merge, redraw and prune: $W \leftarrow W + s B A$, $A \leftarrow$ new, $B \leftarrow 0$.
 
@@ -59,6 +62,8 @@ def restart_(
         masks: "joint" or "independent", see `reset_optimizer_`.
         rule: "magnitude", or "random", keyed by each site's seed, name and restart.
         reset_step: whether the factors' step counts begin anew, see `reset_optimizer_`.
+        timeout: how long the processes that share the model (FSDP2, DDP, tensor parallelism) wait
+            for each other.
 
     Returns:
         A `RestartReport`.
@@ -66,6 +71,8 @@ def restart_(
     Raises:
         ValueError: if there is no site, a factor is not finite, or the reset refuses. Nothing is
             changed then.
+        RuntimeError: if a process does not call it in time, or otherwise than the others; it names
+            them. Nothing is changed then.
 
     Example:
         >>> from relora_core import add_low_rank_
@@ -78,6 +85,8 @@ def restart_(
     """
     reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
+    call = f"restart_ number {sites[0][1].restart + 1} of {len(sites)} sites by {reset}"
+    roll_call(model, call, timeout)
     factors = {
         f"{site.low_rank.seed}/{name}/{site.restart}/{which}": factor
         for name, site in sites
@@ -85,23 +94,32 @@ def restart_(
         if factor.requires_grad
     }
     states = plan_reset(optimizer, factors.values(), reset)
-    norms = update_norms(sites)
+    updates = [site.update() for _, site in sites]
+    norms = update_norms(sites, updates)
     _refuse_overflow(sites, norms)
 
-    for _, site in sites:
-        site.merge_()
+    for (_, site), update in zip(sites, updates, strict=True):
+        site.merge_(update)
         site.redraw_()
     return RestartReport(norms, apply_reset_(states, reset, list(factors)))
 
 
 @torch.no_grad()
-def update_norms(sites: list[tuple[str, Site]]) -> dict[str, float]:
-    """Return the Frobenius norm of s B A for each site, without forming it.
+def update_norms(sites: list[tuple[str, Site]], updates: list[Update]) -> dict[str, float]:
+    """Return the Frobenius norm of s B A for each site; not finite if a factor is not.
 
-    It is sqrt(s² tr((Bᵀ B)(A Aᵀ))), from two r x r products; not finite if a factor is not.
+    Sites that are sharded over the same processes share one collective.
     """
-    squares = to_floats([_squared_norm(site).clamp(min=0) for _, site in sites])  # rounding: -0
-    return {name: math.sqrt(square) for (name, _), square in zip(sites, squares, strict=True)}
+    together: dict[object, list[int]] = {}
+    for index, (_, site) in enumerate(sites):
+        place = (sharding(site.weight), site.weight.device, updates[index].A.dtype)
+        together.setdefault(place, []).append(index)
+    squares: dict[int, Tensor] = {}
+    for members in together.values():
+        own = torch.stack([updates[index].square() for index in members])
+        squares |= dict(zip(members, shard_sum(own, sites[members[0]][1].weight), strict=True))
+    values = to_floats([squares[index].clamp(min=0) for index in range(len(sites))])  # rounding: -0
+    return {name: math.sqrt(square) for (name, _), square in zip(sites, values, strict=True)}
 
 
 def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:
@@ -120,14 +138,3 @@ def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> 
                 f"{name}: a merge of an update of norm {norms[name]:g} into a float16 weight may "
                 "overflow: store W in float32 or bfloat16"
             )
-
-
-def _squared_norm(site: Site) -> Tensor:
-    if autocasts(site.lora_A.device.type):
-        with torch.autocast(site.lora_A.device.type, enabled=False):
-            return _squared_norm(site)
-    lazy = site.low_rank(site.weight)
-    wide = torch.promote_types(lazy.lora_A.dtype, torch.float32)
-    A, B = lazy.lora_A.to(wide), lazy.lora_B.to(wide)
-    square: Tensor = lazy.scale**2 * (full(A @ A.t()) * full(B.t() @ B)).sum()
-    return square

@@ -36,6 +36,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Every site's base W stands under its plain name, without B A. Copy a full-rank warm start into
     these tensors and the sites continue from it.
 
+    Raises:
+        ValueError: if a W is split (`split_bases_`), so that no memory holds all of it.
+
     Example:
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
@@ -44,7 +47,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> model[0].parametrizations.weight.original[0]
         tensor([1., 1., 1., 1., 1., 1.])
     """
-    return _plain(model, lambda site: site.weight.detach())
+    return _plain(model, _memory)
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -83,6 +86,15 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         save_file(tensors, partial, metadata={"format": "pt"})
         partial.replace(path)
     return path
+
+
+def _memory(site: Site) -> Tensor:
+    if site.low_rank.split_from is not None:
+        raise ValueError(
+            "a W that split_bases_ has split cannot be filled through its memory: fill it before "
+            "the split, or load a state dict that has its low_bits"
+        )
+    return site.weight.detach()
 
 
 @torch.no_grad()

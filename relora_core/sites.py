@@ -9,8 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import full, is_fully_sharded, is_sharded, reshard_
-from relora_core.lazy_weight import add_rounding_once
+from relora_core._sharding import full, is_fully_sharded, reshard_
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     check_target,
@@ -18,6 +17,7 @@ from relora_core.register import (
     low_rank_tensors,
     register_low_rank,
 )
+from relora_core.update import Update
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -75,13 +75,19 @@ class Site:
 
     def merged(self) -> Tensor:
         """Return W + s B A, detached."""
-        base = self.weight
-        update = self.low_rank(base).delta()
-        return add_rounding_once(base, update if is_sharded(base) else full(update)).detach()
+        return self.low_rank.merged(self.weight)
 
-    def merge_(self) -> None:
-        """W += s B A, and B is zeroed."""
-        self.low_rank.merge_into_(self.weight)
+    def exact(self) -> Tensor:
+        """Return this process's part of W; of a split W its fp32 value, made anew."""
+        return self.low_rank.exact(self.weight)
+
+    def update(self) -> Update:
+        """Return this process's part of s B A, gathering what it lacks of the factors."""
+        return self.low_rank.update(self.weight)
+
+    def merge_(self, update: Update | None = None) -> None:
+        """W += s B A (which `update` holds, if it was asked for already), and B is zeroed."""
+        self.low_rank.merge_into_(self.weight, update)
 
     def redraw_(self) -> None:
         """A takes its next draw, and B is zeroed."""
@@ -125,7 +131,7 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for module_name, module in unwrapped(model).named_modules():
         for tensor_name in low_rank_tensors(module):
             site = Site(module, tensor_name)
-            site.low_rank.sharded |= is_sharded(site.lora_A)
+            site.low_rank.see_sharding()
             path = module_name if tensor_name == "weight" else f"{module_name}.{tensor_name}"
             yield clean_name(path.removeprefix(".")), site
 

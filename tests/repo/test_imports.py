@@ -10,15 +10,16 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        {"_sharding", "schedule", "two_paths", "merged", "embedding", "layouts", "randomness"},
-        {"linear", "selection", "quantized"},
-        {"lazy_weight", "pruning"},
+        {"_sharding", "schedule", "two_paths", "merged", "embedding", "layouts", "randomness"}
+        | {"low_bits"},
+        {"linear", "selection", "quantized", "roll_call", "tensor_parallel"},
+        {"lazy_weight", "pruning", "update"},
         {"low_rank", "moments"},
         {"reset"},
         {"optimizer"},
         {"register"},
         {"sites"},
-        {"restart", "serialization"},
+        {"restart", "serialization", "bases"},
         {"__init__"},
     ],
     "reference_trainer": [

@@ -1,0 +1,51 @@
+"""The frozen bases in 16 bits on the device, without losing what a merge adds to them."""
+
+import torch
+from torch import nn
+
+from relora_core._sharding import is_sharded
+from relora_core.sites import sites_of
+
+
+def split_bases_(model: nn.Module) -> None:
+    """Store each site's W as the nearest bfloat16, and the 16 bits below it in host memory.
+
+    Forward and backward use the bfloat16; a merge adds s B A to the fp32 value of both, so nothing
+    of it is lost, however small it is. (A merge into a W of bfloat16 alone rounds most of a small
+    update away.) W takes 2 bytes an entry on its device, and 2 on the host, which are touched at
+    merges only. A and B stay as they are: fp32, say, computed in bfloat16 under autocast or under
+    FSDP2's mixed precision.
+
+    For a W that is whole on this process: left out of FSDP2 (`fully_shard(ignored_params=...)`),
+    under DDP, or on one device. The state dict then has `low_bits` (int16) beside W, and
+    `merged_state_dict` gives the dtype that W had. What is written to W by hand afterwards should
+    be written before.
+
+    Args:
+        model: with low-rank sites, whose W are fp32 or bfloat16; on the meta device it may be split
+            too, and filled by `load_state_dict`.
+
+    Raises:
+        ValueError: if there is no site, or a W is sharded or split already. Nothing is changed.
+        TypeError: if a W has another dtype. Nothing is changed.
+
+    Example:
+        >>> from relora_core import add_low_rank_, low_rank_sites
+        >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
+        >>> split_bases_(model)
+        >>> [(site.weight.dtype, site.lora_A.dtype) for _, site in low_rank_sites(model)]
+        [(torch.bfloat16, torch.float32)]
+    """
+    sites = sites_of(model)
+    for name, site in sites:
+        if is_sharded(site.weight):
+            raise ValueError(
+                f"{name}: only a whole W can be split, and this one is sharded: leave it out of "
+                "FSDP2 by fully_shard(ignored_params=...), or keep it in float32"
+            )
+        if site.low_rank.split_from is not None:
+            raise ValueError(f"{name} is split already")
+        if site.weight.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"{name}: W must be float32 or bfloat16; got {site.weight.dtype}")
+    for _, site in sites:
+        site.low_rank.split_(site.weight)

@@ -1,0 +1,73 @@
+"""A process that skips a restart, or makes another one, is an error that names it, not a hang."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import relora_core as relora
+from tests.distributed.processes import on_processes
+
+SHORT, LONG = timedelta(seconds=3), timedelta(seconds=60)
+
+
+def shared(world_size, wrapper):
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 5)), "0", rank=2)
+    if wrapper == "fsdp":
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.AdamW(trained)
+
+
+def number(model):
+    return next(iter(relora.low_rank_sites(model)))[1].restart
+
+
+def skips(rank, world_size, wrapper):
+    model, optimizer = shared(world_size, wrapper)
+    relora.restart_(model, optimizer, timeout=LONG)
+    if rank != 1:
+        with pytest.raises(RuntimeError, match=r"number 2 .*, 1 \(rank 1\) did not come in 3 s"):
+            relora.restart_(model, optimizer, timeout=SHORT)
+    return {"number": torch.tensor(number(model))}
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp", "ddp"])
+def test_who_skips_a_restart_is_named_and_nothing_is_changed(tmp_path, wrapper):
+    results = on_processes(skips, 3, tmp_path / "ranks", wrapper)
+    assert [result["number"].item() for result in results] == [1, 1, 1]
+
+
+def disagrees(rank, world_size):
+    model, optimizer = shared(world_size, "fsdp")
+    with pytest.raises(RuntimeError, match=r"rank 0 .*ratio=0.9,.* rank 2 .*ratio=0.5,"):
+        relora.restart_(model, optimizer, prune_ratio=0.5 if rank == 2 else 0.9, timeout=LONG)
+    before = number(model)
+    for _ in range(3):  # and it works again once they agree
+        relora.restart_(model, optimizer, timeout=LONG)
+    return {"number": torch.tensor([before, number(model)])}
+
+
+def test_who_restarts_otherwise_is_named_on_every_process(tmp_path):
+    for result in on_processes(disagrees, 3, tmp_path / "ranks"):
+        assert result["number"].tolist() == [0, 3]
+
+
+def alone(rank, world_size):
+    model, optimizer = shared(world_size, None)
+    if rank == 0:
+        relora.restart_(model, optimizer, timeout=SHORT)
+    dist.barrier()
+    return {"number": torch.tensor(number(model))}
+
+
+def test_a_model_of_one_process_waits_for_nobody(tmp_path):
+    results = on_processes(alone, 2, tmp_path / "ranks")
+    assert [result["number"].item() for result in results] == [1, 0]
