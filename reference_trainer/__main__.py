@@ -154,7 +154,8 @@ def _without_prepared(config: DataConfig) -> DataConfig:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    config = _run(arguments.directory, options.given(arguments))
+    given = {"parallel.replicas": 1, **options.given(arguments)}
+    config = _run(arguments.directory, given)
     with open_world(config.parallel) as world:
         target = export(config, world)
     _say(f"model: {target}")

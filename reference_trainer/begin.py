@@ -28,6 +28,7 @@ def check(config: Config, *, resume: bool) -> None:
         UserError: for files, tokenizer, shape, targets, rank, batch or a missing extra.
     """
     config.batch.micro_steps(world_size())
+    config.parallel.mesh(world_size())
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'")
     if resume and not (config.directory / "config.yaml").is_file():

@@ -192,6 +192,32 @@ class ParallelConfig:
     )
     compile: bool = option(False, "compile each block")
     checkpoint_activations: bool = option(False, "recompute each block in backward")
+    layout: Literal["shard", "replicate"] = option(
+        "shard",
+        "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "
+        "a 'replicate' on every process, in the computation's precision, that is never sent",
+    )
+    replicas: int = option(
+        1, "copies of what is sharded, each over processes / replicas of them (HSDP)"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.replicas >= 1, "parallel.replicas is at least 1", got=self.replicas)
+
+    def mesh(self, world_size: int) -> tuple[int, ...]:
+        """Return the sizes of the mesh of all processes: (shards,) or (replicas, shards).
+
+        Raises:
+            UserError: if the processes cannot be divided so.
+        """
+        require(
+            world_size % self.replicas == 0,
+            "the number of processes must be a multiple of parallel.replicas",
+            processes=world_size,
+            replicas=self.replicas,
+        )
+        shards = world_size // self.replicas
+        return (shards,) if self.replicas == 1 else (self.replicas, shards)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import relora_core as relora
@@ -33,6 +33,8 @@ def export(config: Config, world: World) -> Path:
     shape = config.model.shape(index.vocab_size)
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
+    # Sharded bases keep fp32, and need the least memory.
+    config = replace(config, parallel=replace(config.parallel, layout="shard"))
     stage = build_stage(config, phase, shape, world)
     fill_(stage, config, source, world)
     relora.save_merged(stage.model, target)

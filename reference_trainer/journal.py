@@ -134,4 +134,4 @@ class Journal:
     def _followed(self, *, merged: bool) -> dict[str, Tensor]:
         sites = dict(relora.low_rank_sites(self.stage.model))
         names = spread(list(sites), self.config.log.rank_sites)
-        return {name: sites[name].merged() if merged else sites[name].weight for name in names}
+        return {name: sites[name].merged() if merged else sites[name].exact() for name in names}

@@ -1,13 +1,13 @@
 """A model on its processes: what is done to it, in the order in which it must be done."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from reference_trainer.config import ParallelConfig
 from reference_trainer.model import Llama, LlamaShape
@@ -22,7 +22,10 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def build(
-    shape: LlamaShape, config: ParallelConfig, world: World, prepare_: Callable[[nn.Module], object]
+    shape: LlamaShape,
+    config: ParallelConfig,
+    world: World,
+    prepare_: Callable[[nn.Module], Collection[nn.Parameter]],
 ) -> Llama:
     """Return a sharded Llama whose parameters have memory but no values yet.
 
@@ -34,11 +37,12 @@ def build(
         shape: of the model.
         config: precision, compilation and activation checkpointing.
         world: the processes.
-        prepare_: what to do to the bare model first, on the meta device.
+        prepare_: what to do to the bare model first, on the meta device; it returns the parameters
+            that stay whole on every process, outside FSDP2.
     """
     with torch.device("meta"):
         model = Llama(shape)
-    prepare_(model)
+    whole = set(prepare_(model))
     layers = model.model.layers
     for index, block in enumerate(layers):
         if config.checkpoint_activations:
@@ -53,8 +57,8 @@ def build(
         cast_forward_inputs=False,  # the rotary table stays in fp32
     )
     for block in layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
     model.to_empty(device=world.device)
     return model
 
@@ -80,6 +84,14 @@ def init_weights_(named: dict[str, Tensor], *, hidden_size: int, seed: int) -> N
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
         whole = torch.empty(parameter.shape).normal_(0, hidden_size**-0.5, generator=generator)
         copy_whole_(parameter, whole)
+
+
+@torch.no_grad()
+def rows_of(whole: Tensor, world: World) -> Tensor:
+    """Return a tensor that every process holds whole as one of which each holds some rows."""
+    placements = [Shard(0)] * world.mesh.ndim
+    rows = distribute_tensor(whole, world.mesh, placements, src_data_rank=None)
+    return rows.clone()  # so that the whole can be freed
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import relora_core as relora
@@ -12,7 +13,7 @@ from reference_trainer import checkpoint
 from reference_trainer.config import Config, Phase
 from reference_trainer.errors import UserError
 from reference_trainer.model import Llama, LlamaShape
-from reference_trainer.parallel import build, init_weights_
+from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
 from reference_trainer.world import World
 
 
@@ -96,8 +97,8 @@ def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -
     return Stage(phase, model, parameters, optimizer, restarts, schedule)
 
 
-def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
-    """Make the bare model what the phase trains.
+def prepare_(model: nn.Module, config: Config, phase: Phase) -> list[nn.Parameter]:
+    """Make the bare model what the phase trains; return what every process keeps whole of it.
 
     Raises:
         UserError: if a target matches nothing or the rank does not fit.
@@ -110,6 +111,8 @@ def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
             )
         except ValueError as error:
             raise UserError(f"relora: {error}") from None
+    replicate = config.parallel.layout == "replicate"
+    return [site.weight for _, site in relora.low_rank_sites(model)] if replicate else []
 
 
 def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> int:
@@ -127,6 +130,7 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
     if source is None or position is None:
         plain = relora.base_state_dict(stage.model)
         init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
+        narrow_(stage, config, world)
         return stage.phase.start
 
     tensors = stage.tensors() if continues else relora.base_state_dict(stage.model)
@@ -144,16 +148,37 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
         rates = stage.schedule.get_last_lr()
         for group, lr in zip(stage.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
+    narrow_(stage, config, world)
     return position.step
 
 
+def narrow_(stage: Stage, config: Config, world: World) -> None:
+    """Bring bases that are whole on every process to the precision of the computation.
+
+    Sharded ones stay in fp32, and FSDP2 casts what it gathers.
+    """
+    narrow = compute_dtype(config.parallel, world.device) != torch.float32
+    if narrow and stage.restarts is not None and config.parallel.layout == "replicate":
+        relora.split_bases_(stage.model)
+
+
 def save(stage: Stage, config: Config, step: int, world: World) -> Path:
-    """Write a checkpoint of the stage before the run's `step`."""
+    """Write a checkpoint of the stage before the run's `step`.
+
+    It is the same for every layout: of bases that are whole on every process, each writes the
+    rows that it would hold of sharded ones, in fp32.
+    """
+    tensors = stage.tensors()
+    for name, site in relora.low_rank_sites(stage.model):
+        base, low = (f"{name}.parametrizations.weight.{key}" for key in ("original", "0.low_bits"))
+        tensors.pop(low, None)
+        if not isinstance(tensors[base], DTensor):
+            tensors[base] = rows_of(site.exact(), world)
     return checkpoint.save(
         config.checkpoints,
         step=step,
         phase=stage.phase.name,
-        tensors=stage.tensors(),
+        tensors=tensors,
         parameters=stage.parameters,
         optimizer=stage.optimizer,
         schedule=stage.schedule.state_dict(),

@@ -25,7 +25,7 @@ class World:
         rank: of this process, from 0.
         size: number of processes.
         device: this process computes on.
-        mesh: of all processes, one-dimensional.
+        mesh: of all processes: shards, or replicas and shards.
     """
 
     rank: int
@@ -102,7 +102,9 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        sizes = config.mesh(dist.get_world_size())
+        names = ("replicas", "shards")[-len(sizes) :]
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
         world = World(dist.get_rank(), dist.get_world_size(), device, mesh)
         yield world
         world.barrier()  # a process that leaves while another still connects can abort it

@@ -1,6 +1,7 @@
 """All processes that share a model say that they are here, or an error names those that are not."""
 
 from datetime import timedelta
+from hashlib import blake2b
 
 import torch.distributed as dist
 from torch import nn
@@ -31,7 +32,7 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
     if len(ranks) < 2:
         return
     store = dist.distributed_c10d._get_default_store()
-    key = f"relora/{ranks[0]}-{ranks[-1]}/{len(ranks)}"
+    key = f"relora/{blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
     # Nobody is counted for the next call before all were counted for this one.
     number = store.add(f"{key}/answers", 1) - 1
     call, last = f"{key}/{number // len(ranks)}", number % len(ranks) == len(ranks) - 1
@@ -47,6 +48,8 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
                 f"{others[different[0]]}: every process that shares the model must do the same"
             )
         store.set(f"{call}/verdict", verdict)
+        for rank in ranks:
+            store.delete_key(f"{call}/{rank}")
     try:
         store.wait([f"{call}/verdict"], timeout)
     except RuntimeError:  # a store of another kind than TCP has no error of its own for this

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import full, is_fully_sharded, reshard_
+from relora_core._sharding import full, is_fully_sharded, reshard_, sharded_like
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     check_target,
@@ -78,8 +78,8 @@ class Site:
         return self.low_rank.merged(self.weight)
 
     def exact(self) -> Tensor:
-        """Return this process's part of W; of a split W its fp32 value, made anew."""
-        return self.low_rank.exact(self.weight)
+        """Return W, detached and sharded as it is; of a split W its fp32 value, made anew."""
+        return sharded_like(self.low_rank.exact(self.weight), self.weight)
 
     def update(self) -> Update:
         """Return this process's part of s B A, gathering what it lacks of the factors."""

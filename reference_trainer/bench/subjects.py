@@ -111,9 +111,10 @@ class Subject:
         compiled: bool,
         recompute: bool,
     ) -> Work:
-        def prepare_in_dtype_(module: nn.Module) -> None:
+        def prepare_in_dtype_(module: nn.Module) -> list[nn.Parameter]:
             module.to(DTYPES[self.dtype])
             prepare_(module)
+            return []
 
         parallel = ParallelConfig(
             precision="fp32" if self.dtype == "fp32" else "bf16",

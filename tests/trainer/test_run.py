@@ -212,6 +212,43 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, kill_after):
     assert losses(killed) == losses(whole)  # no record twice, none missing
 
 
+def rewound(name, step):
+    """Return a copy of a run, as it was after its checkpoint at `step`."""
+    shutil.copytree(f"runs/{name}", f"runs/{name}-{step}")
+    for later in checkpoint.complete(Path(f"runs/{name}-{step}/checkpoints")):
+        if later.name > f"step-{step:08d}":
+            shutil.rmtree(later)
+    return Path(f"runs/{name}-{step}")
+
+
+EVERY_CHECKPOINT = ("--checkpoint.keep", "9")
+
+
+def test_bases_in_halves_resume_to_the_same_bits(tiny):
+    halves = ("--parallel.precision", "bf16", "--parallel.layout", "replicate")
+    train(*tiny, *halves, *EVERY_CHECKPOINT, "--name", "whole")
+    for step in (6, 12, 16):  # at the hand-off, between restarts and before one
+        again = rewound("whole", step)
+        train("--resume", "--name", again.name)
+        for file in ("export/model.safetensors", "first-weights.safetensors"):
+            assert (again / file).read_bytes() == Path("runs/whole", file).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layouts", [("shard", "replicate"), ("replicate", "shard")])
+def test_a_run_may_go_on_in_another_layout(tiny, precision, layouts):
+    """Checkpoints hold W in fp32 whatever the layout, and the layouts compute the same."""
+    before, after = layouts
+    chosen = ("--parallel.precision", precision, "--parallel.layout", before)
+    train(*tiny, *chosen, *EVERY_CHECKPOINT, "--name", "whole")
+    again = rewound("whole", 12)
+    train("--resume", "--name", again.name, "--parallel.layout", after)
+    exported = load_file("runs/whole/export/model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    for name, tensor in load_file(again / "export/model.safetensors").items():
+        assert torch.equal(tensor, exported[name]), name
+
+
 def _steps(directory):
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines if '"step",' in line and line.endswith("}")]

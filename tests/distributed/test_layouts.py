@@ -1,0 +1,127 @@
+"""The trainer's layouts over processes: every one computes what one process does."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+import relora_core as relora
+from reference_trainer.config import (
+    BatchConfig,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    ReLoRAConfig,
+    phases,
+)
+from reference_trainer.stage import build_stage, fill_
+from reference_trainer.train import forward_backward
+from reference_trainer.world import World
+from tests.distributed.processes import on_processes
+
+STEPS, EVERY, SEQUENCES, LENGTH, VOCAB = 30, 8, 12, 16, 40  # three restarts
+
+
+def configuration(precision, layout, replicas):
+    """Widths and a rank that 3 and 4 do not divide."""
+    return Config(
+        steps=STEPS,
+        model=ModelConfig(hidden_size=20, intermediate_size=26, layers=2, heads=2),
+        batch=BatchConfig(sequences=SEQUENCES, length=LENGTH, micro=6),
+        relora=ReLoRAConfig(warm_start=0, rank=5, every=EVERY, warmup=2, prune_ratio=0.5),
+        parallel=ParallelConfig("cpu", precision, layout=layout, replicas=replicas),
+    )
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(rank, world_size, precision, layout, replicas):
+    config = configuration(precision, layout, replicas)
+    sizes = config.parallel.mesh(world_size)
+    names = ("replicas", "shards")[-len(sizes) :]
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    world = World(rank, world_size, torch.device("cpu"), mesh)
+    (phase,) = phases(config)
+    stage = build_stage(config, phase, config.model.shape(VOCAB), world)
+    fill_(stage, config, None, world)
+    torch.rand(rank + 1)
+    result, losses = {}, []
+    for step in range(STEPS):
+        if stage.restarts_at(step):
+            relora.restart_(stage.model, stage.optimizer, prune_ratio=config.relora.prune_ratio)
+            for name, site in relora.low_rank_sites(stage.model):
+                for which in ("lora_A", "lora_B"):
+                    factor = getattr(site, which)
+                    key = f"{step}/{name}/{which}"
+                    result[f"redrawn/{key}"] = full(factor)
+                    result[f"mask/{key}"] = full(stage.optimizer.state[factor]["exp_avg"]) != 0
+                result[f"base/{step}/{name}"] = full(site.exact())
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+        micro_steps = config.batch.micro_steps(world_size)
+        loss = forward_backward(stage.model, batch, micro_steps, world)
+        clip_grad_norm_(stage.parameters.values(), config.optim.clip)
+        stage.optimizer.step()
+        stage.schedule.step()
+        stage.optimizer.zero_grad()
+        losses.append(torch.tensor(world.mean(loss)))
+    result["losses"] = torch.stack(losses)
+    for name, tensor in relora.merged_state_dict(stage.model).items():
+        result[f"weight/{name}"] = full(tensor)
+    return result
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Return a run of one process, sharded, in fp32 and in bf16."""
+    return {
+        precision: on_processes(
+            train, 1, tmp_path_factory.mktemp("one") / precision, precision, "shard", 1
+        )[0]
+        for precision in ("fp32", "bf16")
+    }
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "replicas"),
+    [
+        *((size, "shard", 1) for size in (2, 3, 4)),
+        (4, "shard", 2),
+        *((size, "replicate", 1) for size in (1, 2, 3, 4)),
+        (4, "replicate", 2),
+        (3, "replicate", 3),
+    ],
+)
+def test_a_run_with_restarts_is_that_of_one_process(tmp_path, one, world_size, layout, replicas):
+    expected = one["fp32"]
+    results = on_processes(train, world_size, tmp_path / "ranks", "fp32", layout, replicas)
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if name.startswith(("redrawn/", "mask/")):
+                assert torch.equal(result[name], tensor), name
+            else:
+                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (2, 2)])
+def test_bases_in_halves_take_what_is_merged_as_fp32_ones_do(tmp_path, one, world_size, replicas):
+    """In bf16, where a W stored in 16 bits would lose a tenth of it and more."""
+    expected = one["bf16"]
+    results = on_processes(train, world_size, tmp_path / "ranks", "bf16", "replicate", replicas)
+    for name, tensor in expected.items():
+        for result in results:
+            assert torch.equal(result[name], results[0][name])  # replicas stay bit-equal
+            if world_size == 1 or name.startswith(("redrawn/", "mask/")):
+                assert torch.equal(result[name], tensor), name
+    assert (results[0]["losses"] - expected["losses"]).abs().max() < 1e-5
+    for name in (key.split("/")[2] for key in expected if key.startswith("base/24/")):
+        first, last = (expected[f"base/{step}/{name}"] for step in (8, 24))
+        merged = last - first
+        ours = results[0][f"base/24/{name}"] - results[0][f"base/8/{name}"]
+        coarse = (first.bfloat16() + merged).bfloat16().float() - first.bfloat16().float()
+        assert (ours - merged).norm() < 1e-5 * merged.norm()
+        assert (coarse - merged).norm() > 0.1 * merged.norm()
