@@ -3,11 +3,17 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from reference_trainer.bench import results
+import torch
+from tqdm import tqdm
+
+from reference_trainer.bench import communication, results, tracker
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
+from reference_trainer.bench.communication import measure_traffic
+from reference_trainer.bench.layouts import LAYOUTS, pretended
 from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.restarts import measure_prune, measure_restart
@@ -30,6 +36,11 @@ examples:
       the whole model as the trainer runs it; the first arm is what ratios are to
   python -m reference_trainer bench --level model --model 1.3b --count
       floating-point operations only, in a second, without memory for the weights
+  python -m reference_trainer bench --comm --model 1.3b --processes 4
+      bytes that a process sends in a step and in a restart, by layout, over processes that are
+      only pretended; under torchrun, over those that there are
+  python -m reference_trainer bench --memory --model 7b --processes 8
+      peak memory of a process, by layout, on tensors that have sizes only
   python -m reference_trainer bench --level restart --blocks 2
       restart_ against an optimizer step of full rank
   python -m reference_trainer bench --show runs/bench/*.jsonl --picture bench.png
@@ -58,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-activations", action="store_true", help="recompute blocks (level model)")
     add("--seed", type=int, default=0, help="of weights and inputs (default: 0)")
     add("--count", action="store_true", help="count operations on meta tensors, and stop")
+    add("--comm", action="store_true", help="count the bytes that a process sends, and stop")
+    add("--memory", action="store_true", help="track a process's peak memory, and stop")
+    add("--processes", type=_positive, default=8, help="of --comm and --memory (default: 8)")
     add(
         "--out", type=Path, help="JSON lines to write (default: runs/bench/LEVEL-MODEL-DTYPE.jsonl)"
     )
@@ -74,11 +88,13 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     if arguments.show:
         measurements = [results.read(file) for file in arguments.show]
         return _shown(measurements, arguments.picture)
-    if world_size() > 1:
-        raise UserError("`bench` runs as one process: start it without torchrun")
+    if world_size() > 1 and not arguments.comm:
+        raise UserError("`bench` runs as one process, but for --comm: start it without torchrun")
     shape = preset(arguments.model, vocab_size=arguments.vocab)
     if arguments.layers:
         shape = dataclasses.replace(shape, layers=arguments.layers)
+    if arguments.comm or arguments.memory:
+        return _of_layouts(arguments, shape)
     arms = parse_arms(arguments.arms)
     out = arguments.out or Path(
         f"runs/bench/{arguments.level}-{arguments.model}-{arguments.dtype}.jsonl"
@@ -112,9 +128,58 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     return [*_shown([records], picture), f"measurement: {out}"]
 
 
+def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
+    """Count or track every layout; tokens are of one process."""
+    chosen = [name for name in ("count", "comm", "memory") if getattr(arguments, name)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    (kind,) = chosen
+    _check_sizes(arguments, shape)
+    out = arguments.out or Path(f"runs/bench/{kind}-{arguments.model}.jsonl")
+    if out.exists():
+        raise UserError(f"{out} exists already: give --out another name")
+    keys = ("model", "vocab", "tokens", "length", "rank")
+    first: dict[str, Any] = {"event": "bench", **environment(torch.device("cpu")), "level": kind}
+    first |= {key: getattr(arguments, key) for key in keys} | {"layers": shape.layers}
+    sizes = {"rank": arguments.rank, "length": arguments.length}
+    sizes["sequences"] = arguments.tokens // arguments.length
+    records = []
+    if kind == "memory":
+        for layout, recompute in tqdm(list(product(LAYOUTS, (False, True))), disable=None):
+            options = {"processes": arguments.processes, "recompute": recompute, **sizes}
+            records.append(tracker.track_peak(layout, shape, **options))
+        shown = tracker.table(records)
+    elif world_size() > 1:
+        with open_world(ParallelConfig(device="cpu")) as world:
+            records = [measure_traffic(layout, shape, **sizes) for layout in LAYOUTS]
+            if not world.first:
+                return []
+        shown = communication.table(records)
+    else:
+        for layout in tqdm(LAYOUTS, disable=None):
+            with pretended(arguments.processes):
+                records.append(measure_traffic(layout, shape, **sizes))
+        shown = communication.table(records)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results.write([first, *records], out)
+    return [shown, "", f"measurement: {out}"]
+
+
 def _subjects(arguments: argparse.Namespace, shape: LlamaShape) -> list[Subject]:
     if arguments.level in ("restart", "prune"):
         return []
+    _check_sizes(arguments, shape)
+    sequences = arguments.tokens // arguments.length
+    return subjects(
+        arguments.level,
+        shape,
+        dtype=arguments.dtype,
+        sequences=sequences,
+        length=arguments.length,
+    )
+
+
+def _check_sizes(arguments: argparse.Namespace, shape: LlamaShape) -> None:
     if arguments.tokens % arguments.length:
         raise UserError(
             "--tokens must be a multiple of --length; got "
@@ -125,14 +190,6 @@ def _subjects(arguments: argparse.Namespace, shape: LlamaShape) -> list[Subject]
         raise UserError(
             f"--rank must be at most {largest}, the model's width; got {arguments.rank}"
         )
-    sequences = arguments.tokens // arguments.length
-    return subjects(
-        arguments.level,
-        shape,
-        dtype=arguments.dtype,
-        sequences=sequences,
-        length=arguments.length,
-    )
 
 
 def _measured(

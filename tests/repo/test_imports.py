@@ -30,7 +30,8 @@ LAYERS = {
         {"prepare", "parallel", "checkpoint", "rank", "report"},
         {"data", "stage", "bench.subjects"},
         {"begin", "evaluate", "journal", "export", "bench.measure"},
-        {"train", "bench.restarts"},
+        {"train", "bench.restarts", "bench.layouts"},
+        {"bench.communication", "bench.tracker"},
         {"bench.run"},
         {"__main__"},
     ],
@@ -40,7 +41,9 @@ MODULES = [
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-USES_THE_CORE = {"stage", "journal", "train", "export", "bench.arms", "bench.restarts"}
+USES_THE_CORE = {"stage", "journal", "train", "export", "bench.arms", "bench.restarts"} | {
+    "bench.communication"
+}
 
 
 def imported(package: str, module: str) -> set[str]:

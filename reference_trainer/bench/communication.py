@@ -1,0 +1,207 @@
+"""Bytes that a process sends: in a training step, and in a restart, by collective."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import relora_core as relora
+from reference_trainer.bench.layouts import Layout, laid_out, world_of
+from reference_trainer.flops import block_matrices
+from reference_trainer.model import LlamaShape
+from reference_trainer.train import forward_backward
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a process sent in collectives of one kind over one group.
+
+    Args:
+        collective: "all-gather", "reduce-scatter", "all-reduce", "broadcast" or "all-to-all".
+        processes: of the group.
+        stride: from one rank of the group to the next.
+        calls: how many there were.
+        bytes: in all of them.
+    """
+
+    collective: str
+    processes: int
+    stride: int
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Collective:
+    """One of torch's, as its ring algorithm runs over n processes.
+
+    Args:
+        name: as a table shows it.
+        whole: which argument holds the tensor, or the tensors.
+        passes: how many times (n - 1) / n of the whole a process sends.
+        times_n: whether the argument is an nth of the whole.
+    """
+
+    name: str
+    whole: int
+    passes: int = 1
+    times_n: bool = False
+
+
+_KNOWN = {
+    "c10d::_allgather_base_": _Collective("all-gather", 0),
+    "c10d::_reduce_scatter_base_": _Collective("reduce-scatter", 1),
+    "c10d::allreduce_": _Collective("all-reduce", 0, passes=2),
+    "c10d::broadcast_": _Collective("broadcast", 0),
+    "_c10d_functional::all_gather_into_tensor": _Collective("all-gather", 0, times_n=True),
+    "_c10d_functional::reduce_scatter_tensor": _Collective("reduce-scatter", 0),
+    "_c10d_functional::all_reduce": _Collective("all-reduce", 0, passes=2),
+    "_c10d_functional::all_to_all_single": _Collective("all-to-all", 0),
+}
+_SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that this process sends while the block runs.
+
+    Raises:
+        NotImplementedError: at a collective that it does not know, rather than to count too little.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._found: dict[tuple[str, int, int], list[int]] = {}
+
+    def sent(self) -> list[Sent]:
+        """Return what was sent so far."""
+        return [Sent(*key, calls, bytes) for key, (calls, bytes) in self._found.items()]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kind, _, name = func._schema.name.partition("::")
+        if kind in ("c10d", "_c10d_functional") and name not in _SILENT:
+            known = _KNOWN.get(func._schema.name)
+            if known is None:
+                raise NotImplementedError(f"the bytes of {func._schema.name} are not known")
+            self._add(known, args)
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, known: _Collective, args: tuple[Any, ...]) -> None:
+        ranks = dist.get_process_group_ranks(_group(args))
+        n = len(ranks)
+        if n == 1:
+            return
+        given = args[known.whole]
+        tensors = given if isinstance(given, list | tuple) else [given]
+        whole = sum(t.nbytes for t in tensors) * (n if known.times_n else 1)
+        found = self._found.setdefault((known.name, n, ranks[1] - ranks[0]), [0, 0])
+        found[0] += 1
+        found[1] += known.passes * whole * (n - 1) // n
+
+
+def _group(args: tuple[Any, ...]) -> dist.ProcessGroup:
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return dist.ProcessGroup.unbox(arg)
+    names: list[Any] = [arg for arg in args if isinstance(arg, str) and not arg.isalpha()]
+    group: dist.ProcessGroup = torch._C._distributed_c10d._resolve_process_group(names[-1])
+    return group
+
+
+def sent_by(run: Callable[[], object]) -> list[Sent]:
+    """Return what this process sends while `run` runs."""
+    with Counter() as counter:
+        run()
+    found: list[Sent] = counter.sent()
+    return found
+
+
+def measure_traffic(
+    layout: Layout, shape: LlamaShape, *, rank: int, length: int, sequences: int
+) -> dict[str, Any]:
+    """Return what a process sends in a step and in a restart, over the group that there is."""
+    step = sent_in_step(layout, shape, rank=rank, length=length, sequences=sequences)
+    processes = dist.get_world_size()
+    record: dict[str, Any] = {"event": "traffic", "arm": layout.name, "processes": processes}
+    record["step"] = [asdict(sent) for sent in step]
+    if layout.low_rank:
+        record["restart"] = [asdict(s) for s in sent_in_restart(layout, shape, rank=rank)]
+        entries = shape.layers * sum(out * inner for out, inner in block_matrices(shape))
+        record["gather_of_W"] = 4 * entries * (processes - 1) // processes  # in fp32
+    return record
+
+
+def sent_in_step(
+    layout: Layout, shape: LlamaShape, *, rank: int, length: int, sequences: int
+) -> list[Sent]:
+    """Return what a process sends in a training step.
+
+    Over a pretended group its tensors are fake: only their sizes are there.
+    """
+    world = world_of(layout)
+    pretends = dist.get_backend() == "fake"
+    with FakeTensorMode() if pretends else nullcontext():
+        stage = laid_out(layout, shape, world, rank=rank)
+        if not pretends:
+            _fill_(stage.model)
+        batch = torch.zeros(sequences * world.size, length + 1, dtype=torch.long)
+
+        def step() -> None:
+            forward_backward(stage.model, batch, 1, world)
+            clip_grad_norm_(stage.parameters.values(), 1.0)
+
+        return sent_by(step)
+
+
+def sent_in_restart(layout: Layout, shape: LlamaShape, *, rank: int) -> list[Sent]:
+    """Return what a process sends in a restart; its tensors are real, as pruning counts them."""
+    stage = laid_out(layout, shape, world_of(layout), rank=rank)
+    _fill_(stage.model)
+    for p in stage.parameters.values():
+        p.grad = torch.zeros_like(p)
+        _local(p.grad).normal_()
+    stage.optimizer.step()
+    return sent_by(lambda: relora.restart_(stage.model, stage.optimizer))
+
+
+@torch.no_grad()
+def _fill_(model: torch.nn.Module) -> None:
+    for p in model.parameters():
+        _local(p).fill_(0.02)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total(sent: list[dict[str, Any]], collective: str | None = None) -> int:
+    """Return the bytes of all collectives, or of one kind."""
+    return sum(s["bytes"] for s in sent if collective in (None, s["collective"]))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of what `measure_traffic` returned; ratios are to the first."""
+    kinds = list(dict.fromkeys(s["collective"] for record in records for s in record["step"]))
+    header = ["a process sends", *(f"{kind}, MB" for kind in kinds), "a step, MB", "ratio"]
+    header += ["a restart, MB", "of a gather of W"]
+    lines = [header, ["---"] * len(header)]
+    for record in records:
+        step = record["step"]
+        row = [record["arm"], *(f"{total(step, kind) / 1e6:,.0f}" for kind in kinds)]
+        row += [f"{total(step) / 1e6:,.0f}", f"{total(step) / total(records[0]['step']):.3f}"]
+        if "restart" in record:
+            restart = total(record["restart"])
+            row += [f"{restart / 1e6:,.0f}", f"{restart / record['gather_of_W']:.1%}"]
+        else:
+            row += ["", ""]
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
