@@ -3,14 +3,17 @@
 import argparse
 import difflib
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import record
+
 from reference_trainer import options
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
-from reference_trainer.errors import UserError
+from reference_trainer.errors import SharedError, UserError
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
     0, or 2 for something given that is wrong or a file that cannot be used, or 130 for Ctrl-C.
+    Every process of several tells its own errors.
     """
     try:
         parser = _parser()
@@ -57,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise known.parser.unknown(unknown[0])
         known.run(known)
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        rank = os.environ.get("RANK")
+        if rank in (None, "0") or not isinstance(error, SharedError):
+            where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
+            print(f"error{where}: {error}", file=sys.stderr)  # noqa: T201
         if "--debug" in (sys.argv if arguments is None else arguments):
             raise
         return 2
@@ -183,4 +189,4 @@ def _say(*lines: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main)())  # torchrun reports the traceback of the process that failed first

@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class SharedError(UserError):
+    """A UserError that every process raises, of which the first one tells."""

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import relora_core as relora
 from reference_trainer.config import Config
-from reference_trainer.errors import UserError
+from reference_trainer.errors import SharedError
 from reference_trainer.metrics import Metrics
 from reference_trainer.rank import RankMeter, spread
 from reference_trainer.stage import Stage
@@ -65,7 +65,7 @@ class Journal:
         """Record a step; every `log.every` steps the mean loss is written.
 
         Raises:
-            UserError: if that mean is not finite.
+            SharedError: if that mean is not finite.
         """
         self._losses.append(loss)
         last = (step + 1) % self.config.log.every == 0 or step + 1 == self.stage.phase.stop
@@ -74,7 +74,7 @@ class Journal:
         if not last:
             return
         if not np.isfinite(mean):
-            raise UserError(
+            raise SharedError(
                 f"the loss is {mean} at step {step}: lower optim.lr or relora.lr_multiple, in a "
                 "run of another name"
             )

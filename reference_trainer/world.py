@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reference_trainer.config import ParallelConfig
-from reference_trainer.errors import UserError
+from reference_trainer.errors import SharedError, UserError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class World:
         return json.loads(bytes(padded.tolist()))
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on the first process; a UserError there is raised on every process."""
+        """Run `action` on the first process; a UserError there is a SharedError on every one."""
         failure = None
         if self.first:
             try:
@@ -65,7 +65,7 @@ class World:
                 failure = str(error)
         failure = self.share(failure)
         if failure is not None:
-            raise UserError(failure)
+            raise SharedError(failure)
 
     def barrier(self) -> None:
         """Wait for every process."""
