@@ -27,7 +27,7 @@ def build(
     world: World,
     prepare_: Callable[[nn.Module], Collection[nn.Parameter]],
 ) -> Llama:
-    """Return a sharded Llama whose parameters have memory but no values yet.
+    """Return a sharded Llama on the meta device, which `to_empty` gives memory.
 
     Parametrizing must come before sharding and before compiling, checkpointing before compiling,
     and the optimizer after all of it, as `fully_shard` replaces every Parameter. FSDP2 also runs
@@ -59,7 +59,6 @@ def build(
     for block in layers:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
-    model.to_empty(device=world.device)
     return model
 
 

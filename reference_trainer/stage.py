@@ -75,7 +75,17 @@ class Stage:
 
 def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Stage:
     """Build a phase's model, optimizer and schedule; the model's values are still to come."""
-    model = build(shape, config.parallel, world, lambda bare: prepare_(bare, config, phase))
+    return staged(build_model(config, phase, shape, world), config, phase, world)
+
+
+def build_model(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Llama:
+    """Build a phase's model, sharded, on the meta device."""
+    return build(shape, config.parallel, world, lambda bare: prepare_(bare, config, phase))
+
+
+def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
+    """Give the model memory, and build its optimizer and schedule."""
+    model.to_empty(device=world.device)
     parameters = {
         relora.clean_name(name): p for name, p in model.named_parameters() if p.requires_grad
     }

@@ -149,10 +149,11 @@ def sent_in_step(
     """
     world = world_of(layout)
     pretends = dist.get_backend() == "fake"
-    with FakeTensorMode() if pretends else nullcontext():
-        stage = laid_out(layout, shape, world, rank=rank)
-        if not pretends:
-            _fill_(stage.model)
+    memory = FakeTensorMode(allow_non_fake_inputs=True) if pretends else nullcontext()
+    stage = laid_out(layout, shape, world, rank=rank, memory=memory)
+    if not pretends:
+        _fill_(stage.model)
+    with memory:
         batch = torch.zeros(sequences * world.size, length + 1, dtype=torch.long)
 
         def step() -> None:

@@ -1,8 +1,8 @@
 """The layouts of a model over processes, real ones or pretended ones, to count and track."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from reference_trainer.config import (
     phases,
 )
 from reference_trainer.model import LlamaShape
-from reference_trainer.stage import Stage, build_stage, narrow_
+from reference_trainer.stage import Stage, build_model, narrow_, staged
 from reference_trainer.world import World
 
 
@@ -29,22 +29,35 @@ class Layout:
         name: as a table shows it.
         low_rank: whether the phase is ReLoRA's; otherwise everything is trained.
         bases: `parallel.layout`.
-        copied: whether what is trained is whole on every process too, its gradients summed
-            (`parallel.replicas` as many as processes), rather than sharded.
+        shards: over how many processes what is trained, and a sharded base, is split, the others
+            holding replicas (`parallel.replicas` = processes / shards); all of them if None.
     """
 
     name: str
     low_rank: bool = True
     bases: Literal["shard", "replicate"] = "shard"
-    copied: bool = False
+    shards: int | None = None
 
 
-LAYOUTS = (
-    Layout("full rank, sharded", low_rank=False),
+FULL, SHARD, REPLICATE = LAYOUTS = (
+    Layout("full rank", low_rank=False),
     Layout("shard"),
     Layout("replicate", bases="replicate"),
-    Layout("replicate, factors too", bases="replicate", copied=True),
 )
+
+
+def layouts(processes: int, node: int) -> list[Layout]:
+    """Return the layouts of so many processes, also with shards within a node and of one process.
+
+    Args:
+        processes: how many.
+        node: processes on a node.
+    """
+    within = [
+        replace(layout, name=f"{layout.name}, shards of {node}", shards=node) for layout in LAYOUTS
+    ]
+    whole = replace(REPLICATE, name="replicate, factors too", shards=1)
+    return [*LAYOUTS, *(within if processes > node else []), whole]
 
 
 @contextmanager
@@ -63,14 +76,20 @@ def pretended(processes: int) -> Iterator[None]:
 def world_of(layout: Layout) -> World:
     """Return the layout's CPU world in the process group that there is."""
     size = dist.get_world_size()
-    sizes = ParallelConfig(replicas=size if layout.copied else 1).mesh(size)
+    sizes = ParallelConfig(replicas=size // (layout.shards or size)).mesh(size)
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
     return World(dist.get_rank(), size, torch.device("cpu"), mesh)
 
 
 def laid_out(
-    layout: Layout, shape: LlamaShape, world: World, *, rank: int, recompute: bool = False
+    layout: Layout,
+    shape: LlamaShape,
+    world: World,
+    *,
+    rank: int,
+    recompute: bool = False,
+    memory: AbstractContextManager[object] | None = None,
 ) -> Stage:
     """Return a stage of the model, computed in bf16, without values.
 
@@ -80,11 +99,14 @@ def laid_out(
         world: what `world_of` returned for the layout.
         rank: of its sites.
         recompute: checkpoint the activations of each block.
+        memory: what gives out memory: a FakeTensorMode for none at all.
     """
     parallel = ParallelConfig("cpu", "bf16", checkpoint_activations=recompute, layout=layout.bases)
     relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=rank)
     config = Config(steps=2, relora=relora, parallel=parallel)
     (phase,) = phases(config)
-    stage = build_stage(config, phase, shape, world)
-    narrow_(stage, config, world)
-    return stage
+    model = build_model(config, phase, shape, world)
+    with memory or nullcontext():
+        stage = staged(model, config, phase, world)
+        narrow_(stage, config, world)
+        return stage

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from reference_trainer.bench import communication, results, tracker
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.communication import measure_traffic
-from reference_trainer.bench.layouts import LAYOUTS, pretended
+from reference_trainer.bench.layouts import layouts, pretended
 from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.restarts import measure_prune, measure_restart
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--comm", action="store_true", help="count the bytes that a process sends, and stop")
     add("--memory", action="store_true", help="track a process's peak memory, and stop")
     add("--processes", type=_positive, default=8, help="of --comm and --memory (default: 8)")
+    add("--node", type=_positive, default=8, help="processes on a node, of --comm (default: 8)")
     add(
         "--out", type=Path, help="JSON lines to write (default: runs/bench/LEVEL-MODEL-DTYPE.jsonl)"
     )
@@ -141,22 +142,24 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
     keys = ("model", "vocab", "tokens", "length", "rank")
     first: dict[str, Any] = {"event": "bench", **environment(torch.device("cpu")), "level": kind}
     first |= {key: getattr(arguments, key) for key in keys} | {"layers": shape.layers}
+    count = world_size() if world_size() > 1 else arguments.processes
+    chosen_layouts = layouts(count, arguments.node)
     sizes = {"rank": arguments.rank, "length": arguments.length}
     sizes["sequences"] = arguments.tokens // arguments.length
     records = []
     if kind == "memory":
-        for layout, recompute in tqdm(list(product(LAYOUTS, (False, True))), disable=None):
+        for layout, recompute in tqdm(list(product(chosen_layouts, (False, True))), disable=None):
             options = {"processes": arguments.processes, "recompute": recompute, **sizes}
             records.append(tracker.track_peak(layout, shape, **options))
         shown = tracker.table(records)
     elif world_size() > 1:
         with open_world(ParallelConfig(device="cpu")) as world:
-            records = [measure_traffic(layout, shape, **sizes) for layout in LAYOUTS]
+            records = [measure_traffic(layout, shape, **sizes) for layout in chosen_layouts]
             if not world.first:
                 return []
         shown = communication.table(records)
     else:
-        for layout in tqdm(LAYOUTS, disable=None):
+        for layout in tqdm(chosen_layouts, disable=None):
             with pretended(arguments.processes):
                 records.append(measure_traffic(layout, shape, **sizes))
         shown = communication.table(records)

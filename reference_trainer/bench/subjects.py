@@ -122,6 +122,7 @@ class Subject:
             checkpoint_activations=recompute,
         )
         model = build(self.shape, parallel, world, prepare_in_dtype_)
+        model.to_empty(device=world.device)
         _fill_(model, self.shape)
         return self._work(model, world.device, DTYPES[self.dtype])
 

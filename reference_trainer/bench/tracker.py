@@ -39,8 +39,9 @@ def track_peak(
     """
     with pretended(processes):
         world = world_of(layout)
-        with FakeTensorMode():
-            stage = laid_out(layout, shape, world, rank=rank, recompute=recompute)
+        memory = FakeTensorMode(allow_non_fake_inputs=True)
+        stage = laid_out(layout, shape, world, rank=rank, recompute=recompute, memory=memory)
+        with memory:
             batch = torch.zeros(sequences * processes, length + 1, dtype=torch.long)
             tracker = FSDPMemTracker(stage.model, stage.optimizer)
             tracker.track_inputs((batch,))

@@ -25,7 +25,7 @@ LAYERS = {
     "reference_trainer": [
         {"__init__", "errors", "environment", "model", "bench.__init__", "bench.memory"},
         {"config", "files", "flops", "bench.arms", "bench.results"},
-        {"metrics", "bench.picture"},
+        {"metrics", "bench.picture", "bench.projection"},
         {"options", "world", "documents", "tokenizer"},
         {"prepare", "parallel", "checkpoint", "rank", "report"},
         {"data", "stage", "bench.subjects"},
