@@ -182,27 +182,3 @@ def _fill_(model: torch.nn.Module) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def total(sent: list[dict[str, Any]], collective: str | None = None) -> int:
-    """Return the bytes of all collectives, or of one kind."""
-    return sum(s["bytes"] for s in sent if collective in (None, s["collective"]))
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of what `measure_traffic` returned; ratios are to the first."""
-    kinds = list(dict.fromkeys(s["collective"] for record in records for s in record["step"]))
-    header = ["a process sends", *(f"{kind}, MB" for kind in kinds), "a step, MB", "ratio"]
-    header += ["a restart, MB", "of a gather of W"]
-    lines = [header, ["---"] * len(header)]
-    for record in records:
-        step = record["step"]
-        row = [record["arm"], *(f"{total(step, kind) / 1e6:,.0f}" for kind in kinds)]
-        row += [f"{total(step) / 1e6:,.0f}", f"{total(step) / total(records[0]['step']):.3f}"]
-        if "restart" in record:
-            restart = total(record["restart"])
-            row += [f"{restart / 1e6:,.0f}", f"{restart / record['gather_of_W']:.1%}"]
-        else:
-            row += ["", ""]
-        lines.append(row)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -76,12 +76,14 @@ def read(file: Path) -> list[dict[str, Any]]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return the Markdown table of a measurement, the line that says where it was made first."""
     blocks = [_where(records[0])]
+    for kind, rows_of in (("traffic", _traffic), ("peak", _peaks)):
+        found = [record for record in records if record["event"] == kind]
+        if found:
+            return "\n\n".join([*blocks, _markdown(rows_of(found))])
     for subject, arms in by_subject(records):
         rows = [_row(arm, arms[0]) for arm in arms]
-        header = list(rows[0])
-        lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
         title = f"**{subject}**, ratios to {arms[0]['arm']}"
-        blocks.append(title + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        blocks.append(title + "\n\n" + _markdown(rows))
     if not enough(records):
         blocks.append(f"No ratio of times from fewer than {FEWEST} repeats.")
     return "\n\n".join(blocks)
@@ -90,7 +92,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def enough(records: Sequence[dict[str, Any]]) -> bool:
     """Whether every arm was repeated often enough for a ratio."""
     arms = [record for record in records if record["event"] == "arm"]
-    return all(len(arm.get("step_seconds", ())) >= FEWEST for arm in arms)
+    return bool(arms) and all(len(arm.get("step_seconds", ())) >= FEWEST for arm in arms)
 
 
 def by_subject(
@@ -100,6 +102,50 @@ def by_subject(
     arms = [record for record in records if record["event"] == "arm"]
     for subject in dict.fromkeys(record["subject"] for record in arms):
         yield subject, [record for record in arms if record["subject"] == subject]
+
+
+def total(sent: Sequence[dict[str, Any]], collective: str | None = None) -> int:
+    """Return the bytes that a process sent in all collectives, or in one kind of them."""
+    return sum(s["bytes"] for s in sent if collective in (None, s["collective"]))
+
+
+def _traffic(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    kinds = list(dict.fromkeys(s["collective"] for record in records for s in record["step"]))
+    rows = []
+    for record in records:
+        step, restart = record["step"], record.get("restart")
+        row = {f"each of {record['processes']:,} processes sends": record["arm"]}
+        row |= {f"{kind}, MB": f"{total(step, kind) / 1e6:,.0f}" for kind in kinds}
+        row["a step, MB"] = f"{total(step) / 1e6:,.0f}"
+        row["ratio"] = f"{total(step) / total(records[0]['step']):.3f}"
+        row["a restart, MB"] = "" if restart is None else f"{total(restart) / 1e6:,.0f}"
+        share = 0 if restart is None else total(restart) / record["gather_of_W"]
+        row["of a gather of W"] = "" if restart is None else f"{share:.1%}"
+        rows.append(row)
+    return rows
+
+
+def _peaks(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    by_arm: dict[str, dict[bool, dict[str, Any]]] = {}
+    for record in records:
+        by_arm.setdefault(record["arm"], {})[record["recompute"]] = record
+    base = by_arm[records[0]["arm"]]
+    rows = []
+    for arm, both in by_arm.items():
+        row = {f"GiB on each of {both[False]['processes']}": arm}
+        for part in ("weights", "optimizer"):
+            row[part] = f"{both[False][part] / 2**30:.2f}"
+        for recompute, title in ((False, "peak"), (True, "peak, blocks recomputed")):
+            peak, full = both[recompute]["total"], base[recompute]["total"]
+            row[title] = f"{peak / 2**30:.2f} ({peak / full:.2f})"
+        rows.append(row)
+    return rows
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _where(first: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from reference_trainer.bench import communication, results, tracker
+from reference_trainer.bench import results
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.communication import measure_traffic
 from reference_trainer.bench.layouts import layouts, pretended
@@ -18,6 +18,7 @@ from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.restarts import measure_prune, measure_restart
 from reference_trainer.bench.subjects import DTYPES, Subject, subjects
+from reference_trainer.bench.tracker import track_peak
 from reference_trainer.config import ParallelConfig
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
@@ -143,6 +144,12 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
     first: dict[str, Any] = {"event": "bench", **environment(torch.device("cpu")), "level": kind}
     first |= {key: getattr(arguments, key) for key in keys} | {"layers": shape.layers}
     count = world_size() if world_size() > 1 else arguments.processes
+    if count < 2:
+        raise UserError(f"--{kind} needs 2 processes or more; got {count}")
+    if count > arguments.node and count % arguments.node:
+        raise UserError(
+            f"{count} processes are no whole number of nodes of {arguments.node}: give --node"
+        )
     chosen_layouts = layouts(count, arguments.node)
     sizes = {"rank": arguments.rank, "length": arguments.length}
     sizes["sequences"] = arguments.tokens // arguments.length
@@ -150,22 +157,19 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
     if kind == "memory":
         for layout, recompute in tqdm(list(product(chosen_layouts, (False, True))), disable=None):
             options = {"processes": arguments.processes, "recompute": recompute, **sizes}
-            records.append(tracker.track_peak(layout, shape, **options))
-        shown = tracker.table(records)
+            records.append(track_peak(layout, shape, **options))
     elif world_size() > 1:
         with open_world(ParallelConfig(device="cpu")) as world:
             records = [measure_traffic(layout, shape, **sizes) for layout in chosen_layouts]
             if not world.first:
                 return []
-        shown = communication.table(records)
     else:
         for layout in tqdm(chosen_layouts, disable=None):
             with pretended(arguments.processes):
                 records.append(measure_traffic(layout, shape, **sizes))
-        shown = communication.table(records)
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write([first, *records], out)
-    return [shown, "", f"measurement: {out}"]
+    return [results.table([first, *records]), "", f"measurement: {out}"]
 
 
 def _subjects(arguments: argparse.Namespace, shape: LlamaShape) -> list[Subject]:

@@ -66,19 +66,3 @@ def track_peak(
         "optimizer": parts["OptState"],
         "total": parts["Total"],
     }
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of what `track_peak` returned, in GiB; ratios are to the first."""
-    names = list(dict.fromkeys(record["arm"] for record in records))
-    header = ["GiB a process", "weights", "optimizer", "peak", "ratio"]
-    header += ["peak, blocks recomputed", "ratio"]
-    lines = [header, ["---"] * len(header)]
-    bases = {r["recompute"]: r["total"] for r in records if r["arm"] == names[0]}
-    for name in names:
-        both = {r["recompute"]: r for r in records if r["arm"] == name}
-        row = [name] + [f"{both[False][part] / 2**30:.2f}" for part in ("weights", "optimizer")]
-        for recompute, record in both.items():
-            row += [f"{record['total'] / 2**30:.2f}", f"{record['total'] / bases[recompute]:.2f}"]
-        lines.append(row)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

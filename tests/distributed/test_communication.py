@@ -8,9 +8,9 @@ from reference_trainer.bench.communication import (
     measure_traffic,
     sent_by,
     sent_in_step,
-    total,
 )
 from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, layouts, pretended
+from reference_trainer.bench.results import total
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import LlamaShape, preset
 from tests.distributed.processes import on_processes

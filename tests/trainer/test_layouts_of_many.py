@@ -1,0 +1,136 @@
+"""`bench --comm` and `--memory`, and the model of clusters that is made of what they count."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference_trainer.__main__ import main
+from reference_trainer.bench.layouts import laid_out, layouts, pretended, world_of
+from reference_trainer.bench.memory import state_bytes
+from reference_trainer.bench.projection import CLUSTERS, seconds_of, step_seconds
+from reference_trainer.bench.results import total
+from reference_trainer.bench.tracker import track_peak
+from reference_trainer.flops import step_flops
+from reference_trainer.model import LlamaShape, preset
+from tests.trainer.test_command_line import lines_of
+
+SHAPE = LlamaShape(64, 96, 4, 4, 4, 80)
+SIZES = {"rank": 8, "length": 16, "sequences": 2}
+SMALL = ["--layers", "1", "--vocab", "64", "--model", "9m", "--tokens", "32", "--length", "16"]
+SMALL += ["--rank", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class TestCommand:
+    def test_counts_every_layout(self, tmp_path, capsys):
+        assert main(["bench", "--comm", "--processes", "4", "--node", "2", *SMALL]) == 0
+        file = tmp_path / "runs/bench/comm-9m.jsonl"
+        first, *records = map(json.loads, file.read_text().splitlines())
+        assert first["level"] == "comm"
+        assert [r["arm"] for r in records] == [layout.name for layout in layouts(4, 2)]
+        sent = {r["arm"]: total(r["step"]) for r in records}
+        assert sent["replicate"] < sent["shard"]
+        table = capsys.readouterr().out
+        assert "each of 4 processes sends" in table
+        assert "| replicate, factors too |" in table
+        assert main(["bench", "--show", str(file)]) == 0
+        assert capsys.readouterr().out.strip() in table
+
+    def test_tracks_every_layout(self, tmp_path, capsys):
+        assert main(["bench", "--memory", "--processes", "4", *SMALL]) == 0
+        file = tmp_path / "runs/bench/memory-9m.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()][1:]
+        assert [(r["arm"], r["recompute"]) for r in records] == [
+            (layout.name, recompute) for layout in layouts(4, 8) for recompute in (False, True)
+        ]
+        assert "GiB on each of 4" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["--comm", "--memory"], "--comm and --memory exclude each other"),
+            (["--comm", "--count"], "--count and --comm exclude each other"),
+            (["--comm", "--tokens", "7"], "--tokens must be a multiple of --length"),
+            (["--memory", "--rank", "999"], "--rank must be at most 128"),
+            (["--comm", "--processes", "1"], "--comm needs 2 processes or more; got 1"),
+            (["--comm", "--processes", "6", "--node", "4"], "6 processes are no whole number of"),
+        ],
+    )
+    def test_refuses_and_writes_nothing(self, tmp_path, capsys, given, message):
+        assert main(["bench", *SMALL, *given]) == 2
+        (error,) = lines_of(capsys.readouterr().err)
+        assert message in error
+        assert not list(tmp_path.iterdir())
+
+
+class TestPeak:
+    @pytest.mark.parametrize("layout", layouts(4, 2), ids=lambda layout: layout.name)
+    def test_state_is_that_of_real_tensors(self, layout):
+        found = track_peak(layout, SHAPE, processes=4, recompute=False, **SIZES)
+        with pretended(4):
+            stage = laid_out(layout, SHAPE, world_of(layout), rank=SIZES["rank"])
+            for p in stage.parameters.values():
+                p.grad = p.detach().clone()
+            stage.optimizer.step()
+            expected = state_bytes(stage.model, stage.optimizer)
+        assert found["weights"] + found["optimizer"] == expected
+
+    def test_recomputing_needs_less(self):
+        for layout in layouts(4, 8):
+            kept, recomputed = (
+                track_peak(layout, SHAPE, processes=4, recompute=recompute, **SIZES)["total"]
+                for recompute in (False, True)
+            )
+            assert recomputed < kept
+
+
+def sent(collective="all-gather", processes=8, stride=1, calls=1, bytes=0):
+    keys = ("collective", "processes", "stride", "calls", "bytes")
+    return dict(zip(keys, (collective, processes, stride, calls, bytes), strict=True))
+
+
+class TestProjection:
+    @given(st.sampled_from(CLUSTERS), st.integers(1, 10**12), st.integers(0, 1000))
+    def test_bytes_and_calls_add_up(self, cluster, bytes, calls):
+        for processes, stride in ((8, 1), (64, 1), (16, 8)):
+            where = {"processes": processes, "stride": stride}
+            both = seconds_of(sent(bytes=bytes, calls=calls, **where), cluster)
+            apart = seconds_of(sent(bytes=bytes, calls=0, **where), cluster)
+            apart += seconds_of(sent(bytes=0, calls=calls, **where), cluster)
+            assert both == pytest.approx(apart)
+
+    @pytest.mark.parametrize("cluster", CLUSTERS, ids=lambda cluster: cluster.name)
+    def test_links_are_used_as_said(self, cluster):
+        gigabyte = 10**9
+        within = seconds_of(sent(calls=0, bytes=gigabyte), cluster)
+        assert within == pytest.approx(gigabyte / cluster.inside)
+        across = seconds_of(sent(processes=64, calls=0, bytes=gigabyte), cluster)
+        assert across == pytest.approx(gigabyte / min(cluster.inside, cluster.outside))
+        # One GPU of each node: it has an eighth of what the node sends.
+        strided = seconds_of(sent(processes=8, stride=8, calls=0, bytes=gigabyte), cluster)
+        assert strided == pytest.approx(8 * gigabyte / cluster.outside)
+
+    def test_a_ring_hops_once_past_every_process_and_a_tree_by_its_depth(self):
+        cluster = dataclasses.replace(CLUSTERS[0], near=1.0, far=100.0)
+        assert seconds_of(sent(processes=8), cluster) == 7
+        assert seconds_of(sent(processes=64), cluster) == (63 - 8) + 8 * 100
+        assert seconds_of(sent("all-reduce", processes=64), cluster) == 2 * (3 + 3 * 100)
+
+    def test_gathers_come_with_every_micro_batch_and_reductions_once(self):
+        shape, cluster = preset("1.3b", vocab_size=32_000), CLUSTERS[0]
+        gather, reduce = sent(bytes=10**9), sent("reduce-scatter", bytes=10**9)
+        record = {"processes": 8, "step": [gather, reduce], "restart": []}
+        sizes = {"sequences": 1024, "length": 1024, "micro": 16, "rank": 128}
+        compute, communication = step_seconds(record, shape, cluster, **sizes)
+        each = seconds_of(gather, cluster)
+        assert communication == pytest.approx(8 * each + seconds_of(reduce, cluster))
+        flops = step_flops("two paths", shape, sequences=1024, length=1024, rank=128)
+        assert math.isclose(compute, flops / 8 / (0.4 * 989e12))
