@@ -6,8 +6,13 @@ python docs/draw.py
 import re
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
+from reference_trainer.bench.projection import CLUSTERS, step_seconds
+from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.model import PRESETS, preset
 from relora_core import layouts
@@ -72,6 +77,64 @@ def optimizers() -> str:
     return "\n".join(lines)
 
 
+SIZES = {"sequences": 1024, "length": 1024, "micro": 16, "rank": 128}
+
+
+def projection() -> str:
+    """Return the table of modelled step times, of every cluster, layout and number of GPUs."""
+    shape = preset("1.3b", vocab_size=32_000)
+    counts = (8, 64, 1024)
+    blocks = []
+    for cluster in CLUSTERS:
+        rows: dict[str, dict[int, str]] = {}
+        for count in counts:
+            _, *found = results.read(DOCS / f"results/scaling/comm-1.3b-{count}.jsonl")
+            times = {r["arm"]: step_seconds(r, shape, cluster, **SIZES) for r in found}
+            full = [both for arm, both in times.items() if arm.startswith("full rank")]
+            hidden, exposed = min(map(max, full)), min(map(sum, full))
+            for arm, both in times.items():
+                low, high = sorted((max(both) / hidden, sum(both) / exposed))
+                shown = f"{both[0] * 1e3:,.0f} + {both[1] * 1e3:,.0f} ms ({low:.2f} to {high:.2f})"
+                rows.setdefault(arm, {})[count] = shown
+        lines = [[cluster.name, *(f"{count:,} GPUs" for count in counts)], ["---"] * 4]
+        order = sorted(rows, key=lambda arm: ("full" not in arm, "shard" not in arm.split(",")[0]))
+        lines += [[arm, *(rows[arm].get(count, "") for count in counts)] for arm in order]
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(blocks)
+
+
+def traffic(picture: Path) -> None:
+    """Draw what a process sends in a step, by collective, as shares of full rank."""
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, 2, sharex=True), ("1.3b", "130m"), strict=True):
+        _, *records = results.read(DOCS / f"results/scaling/comm-{name}-4.jsonl")
+        full = results.total(records[0]["step"])
+        for kind, colour in (
+            ("all-gather", "#9ecae1"),
+            ("reduce-scatter", "#fdae6b"),
+            ("all-reduce", "#d94801"),
+        ):
+            before = ["all-gather", "reduce-scatter", "all-reduce"]
+            before = before[: before.index(kind)]
+            left = [sum(results.total(r["step"], k) for k in before) / full for r in records]
+            width = [results.total(r["step"], kind) / full for r in records]
+            axes.barh([r["arm"] for r in records], width, left=left, color=colour, label=kind)
+        for row, record in enumerate(records):
+            share = results.total(record["step"]) / full
+            axes.text(share + 0.01, row, f"{share:.2f}", va="center", fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.15)
+        axes.set_title(f"{name}: {full / 1e9:.2f} GB a step in full rank", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.set_yticks([])
+    figure.supxlabel("bytes that a process sends in a step, 4 processes, rank 128", fontsize=8)
+    with replaced(picture) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
 def _short(path: str) -> str:
     package, name = path.split(".")[0], path.rpartition(".")[2]
     names = {
@@ -82,7 +145,12 @@ def _short(path: str) -> str:
     return f"{package}: {names.get(name, name)}"
 
 
-TABLES = {"floors": floors, "merged": merged, "optimizers": optimizers}
+TABLES = {
+    "floors": floors,
+    "merged": merged,
+    "optimizers": optimizers,
+    "projection": projection,
+}
 
 
 def with_tables(page: str) -> str:
@@ -97,13 +165,14 @@ def with_tables(page: str) -> str:
 
 
 def main() -> None:
-    """Write every page's tables and draw the picture of the costs."""
+    """Write every page's tables and draw the pictures."""
     for page in DOCS.rglob("*.md"):
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     blocks = [
         results.read(DOCS / f"results/cost/block-{dtype}.jsonl") for dtype in ("fp32", "bf16")
     ]
     draw(blocks, DOCS / "figures/cost.png")
+    traffic(DOCS / "figures/traffic.png")
 
 
 if __name__ == "__main__":

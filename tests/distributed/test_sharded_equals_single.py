@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -61,6 +61,9 @@ def train(rank, world_size, wrap):
                 result[f"draw/{step}/{name}"] = full(site.lora_A).clone()
                 result[f"norm/{step}/{name}"] = torch.tensor(report.update_norms[name])
                 result[f"zeroed/{step}"] = torch.tensor(report.reset.zeroed)
+                for which in ("lora_A", "lora_B"):
+                    moment = optimizer.state[getattr(site, which)]["exp_avg"]
+                    result[f"mask/{step}/{name}/{which}"] = full(moment) != 0
         part = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
         loss = (model(x[part]) - y[part]).square().mean()
         loss.backward()
@@ -112,7 +115,7 @@ def compare(results, expected):
     for result in results:
         assert result.keys() == expected.keys()
         for name, tensor in expected.items():
-            if name.startswith(("draw/", "zeroed/")):
+            if name.startswith(("draw/", "zeroed/", "mask/")):
                 assert torch.equal(result[name], tensor), name
             else:
                 torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
@@ -128,7 +131,22 @@ def test_a_run_with_restarts_is_the_same_under_fsdp(tmp_path, sizes, reshard):
     compare(results, single())
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+def offloaded(rank, world_size):
+    """Shards that wait on the CPU; with no GPU they are computed there too."""
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def wrap(model):
+        fully_shard(model.mlp, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+        return fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+    return train(rank, world_size, wrap)
+
+
+def test_a_run_with_restarts_is_the_same_with_offloaded_shards(tmp_path):
+    compare(on_processes(offloaded, 2, tmp_path / "ranks"), single())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_run_with_restarts_is_the_same_over_whole_bases(tmp_path, world_size):
     results = on_processes(over_whole_bases, world_size, tmp_path / "ranks")
     compare(results, single())
