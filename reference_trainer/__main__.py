@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise known.parser.unknown(unknown[0])
         known.run(known)
     except (UserError, OSError) as error:
-        rank = os.environ.get("RANK")
-        if rank in (None, "0") or not isinstance(error, SharedError):
+        if not isinstance(error, SharedError):  # which is told already
+            rank = os.environ.get("RANK")
             where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
             print(f"error{where}: {error}", file=sys.stderr)  # noqa: T201
         if "--debug" in (sys.argv if arguments is None else arguments):

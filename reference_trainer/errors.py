@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """A UserError that every process raises, of which the first one tells."""
+    """A UserError that every process raises; the first one has told it (`World.refuse`)."""

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 import relora_core as relora
 from reference_trainer.config import Config
-from reference_trainer.errors import SharedError
 from reference_trainer.metrics import Metrics
 from reference_trainer.rank import RankMeter, spread
 from reference_trainer.stage import Stage
@@ -74,7 +73,7 @@ class Journal:
         if not last:
             return
         if not np.isfinite(mean):
-            raise SharedError(
+            self.world.refuse(
                 f"the loss is {mean} at step {step}: lower optim.lr or relora.lr_multiple, in a "
                 "run of another name"
             )

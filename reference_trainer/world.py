@@ -2,10 +2,11 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,17 @@ class World:
                 failure = str(error)
         failure = self.share(failure)
         if failure is not None:
-            raise SharedError(failure)
+            self.refuse(failure)
+
+    def refuse(self, message: str) -> NoReturn:
+        """Raise a SharedError on every process, once the first one has told it.
+
+        A launcher kills the others as soon as one process has left, told or not.
+        """
+        if self.first:
+            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        self.barrier()
+        raise SharedError(message)
 
     def barrier(self) -> None:
         """Wait for every process."""
