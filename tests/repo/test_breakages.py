@@ -194,8 +194,12 @@ BREAKAGES = {
         *("relora_core/_sharding.py", "grad_placements=[Partial()]", "grad_placements=None"),
         "tests/distributed/test_tensor_parallel.py",
     ),
-    "nobody waits for who skips a restart": (
-        *("relora_core/roll_call.py", "if len(ranks) < 2:", "if ranks is not None:"),
+    "the wrong one named for a skipped restart": (
+        *("relora_core/roll_call.py", "if not store.check([f", "if store.check([f"),
+        "tests/distributed/test_roll_call.py",
+    ),
+    "another restart goes unnoticed": (
+        *("relora_core/roll_call.py", "        if different:", "        if not others:"),
         "tests/distributed/test_roll_call.py",
     ),
     "a tie that cannot be undone": (
