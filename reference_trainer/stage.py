@@ -16,6 +16,8 @@ from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
 from reference_trainer.world import World
 
+_BASE = ".parametrizations.weight.original"
+
 
 @dataclass(frozen=True)
 class Envelope:
@@ -64,9 +66,29 @@ class Stage:
         """Whether a restart runs before the run's `step`."""
         return self.restarts is not None and self.restarts.at(step - self.phase.start)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the model's whole state by names without wrappers."""
-        return {relora.clean_name(k): v for k, v in self.model.state_dict().items()}
+    def tensors(self, world: World) -> dict[str, Tensor]:
+        """Return the model's whole state by names without wrappers, the same in every layout.
+
+        A base that is whole on every process stands there in fp32, of which each holds the rows
+        that it would hold of a sharded one; they are a copy.
+        """
+        tensors = {relora.clean_name(k): v for k, v in self.model.state_dict().items()}
+        for name, site in self._whole_bases():
+            tensors.pop(name.replace("original", "0.low_bits"), None)
+            tensors[name] = rows_of(site.exact(), world)
+        return tensors
+
+    def take_bases_(self, tensors: dict[str, Tensor]) -> None:
+        """Set the bases that are whole to what `tensors` of `self.tensors` has been filled with."""
+        for name, site in self._whole_bases():
+            rows = tensors.pop(name)
+            assert isinstance(rows, DTensor)
+            site.set_exact_(rows.full_tensor())
+
+    def _whole_bases(self) -> list[tuple[str, relora.Site]]:
+        sites = relora.low_rank_sites(self.model)
+        whole = ((n, site) for n, site in sites if not isinstance(site.weight, DTensor))
+        return [(f"{name}{_BASE}", site) for name, site in whole]
 
     def rates(self) -> dict[str, float]:
         """Return each group's learning rate."""
@@ -80,7 +102,17 @@ def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -
 
 def build_model(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Llama:
     """Build a phase's model, sharded, on the meta device."""
-    return build(shape, config.parallel, world, lambda bare: prepare_(bare, config, phase))
+    narrow = compute_dtype(config.parallel, world.device) != torch.float32
+
+    def prepared(bare: nn.Module) -> list[nn.Parameter]:
+        prepare_(bare, config, phase)
+        if not phase.low_rank or config.parallel.layout == "shard":
+            return []
+        if narrow:  # FSDP2 casts what it gathers, and these it does not gather
+            relora.split_bases_(bare)
+        return [site.weight for _, site in relora.low_rank_sites(bare)]
+
+    return build(shape, config.parallel, world, prepared)
 
 
 def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
@@ -107,8 +139,8 @@ def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
     return Stage(phase, model, parameters, optimizer, restarts, schedule)
 
 
-def prepare_(model: nn.Module, config: Config, phase: Phase) -> list[nn.Parameter]:
-    """Make the bare model what the phase trains; return what every process keeps whole of it.
+def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
+    """Make the bare model what the phase trains.
 
     Raises:
         UserError: if a target matches nothing or the rank does not fit.
@@ -121,8 +153,6 @@ def prepare_(model: nn.Module, config: Config, phase: Phase) -> list[nn.Paramete
             )
         except ValueError as error:
             raise UserError(f"relora: {error}") from None
-    replicate = config.parallel.layout == "replicate"
-    return [site.weight for _, site in relora.low_rank_sites(model)] if replicate else []
 
 
 def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> int:
@@ -137,58 +167,45 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
     if not continues:
         for _, site in relora.low_rank_sites(stage.model):
             site.low_rank.reset_parameters()
+    tensors = stage.tensors(world)
+    plain = {
+        name.replace(_BASE, ".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(_BASE) or ".parametrizations." not in name
+    }
     if source is None or position is None:
-        plain = relora.base_state_dict(stage.model)
         init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
-        narrow_(stage, config, world)
+        del plain
+        stage.take_bases_(tensors)
         return stage.phase.start
 
-    tensors = stage.tensors() if continues else relora.base_state_dict(stage.model)
     checkpoint.load_(
         source,
         position,
-        tensors=tensors,
+        tensors=tensors if continues else plain,
         parameters=stage.parameters,
         optimizer=stage.optimizer,
         world=world,
     )
+    del plain  # so that each base's copy is let go as soon as it has been taken
+    stage.take_bases_(tensors)
     if continues:
-        stage.model.load_state_dict(tensors)  # in place already, but for the sites' extra state
+        extra = {name: t for name, t in tensors.items() if name.endswith("_extra_state")}
+        stage.model.load_state_dict(extra, strict=False)  # the rest is in place
         stage.schedule.load_state_dict(position.schedule)
         rates = stage.schedule.get_last_lr()
         for group, lr in zip(stage.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
-    narrow_(stage, config, world)
     return position.step
 
 
-def narrow_(stage: Stage, config: Config, world: World) -> None:
-    """Bring bases that are whole on every process to the precision of the computation.
-
-    Sharded ones stay in fp32, and FSDP2 casts what it gathers.
-    """
-    narrow = compute_dtype(config.parallel, world.device) != torch.float32
-    if narrow and stage.restarts is not None and config.parallel.layout == "replicate":
-        relora.split_bases_(stage.model)
-
-
 def save(stage: Stage, config: Config, step: int, world: World) -> Path:
-    """Write a checkpoint of the stage before the run's `step`.
-
-    It is the same for every layout: of bases that are whole on every process, each writes the
-    rows that it would hold of sharded ones, in fp32.
-    """
-    tensors = stage.tensors()
-    for name, site in relora.low_rank_sites(stage.model):
-        base, low = (f"{name}.parametrizations.weight.{key}" for key in ("original", "0.low_bits"))
-        tensors.pop(low, None)
-        if not isinstance(tensors[base], DTensor):
-            tensors[base] = rows_of(site.exact(), world)
+    """Write a checkpoint of the stage before the run's `step`."""
     return checkpoint.save(
         config.checkpoints,
         step=step,
         phase=stage.phase.name,
-        tensors=tensors,
+        tensors=stage.tensors(world),
         parameters=stage.parameters,
         optimizer=stage.optimizer,
         schedule=stage.schedule.state_dict(),

@@ -116,15 +116,27 @@ def split_dim(W: Tensor) -> int | None:
     return _dim(W.placements[0]) if W.device_mesh.ndim == 1 else None
 
 
-def is_first(tensor: Tensor) -> bool:
-    """Whether this process is the first of those that hold `tensor`, on a one-dimensional mesh."""
+def once(tensor: Tensor) -> Tensor:
+    """Return the whole of `tensor` on one process and zero on the others, to be summed over them.
+
+    Each has the gradient of the sum, so that it needs no summing.
+    """
     assert isinstance(tensor, DTensor)
-    return tensor.device_mesh.get_local_rank() == 0
+    whole = tensor.to_local()
+    return whole if tensor.device_mesh.get_local_rank() == 0 else whole - whole.detach()
 
 
 def summing(tensor: Tensor) -> Tensor:
     """Return the whole of `tensor`, its gradient being the sum of what the processes compute."""
     whole = replicated(tensor)
+    assert isinstance(whole, DTensor)
+    return whole.to_local(grad_placements=[Partial()])
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the whole of `tensor`, whose gradient is left to be summed by what made it."""
+    assert isinstance(tensor, DTensor)
+    whole = tensor if all(p.is_replicate() for p in tensor.placements) else replicated(tensor)
     assert isinstance(whole, DTensor)
     return whole.to_local(grad_placements=[Partial()])
 
@@ -160,7 +172,11 @@ def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not isinstance(W, DTensor):
         return W, full(B), full(A)
-    assert isinstance(A, DTensor)
+    if not isinstance(A, DTensor) or not isinstance(B, DTensor):
+        raise ValueError(
+            "W is sharded and its factors are not: shard them with it, or leave W out of FSDP2 too "
+            "(ignored_params)"
+        )
     if W.ndim > 2 and any(_dim(p) not in (None, 0) for p in W.placements):
         A = replicated(A).view(A.shape[0], *W.shape[1:])  # so that its columns split as W's do
     rows, columns = _along(W)

@@ -1,9 +1,13 @@
 """The frozen bases in 16 bits on the device, without losing what a merge adds to them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from relora_core._sharding import is_sharded
+from relora_core.low_bits import split
+from relora_core.register import low_rank_owner
 from relora_core.sites import sites_of
 
 
@@ -17,9 +21,10 @@ def split_bases_(model: nn.Module) -> None:
     FSDP2's mixed precision.
 
     For a W that is whole on this process: left out of FSDP2 (`fully_shard(ignored_params=...)`),
-    under DDP, or on one device. The state dict then has `low_bits` (int16) beside W, and
-    `merged_state_dict` gives the dtype that W had. What is written to W by hand afterwards should
-    be written before.
+    under DDP (split after wrapping, which makes the processes' weights equal), or on one device.
+    The state dict then has `low_bits` (int16) beside W; one of an fp32 W is split as it is loaded.
+    `merged_state_dict` gives the dtype that W had. What is to be written to W by hand, or to be
+    converted by `to`, should be before the split.
 
     Args:
         model: with low-rank sites, whose W are fp32 or bfloat16; on the meta device it may be split
@@ -49,3 +54,14 @@ def split_bases_(model: nn.Module) -> None:
             raise TypeError(f"{name}: W must be float32 or bfloat16; got {site.weight.dtype}")
     for _, site in sites:
         site.low_rank.split_(site.weight)
+        owner = low_rank_owner(site.module, site.tensor_name)
+        # Torch has no types for it.
+        owner.register_load_state_dict_pre_hook(_split_loaded)  # type: ignore[no-untyped-call]
+
+
+def _split_loaded(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Split an fp32 W before it is loaded, as `load_state_dict` calls it."""
+    value = state_dict.get(prefix + "original")
+    if value is not None and value.dtype == torch.float32:
+        upper, low = split(value)
+        state_dict |= {prefix + "original": upper, prefix + "0.low_bits": low}

@@ -82,7 +82,7 @@ class LowRank(nn.Module):
         self.restart = 0
         # What `split_bases_` makes of W: its dtype before, and the bits that it lacks since.
         self.split_from: torch.dtype | None = None
-        self.low_bits: Tensor | None = None  # zero, if None
+        self.low_bits: Tensor | None = None
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class LowRank(nn.Module):
         if self.split_from is None:
             update.add_(update.W)
         else:
-            self._set_halves_(base, update.add_(self.exact(base)))
+            self.set_exact_(base, update.add_(self.exact(base)))
         self.lora_B.zero_()
 
     @torch.no_grad()
@@ -186,20 +186,38 @@ class LowRank(nn.Module):
         return sharded_like(total.to(self.split_from or base.dtype), base)
 
     def exact(self, base: Tensor) -> Tensor:
-        """Return this process's part of W; of a split W its fp32 value, made anew."""
+        """Return this process's part of W; of a split W its fp32 value, made anew.
+
+        Raises:
+            ValueError: if a split W has been converted or sharded since.
+        """
         part = local(base.detach())
-        if self.split_from is None:
+        if self.low_bits is None:
             return part
-        return part.float() if self.low_bits is None else join(part, self.low_bits.to(part.device))
+        self._refuse_converted(base)
+        return join(part, self.low_bits.to(part.device))
+
+    @torch.no_grad()
+    def set_exact_(self, base: Tensor, value: Tensor) -> None:
+        """Set this process's part of W to `value`; of a split W both halves."""
+        if self.low_bits is None:
+            local(base).copy_(value)
+            return
+        self._refuse_converted(base)
+        upper, low = split(value)
+        base.copy_(upper)
+        if base.is_cuda and not self.low_bits.is_pinned():
+            self.low_bits = self.low_bits.pin_memory()
+        self.low_bits.copy_(low)
 
     @torch.no_grad()
     def split_(self, base: nn.Parameter) -> None:
         """Turn `base` into the nearest bfloat16, and keep what it lacks: see `split_bases_`."""
         self.split_from = base.dtype
-        if base.dtype == torch.float32:
-            value = base.data
-            base.data = torch.empty_like(value, dtype=torch.bfloat16)
-            self._set_halves_(base, value)
+        value, base.data = base.data, base.data.bfloat16()
+        self.low_bits = torch.zeros(base.shape, dtype=torch.int16, device="cpu")
+        if value.dtype == torch.float32 and not value.is_meta:
+            self.set_exact_(base, value)
 
     @torch.no_grad()
     def unsplit_(self, base: nn.Parameter) -> None:
@@ -208,14 +226,14 @@ class LowRank(nn.Module):
             base.data = self.exact(base).to(self.split_from)
         self.split_from = self.low_bits = None
 
-    def _set_halves_(self, base: Tensor, value: Tensor) -> None:
-        if base.is_meta:
-            return
-        upper, low = split(value)
-        base.copy_(upper)
-        if self.low_bits is None:
-            self.low_bits = torch.empty_like(low, device="cpu", pin_memory=base.is_cuda)
-        self.low_bits.copy_(low)
+    def _refuse_converted(self, base: Tensor) -> None:
+        if base.dtype != torch.bfloat16 or is_sharded(base):
+            now = "sharded" if is_sharded(base) else str(base.dtype)
+            raise ValueError(
+                f"{self.name or 'a low-rank site'}: W was split into bfloat16 and the bits below "
+                f"it, and is {now} now, so that they no longer fit: convert and shard before "
+                "split_bases_, and leave W out of FSDP2 by ignored_params"
+            )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -225,10 +243,12 @@ class LowRank(nn.Module):
             destination[prefix + "low_bits"] = self.low_bits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        if self.split_from is not None:
-            self.low_bits = state_dict.pop(prefix + "low_bits", None)
-            if self.low_bits is not None:
-                self.low_bits = self.low_bits.to("cpu", torch.int16, copy=True)
+        if self.low_bits is not None:
+            low = state_dict.pop(prefix + "low_bits", None)
+            if low is None:  # W is exactly what a bfloat16 holds
+                self.low_bits.zero_()
+            else:
+                self.low_bits.copy_(low)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def get_extra_state(self) -> Tensor:

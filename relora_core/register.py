@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import is_sharded, is_tensor_parallel
+from relora_core._sharding import is_sharded, is_tensor_parallel, split_dim
 from relora_core.low_rank import LowRank
 
 
@@ -86,6 +86,11 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
             f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard (and "
             "after parallelize_module, if it was split by hand for tensor parallelism)"
         )
+    if is_sharded(base) and isinstance(module, nn.Embedding) and split_dim(base) == 0:
+        raise ValueError(
+            f"{kind}.{tensor_name} is split by rows, of which each process knows its own alone: "
+            "use ColwiseParallel for an embedding with a low-rank site"
+        )
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
             f"{kind} with max_norm rewrites its weight at every look-up, which a low-rank site "
@@ -145,12 +150,18 @@ def remove_low_rank(
 
 def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.Parameter]:
     """Return a site's parametrization and its W."""
-    found = _parametrizations(module)[tensor_name]
-    assert isinstance(found, parametrize.ParametrizationList)
+    found = low_rank_owner(module, tensor_name)
     low_rank, base = found[0], found.original
     assert isinstance(low_rank, LowRank)
     assert isinstance(base, nn.Parameter)
     return low_rank, base
+
+
+def low_rank_owner(module: nn.Module, tensor_name: str) -> parametrize.ParametrizationList:
+    """Return torch's module of a site, in which W and the parametrization are."""
+    found = _parametrizations(module)[tensor_name]
+    assert isinstance(found, parametrize.ParametrizationList)
+    return found
 
 
 def low_rank_tensors(module: nn.Module) -> list[str]:

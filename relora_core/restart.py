@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,7 @@ def restart_(
     """
     reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
-    call = f"restart_ number {sites[0][1].restart + 1} of {len(sites)} sites by {reset}"
-    roll_call(model, call, timeout)
+    roll_call(model, _call(sites, reset), timeout)
     factors = {
         f"{site.low_rank.seed}/{name}/{site.restart}/{which}": factor
         for name, site in sites
@@ -120,6 +120,13 @@ def update_norms(sites: list[tuple[str, Site]], updates: list[Update]) -> dict[s
         squares |= dict(zip(members, shard_sum(own, sites[members[0]][1].weight), strict=True))
     values = to_floats([squares[index].clamp(min=0) for index in range(len(sites))])  # rounding: -0
     return {name: math.sqrt(square) for (name, _), square in zip(sites, values, strict=True)}
+
+
+def _call(sites: list[tuple[str, Site]], reset: Reset) -> str:
+    keys = [(name, site.rank, site.low_rank.seed, site.restart) for name, site in sites]
+    which = blake2b(str(keys).encode(), digest_size=4).hexdigest()
+    number = sites[0][1].restart + 1
+    return f"restart_ number {number} of {len(sites)} sites ({which}) by {reset}"
 
 
 def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:

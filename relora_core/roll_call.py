@@ -8,7 +8,7 @@ from torch import nn
 
 from relora_core._sharding import sharers
 
-_LONGEST = 4000  # characters of an answer
+_AGREED = "agreed"
 
 
 def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
@@ -19,52 +19,54 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
     through, and no collective. What makes a model shared is a DTensor among its parameters, or
     DistributedDataParallel around it.
 
+    Each call ends in one verdict for all: of the last process to come, or of the first to give up,
+    which those who come later find.
+
     Args:
         model: sharded, replicated or neither, in which case nothing happens.
         answer: what must be the same everywhere.
         timeout: how long to wait for the last one.
 
     Raises:
-        RuntimeError: if processes do not come in time; it names them. Or on every process, if
-            answers differ.
+        RuntimeError: on every process, if some do not come in time, which it names, or if answers
+            differ.
     """
     ranks = sharers(model)
     if len(ranks) < 2:
         return
-    store = dist.distributed_c10d._get_default_store()
+    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
     key = f"relora/{blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
-    # Nobody is counted for the next call before all were counted for this one.
-    number = store.add(f"{key}/answers", 1) - 1
-    call, last = f"{key}/{number // len(ranks)}", number % len(ranks) == len(ranks) - 1
-    mine = dist.get_rank()
-    store.set(f"{call}/{mine}", answer[:_LONGEST])
-    if last:
-        others = {rank: store.get(f"{call}/{rank}").decode() for rank in ranks}
-        different = [rank for rank, other in others.items() if other != others[ranks[0]]]
-        verdict = ""
-        if different:
-            verdict = (
-                f"rank {ranks[0]} calls {others[ranks[0]]}, but rank {different[0]} calls "
-                f"{others[different[0]]}: every process that shares the model must do the same"
-            )
-        store.set(f"{call}/verdict", verdict)
+    call = f"{key}/{store.add(f'{key}/calls of {mine}', 1)}"
+    store.set(f"{call}/{mine}", answer)
+    if store.add(f"{call}/here", 1) == len(ranks):
+        answers = {rank: store.get(f"{call}/{rank}").decode() for rank in ranks}
+        store.compare_set(f"{call}/verdict", "", _compared(answers))
         for rank in ranks:
             store.delete_key(f"{call}/{rank}")
     try:
         store.wait([f"{call}/verdict"], timeout)
     except RuntimeError:  # a store of another kind than TCP has no error of its own for this
         absent = [rank for rank in ranks if not store.check([f"{call}/{rank}"])]
-        if not absent:
-            raise
-        raise RuntimeError(
-            f"{answer}: of the processes that share the model, {_named(absent)} did not come in "
-            f"{timeout.total_seconds():g} s: every one must call it, before the same step"
-        ) from None
+        store.compare_set(f"{call}/verdict", "", f"{answer}: {_missed(absent, timeout)}")
     verdict = store.get(f"{call}/verdict").decode()
-    if verdict:
+    if verdict != _AGREED:
         raise RuntimeError(verdict)
 
 
-def _named(ranks: list[int]) -> str:
+def _compared(answers: dict[int, str]) -> str:
+    (first, said), *others = answers.items()
+    for rank, other in others:
+        if other != said:
+            return (
+                f"rank {first} calls {said}, but rank {rank} calls {other}: every process that "
+                "shares the model must do the same"
+            )
+    return _AGREED
+
+
+def _missed(ranks: list[int], timeout: timedelta) -> str:
     shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
-    return f"{len(ranks)} (rank {shown})"
+    return (
+        f"of the processes that share the model, {len(ranks)} (rank {shown}) did not come in "
+        f"{timeout.total_seconds():g} s: every one must call it, before the same step"
+    )

@@ -81,6 +81,10 @@ class Site:
         """Return W, detached and sharded as it is; of a split W its fp32 value, made anew."""
         return sharded_like(self.low_rank.exact(self.weight), self.weight)
 
+    def set_exact_(self, value: Tensor) -> None:
+        """Set this process's part of W; of a split W both halves."""
+        self.low_rank.set_exact_(self.weight, value)
+
     def update(self) -> Update:
         """Return this process's part of s B A, gathering what it lacks of the factors."""
         return self.low_rank.update(self.weight)

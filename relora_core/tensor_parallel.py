@@ -12,11 +12,12 @@ from torch import Tensor
 
 from relora_core._sharding import (
     columns_of,
-    is_first,
     last_split,
     local,
+    once,
     parts_of_sum,
     split_dim,
+    summed,
     summing,
 )
 
@@ -45,12 +46,11 @@ def parallel_linear(
     """
     dim = split_dim(weight)
     if dim == 0:
-        x, A, W, B = summing(input), summing(lora_A), local(weight), local(lora_B)
+        x, A, W, B = summed(input), summing(lora_A), local(weight), local(lora_B)
         b = None if bias is None else local(bias)
         return columns_of(linear(x, W, A, B, scale, b), weight)
     if dim == 1:
         x, A, W, B = last_split(input), local(lora_A), local(weight), summing(lora_B)
-        # Every process adds a part of y, and one of them the bias.
-        b = None if bias is None else summing(bias) * float(is_first(bias))
+        b = None if bias is None else once(bias)
         return parts_of_sum(linear(x, W, A, B, scale, b), weight)
     return F.linear(input, weight, bias) + scale * F.linear(F.linear(input, lora_A), lora_B)

@@ -66,6 +66,7 @@ _KNOWN = {
     "_c10d_functional::all_reduce": _Collective("all-reduce", 0, passes=2),
     "_c10d_functional::all_to_all_single": _Collective("all-to-all", 0),
 }
+_KINDS = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 
 
@@ -88,7 +89,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kind, _, name = func._schema.name.partition("::")
-        if kind in ("c10d", "_c10d_functional") and name not in _SILENT:
+        if kind in _KINDS and name not in _SILENT:
             known = _KNOWN.get(func._schema.name)
             if known is None:
                 raise NotImplementedError(f"the bytes of {func._schema.name} are not known")

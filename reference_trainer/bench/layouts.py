@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed._tools.fake_collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -17,7 +18,7 @@ from reference_trainer.config import (
     phases,
 )
 from reference_trainer.model import LlamaShape
-from reference_trainer.stage import Stage, build_model, narrow_, staged
+from reference_trainer.stage import Stage, build_model, staged
 from reference_trainer.world import World
 
 
@@ -107,6 +108,4 @@ def laid_out(
     (phase,) = phases(config)
     model = build_model(config, phase, shape, world)
     with memory or nullcontext():
-        stage = staged(model, config, phase, world)
-        narrow_(stage, config, world)
-        return stage
+        return staged(model, config, phase, world)

@@ -149,14 +149,41 @@ class TestState:
             assert torch.equal(one.exact(), two.exact())
             assert (one.exact() != one.weight.float()).any()
 
-    def test_a_state_dict_without_it_clears_it(self):
-        exact, twin = models()
+    def test_a_bfloat16_state_without_it_clears_it(self):
+        _, twin = models()
         set_factors_(twin, 1, 0.01)
         relora.merge_(twin)
-        plain = {name: t for name, t in exact.state_dict().items() if "low_bits" not in name}
-        twin.load_state_dict(plain)
+        coarse = {name: t for name, t in twin.state_dict().items() if "low_bits" not in name}
+        twin.load_state_dict(copy.deepcopy(coarse))
         for _, site in relora.low_rank_sites(twin):
             assert torch.equal(site.exact(), site.weight.float())
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_an_fp32_state_is_split_as_it_is_loaded(self, assign):
+        exact, twin = models()
+        randomize_(exact)
+        twin.load_state_dict(copy.deepcopy(exact.state_dict()), assign=assign)
+        sites = zip(relora.low_rank_sites(exact), relora.low_rank_sites(twin), strict=True)
+        for (_, one), (_, two) in sites:
+            assert two.weight.dtype == torch.bfloat16
+            assert torch.equal(bits(one.weight), bits(two.exact()))
+
+    def test_it_is_there_to_be_filled_from_the_first(self):
+        """Loaders that fill a state dict in place, as DCP does, pass over what it does not have."""
+        with torch.device("meta"):
+            on_meta = relora.add_low_rank_(Model(), TARGETS, rank=2, alpha=1.0, seed=4)
+        relora.split_bases_(on_meta)
+        model = on_meta.to_empty(device="cpu")
+        _, twin = models()
+        set_factors_(twin, 1, 0.01)
+        relora.merge_(twin)
+        state = model.state_dict()
+        for name, tensor in twin.state_dict().items():
+            state[name].copy_(tensor)
+        model.load_state_dict(state)
+        sites = zip(relora.low_rank_sites(model), relora.low_rank_sites(twin), strict=True)
+        for (_, one), (_, two) in sites:
+            assert torch.equal(bits(one.exact()), bits(two.exact()))
 
     def test_a_model_that_was_not_split_refuses_it(self):
         exact, twin = models()
@@ -184,6 +211,16 @@ class TestRefusals:
         assert not any(s.weight.dtype == torch.bfloat16 for _, s in relora.low_rank_sites(exact))
         with pytest.raises(ValueError, match="no low-rank site"):
             relora.split_bases_(nn.Linear(2, 2))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_a_conversion_after_the_split_is_refused(self, dtype):
+        _, twin = models()
+        twin.to(dtype)
+        before = copy.deepcopy(twin.state_dict())
+        for refused in (relora.merge_, relora.merged_state_dict):
+            with pytest.raises(ValueError, match=r"split into bfloat16 .* is torch\.\w+ now"):
+                refused(twin)
+        assert all(torch.equal(t, before[name]) for name, t in twin.state_dict().items())
 
     def test_its_memory_is_not_given_out_to_be_filled(self):
         _, twin = models()

@@ -1,5 +1,6 @@
 """A process that skips a restart, or makes another one, is an error that names it, not a hang."""
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -43,6 +44,38 @@ def skips(rank, world_size, wrapper):
 def test_who_skips_a_restart_is_named_and_nothing_is_changed(tmp_path, wrapper):
     results = on_processes(skips, 3, tmp_path / "ranks", wrapper)
     assert [result["number"].item() for result in results] == [1, 1, 1]
+
+
+def comes_late(rank, world_size, wrapper):
+    """The others give up before rank 1 is there, which must find that out, and then all agree."""
+    model, optimizer = shared(world_size, wrapper)
+    if rank == 1:
+        time.sleep(6)
+    with pytest.raises(RuntimeError, match=r"1 \(rank 1\) did not come in 3 s"):
+        relora.restart_(model, optimizer, timeout=SHORT)
+    before = number(model)
+    relora.restart_(model, optimizer, timeout=LONG)
+    return {"number": torch.tensor([before, number(model)])}
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp", "ddp"])
+def test_who_comes_too_late_restarts_no_more_than_the_others(tmp_path, wrapper):
+    for result in on_processes(comes_late, 3, tmp_path / "ranks", wrapper):
+        assert result["number"].tolist() == [0, 1]
+
+
+def other_model(rank, world_size):
+    one, two = (shared(world_size, "ddp") for _ in range(2))
+    relora.reinit_(two[0])
+    model, optimizer = one if rank == 0 else two
+    with pytest.raises(RuntimeError, match=r"rank 0 calls .* but rank 1 calls"):
+        relora.restart_(model, optimizer, timeout=LONG)
+    return {"number": torch.tensor([number(one[0]), number(two[0])])}
+
+
+def test_who_restarts_another_model_is_named(tmp_path):
+    for result in on_processes(other_model, 2, tmp_path / "ranks"):
+        assert result["number"].tolist() == [0, 1]
 
 
 def disagrees(rank, world_size):

@@ -146,6 +146,9 @@ def refusals(rank, world_size):
     by_hand.weight = nn.Parameter(distribute_tensor(by_hand.weight, mesh, [Shard(0)]))
     with pytest.raises(ValueError, match=r"sharded already: .* after parallelize_module"):
         relora.register_low_rank(by_hand, rank=2)
+    by_rows = parallelize_module(Net(), mesh, {"embed": RowwiseParallel()})
+    with pytest.raises(ValueError, match=r"embed: .* split by rows"):
+        relora.add_low_rank_(by_rows, "embed", rank=2)
     model = parallelize_module(Net(), mesh, plan())
     with pytest.raises(ValueError, match=r"drop other entries .* got dropout=0.1"):
         relora.add_low_rank_(model, "up", rank=2, dropout=0.1)
