@@ -56,9 +56,10 @@ def build(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary table stays in fp32
     )
-    for block in layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
+    for module in (*layers, model):
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
+        if world.device.type == "cpu":  # gloo of torch 2.8 makes a sum of the mean, silently
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 

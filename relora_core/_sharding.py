@@ -15,7 +15,11 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+
+# Seen in 2.8, and not in 2.13.
+_MISPLACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -73,8 +77,26 @@ def shard_sum(counts: Tensor, like: Tensor | None) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return the whole tensor on every rank: one all-gather if sharded, else `tensor` itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Return the whole tensor on every rank: one all-gather if sharded, else `tensor` itself.
+
+    Raises:
+        ValueError: where torch would put its parts together in another order.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    strided = {p.dim for p in tensor.placements if isinstance(p, _StridedShard)}
+    for dim in strided if _MISPLACES else ():
+        sizes = [
+            tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if _dim(p) == dim
+        ]
+        if tensor.shape[dim] % math.prod(sizes):
+            over = " x ".join(map(str, sizes))
+            raise ValueError(
+                f"torch {torch.__version__} gathers shards of FSDP2 over tensor parallelism "
+                f"rightly only if they are even; got {tensor.shape[dim]} rows over {over} "
+                "processes: use torch 2.13, or a width that they divide"
+            )
+    return tensor.full_tensor()
 
 
 def replicated(tensor: Tensor) -> Tensor:

@@ -19,10 +19,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 import relora_core as relora
+from relora_core import _sharding
 from relora_core.bases import split_bases_
 from tests.distributed.processes import on_processes
 
 STEPS, EVERY, SEQUENCES = 30, 8, 4
+WIDTH = 12 if _sharding._MISPLACES else 10  # 10 is uneven over 4, and over 2 x 2
 TARGETS = ("embed", "up", "down", "head")
 
 
@@ -32,8 +34,8 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, 6)
-        self.up = nn.Linear(6, 10)
-        self.down = nn.Linear(10, 6)
+        self.up = nn.Linear(6, WIDTH)
+        self.down = nn.Linear(WIDTH, 6)
         self.head = nn.Linear(6, 11, bias=False)
 
     def forward(self, tokens):
@@ -168,3 +170,21 @@ def test_what_would_be_wrong_is_refused_and_a_site_can_be_removed(tmp_path):
     for result in on_processes(refusals, 2, tmp_path / "ranks"):
         torch.testing.assert_close(result["change"], result["update"])
         assert result["update"].abs().max() > 0.1
+
+
+def uneven(rank, world_size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "columns"))
+    model = nn.Sequential(nn.Linear(6, 10, bias=False))
+    whole = model[0].weight.detach().clone()
+    parallelize_module(model, mesh["columns"], {"0": ColwiseParallel()})
+    relora.add_low_rank_(model, "0", rank=2)
+    fully_shard(model, mesh=mesh["replicas"])
+    weight = relora.merged_state_dict(model)["0.weight"]
+    _sharding._MISPLACES = True
+    with pytest.raises(ValueError, match=r"even; got 10 rows over 2 x 2 processes"):
+        _sharding.full(weight)
+    return {"whole": whole}
+
+
+def test_shards_that_torch_would_put_together_wrongly_are_refused(tmp_path):
+    assert len(on_processes(uneven, 4, tmp_path / "ranks")) == 4
