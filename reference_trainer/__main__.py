@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from reference_trainer import options
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
-from reference_trainer.errors import SharedError, UserError
+from reference_trainer.errors import SharedError, Stopped, UserError
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
@@ -51,7 +51,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    0, or 2 for something given that is wrong or a file that cannot be used, or 130 for Ctrl-C.
+    0, or 2 for something given that is wrong or a file that cannot be used, or 75 for a run that
+    was asked to stop and has saved where it stands, or 130 for Ctrl-C.
     Every process of several tells its own errors.
     """
     try:
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in (sys.argv if arguments is None else arguments):
             raise
         return 2
+    except Stopped:
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted: `train --resume` goes on with a run", file=sys.stderr)  # noqa: T201
         return 130

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +27,17 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from reference_trainer.errors import UserError
 from reference_trainer.files import write_whole
 from reference_trainer.world import World
 
 _MODEL = "model."
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written: it names the file."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,9 @@ def save(
     schedule: dict[str, Any],
     world: World,
     keep: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write a checkpoint under `directory`, then remove all but the newest `keep`.
+    """Write a checkpoint under `directory`, then remove those that need not stay.
 
     Every process calls it. The name is new for each step, so nothing complete is written over.
 
@@ -76,7 +83,8 @@ def save(
         optimizer: theirs.
         schedule: the scheduler's state.
         world: the processes.
-        keep: how many checkpoints stay.
+        keep: how many of the newest stay.
+        keep_every: those of its multiples stay too.
 
     Returns:
         Where it lies.
@@ -103,7 +111,8 @@ def save(
         write_whole(target / "state.json", json.dumps(asdict(position)))
         files = {f.name: [f.stat().st_size, _checksum(f)] for f in sorted(target.iterdir())}
         write_whole(target / "manifest.json", json.dumps({"format": 1, "files": files}, indent=2))
-        kept = complete(directory)[-keep:]
+        found = complete(directory)
+        kept = [*found[-keep:], *(c for c in found if keep_every and _step(c) % keep_every == 0)]
         for old in directory.glob("step-*"):
             if old.name < target.name and old not in kept:  # incomplete ones too
                 _remove(old)
@@ -116,42 +125,79 @@ def complete(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob("step-*/manifest.json"))
 
 
-def newest(directory: Path) -> Path | None:
-    """Return the newest complete checkpoint."""
-    found = complete(directory)
-    return found[-1] if found else None
+def find(directory: Path, world: World) -> Path | None:
+    """Return `newest_sound` of the first process on every one; damages become warnings.
+
+    Raises:
+        SharedError: if there are complete checkpoints and all are damaged.
+    """
+
+    def sound() -> tuple[str | None, list[str]]:
+        newest, damages = newest_sound(directory)
+        return str(newest) if newest else None, damages
+
+    newest, damages = world.on_first(sound)
+    if world.first:
+        for damage in damages:
+            tqdm.write(f"warning: {damage}: going on from {Path(newest).name}", file=sys.stderr)
+    return Path(newest) if newest else None
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest complete checkpoint whose files are as they were written.
+
+    Returns:
+        It, or None if there is no complete one at all; and what is wrong with newer ones, a line
+        for each.
+
+    Raises:
+        UserError: if there are complete ones, and each is damaged.
+    """
+    damages = []
+    for found in reversed(complete(directory)):
+        try:
+            verify(found)
+        except DamagedError as error:
+            damages.append(str(error))
+        else:
+            return found, damages
+    if damages:
+        raise UserError("; ".join(damages))
+    return None, []
 
 
 def verify(checkpoint: Path) -> None:
     """Check every file's size and checksum against the manifest.
 
     Raises:
-        UserError: if a file is absent or damaged.
+        DamagedError: if a file is absent or damaged; it names the file.
     """
+    file = checkpoint / "manifest.json"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        expected = {checkpoint / name: fact for name, fact in manifest["files"].items()}
-        if checkpoint / "state.json" not in expected:
-            raise UserError(f"{checkpoint} is damaged: remove it to resume from before it")
-        for file, (size, checksum) in expected.items():
+        expected = json.loads(file.read_text(encoding="utf-8"))["files"]
+        if "state.json" not in expected:
+            raise DamagedError(f"{file} is damaged")
+        for name, (size, checksum) in expected.items():
+            file = checkpoint / name
             if file.stat().st_size != size or _checksum(file) != checksum:
-                raise UserError(f"{file} is damaged: remove {checkpoint} to resume from before it")
-    except UserError:
+                raise DamagedError(f"{file} is damaged")
+    except DamagedError:
         raise
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(checkpoint, error) from None
+        raise DamagedError(f"{file} is damaged ({error})") from None
 
 
 def read_position(checkpoint: Path) -> Position:
     """Return where a checkpoint stands.
 
     Raises:
-        UserError: if its state.json is absent or damaged.
+        DamagedError: if its state.json is absent or damaged.
     """
+    file = checkpoint / "state.json"
     try:
-        return Position(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        return Position(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
-        raise _damaged(checkpoint, error) from None
+        raise DamagedError(f"{file} is damaged ({error})") from None
 
 
 def load_(
@@ -210,8 +256,8 @@ def _alone(world: World) -> Iterator[bool]:
         yield world.size == 1
 
 
-def _damaged(checkpoint: Path, error: Exception) -> UserError:
-    return UserError(f"{checkpoint} is damaged ({error}): remove it to resume from before it")
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _key(name: str, key: str) -> str:

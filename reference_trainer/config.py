@@ -134,6 +134,9 @@ class OptimConfig:
     eps: float = option(1e-8, "AdamW's epsilon")
     weight_decay: float = option(0.0, "AdamW's decay of matrices (norms are never decayed)")
     clip: float = option(1.0, "largest gradient norm")
+    most_skips: int = option(
+        10, "steps in a row without a finite loss and gradient, each skipped, that end the run"
+    )
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr is positive", got=self.lr)
@@ -143,6 +146,7 @@ class OptimConfig:
         require(self.eps > 0, "optim.eps is positive", got=self.eps)
         require(self.weight_decay >= 0, "optim.weight_decay >= 0", got=self.weight_decay)
         require(self.clip > 0, "optim.clip is positive", got=self.clip)
+        require(self.most_skips >= 1, "optim.most_skips is at least 1", got=self.most_skips)
 
 
 @dataclass(frozen=True)
@@ -246,10 +250,22 @@ class CheckpointConfig:
 
     every: int = option(100, "steps between checkpoints")
     keep: int = option(2, "how many of the newest to keep")
+    keep_every: int | None = option(None, "keep those of its multiples for good, too")
+    stop_after: float | None = option(
+        None, "minutes after which to save and stop, with exit code 75 (SIGTERM does the same)"
+    )
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every is at least 1", got=self.every)
         require(self.keep >= 2, "checkpoint.keep is at least 2", got=self.keep)
+        positive = self.stop_after is None or self.stop_after > 0
+        require(positive, "checkpoint.stop_after is positive", got=self.stop_after)
+        require(
+            self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
+            "checkpoint.keep_every must be a multiple of checkpoint.every",
+            keep_every=self.keep_every,
+            every=self.every,
+        )
 
 
 @dataclass(frozen=True)

@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class SharedError(UserError):
     """A UserError that every process raises; the first one has told it (`World.refuse`)."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A run was asked to stop before its end, and has saved where it stands."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import relora_core as relora
 from reference_trainer import checkpoint
 from reference_trainer.config import Config, phases
-from reference_trainer.errors import UserError
 from reference_trainer.files import write_whole
 from reference_trainer.model import LlamaShape
 from reference_trainer.prepare import read_index
@@ -22,12 +21,11 @@ def export(config: Config, world: World) -> Path:
     Every process calls it.
 
     Raises:
-        UserError: if the run has no complete checkpoint.
+        SharedError: if the run has no complete checkpoint.
     """
-    source = checkpoint.newest(config.checkpoints)
+    source = checkpoint.find(config.checkpoints, world)
     if source is None:
-        raise UserError(f"{config.directory} has no complete checkpoint to export")
-    world.on_first(lambda: checkpoint.verify(source))
+        world.refuse(f"{config.directory} has no complete checkpoint to export")
     target = config.directory / "export"
     index = read_index(config.data_directory)
     shape = config.model.shape(index.vocab_size)

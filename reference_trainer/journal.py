@@ -1,12 +1,12 @@
 """What happens in a run, turned into records and lines on the terminal."""
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import relora_core as relora
@@ -36,6 +36,7 @@ class Journal:
         self.metrics = metrics
         self.world = world
         self._losses: list[Tensor] = []
+        self._means: deque[float] = deque(maxlen=20)
         self._seconds = 0.0
         self._began = 0.0
         self._meter = None
@@ -60,23 +61,31 @@ class Journal:
                 yield step
                 bar.update()
 
-    def step(self, step: int, loss: Tensor, norm: Tensor, rates: dict[str, float]) -> None:
-        """Record a step; every `log.every` steps the mean loss is written.
+    def step(
+        self, step: int, loss: Tensor, norm: Tensor, rates: dict[str, float], *, skipped: bool
+    ) -> None:
+        """Record a step; every `log.every` steps the mean loss is written, of those not skipped.
 
-        Raises:
-            SharedError: if that mean is not finite.
+        A skipped step is written at once. So is a spike: a mean loss that stands out of the last
+        ones by more than six times what they differ by.
         """
-        self._losses.append(loss)
-        last = (step + 1) % self.config.log.every == 0 or step + 1 == self.stage.phase.stop
-        mean = self.world.mean(torch.stack(self._losses).mean()) if last else 0.0
         self._seconds += time.perf_counter() - self._began
-        if not last:
-            return
-        if not np.isfinite(mean):
-            self.world.refuse(
-                f"the loss is {mean} at step {step}: lower optim.lr or relora.lr_multiple, in a "
-                "run of another name"
+        if skipped:
+            found = {"loss": str(loss.item()), "gradient_norm": str(norm.item())}
+            self.metrics.write("skipped", step, phase=self.stage.phase.name, **found)
+            self._say(
+                f"step {step}: skipped, with a loss of {loss:.3g} and a gradient of {norm:.3g}"
             )
+        else:
+            self._losses.append(loss)
+        last = (step + 1) % self.config.log.every == 0 or step + 1 == self.stage.phase.stop
+        if not last or not self._losses:
+            return
+        mean = self.world.mean(torch.stack(self._losses).mean())
+        if is_spike(mean, self._means):
+            self.metrics.write("spike", step, phase=self.stage.phase.name, loss=mean)
+            self._say(f"step {step}: the loss jumped to {mean:.3f}")
+        self._means.append(mean)
         tokens = len(self._losses) * self.config.batch.sequences * self.config.batch.length
         speed = tokens / self._seconds
         self.metrics.write(
@@ -84,7 +93,7 @@ class Journal:
             step,
             phase=self.stage.phase.name,
             loss=mean,
-            gradient_norm=float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            gradient_norm=norm.item(),
             tokens_per_second=speed,
             **{f"lr_{name}": rate for name, rate in rates.items()},
         )
@@ -117,9 +126,8 @@ class Journal:
     def evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss before `step`."""
         self.metrics.write("evaluation", step, phase=self.stage.phase.name, held_out_loss=loss)
-        if self.world.first:
-            steps, name = self.config.steps, self.stage.phase.name
-            tqdm.write(f"step {step:>6} of {steps}  {name:<10}  held-out loss {loss:.4f}")
+        steps, name = self.config.steps, self.stage.phase.name
+        self._say(f"step {step:>6} of {steps}  {name:<10}  held-out loss {loss:.4f}")
         self._began = time.perf_counter()
 
     def end(self) -> None:
@@ -130,7 +138,25 @@ class Journal:
             cycles = self.stage.restarts.count(phase.stop - 1 - phase.start) + 1
             self.metrics.write("end", phase.stop, phase=phase.name, cycles=cycles, ranks=ranks)
 
+    def _say(self, line: str) -> None:
+        if self.world.first:
+            tqdm.write(line)
+
     def _followed(self, *, merged: bool) -> dict[str, Tensor]:
         sites = dict(relora.low_rank_sites(self.stage.model))
         names = spread(list(sites), self.config.log.rank_sites)
         return {name: sites[name].merged() if merged else sites[name].exact() for name in names}
+
+
+def is_spike(mean: float, before: Collection[float]) -> bool:
+    """Whether `mean` lies above the median of ten or more by six times their median deviation.
+
+    Example:
+        >>> is_spike(3.0, [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0])
+        True
+    """
+    if len(before) < 10:
+        return False
+    middle = statistics.median(before)
+    deviation = statistics.median(abs(value - middle) for value in before)
+    return mean > middle + 6 * max(deviation, 0.01 * middle)

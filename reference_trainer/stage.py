@@ -1,5 +1,6 @@
 """What one phase trains with: model, optimizer, schedule; built, then filled."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,16 @@ class Stage:
     def restarts_at(self, step: int) -> bool:
         """Whether a restart runs before the run's `step`."""
         return self.restarts is not None and self.restarts.at(step - self.phase.start)
+
+    def step(self, *, skip: bool) -> None:
+        """Take the optimizer's step, unless it is to be skipped, and the schedule's."""
+        with warnings.catch_warnings():
+            if skip:  # a schedule warns if the optimizer has not gone before it; here both count
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            else:
+                self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the model's whole state by names without wrappers, the same in every layout.
@@ -211,6 +222,7 @@ def save(stage: Stage, config: Config, step: int, world: World) -> Path:
         schedule=stage.schedule.state_dict(),
         world=world,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
@@ -13,9 +14,11 @@ from reference_trainer.begin import check, open_directory
 from reference_trainer.config import Config, phases
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
+from reference_trainer.errors import Stopped
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export
 from reference_trainer.files import locked
+from reference_trainer.interruption import Interruption
 from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
@@ -46,10 +49,7 @@ def train(config: Config, *, resume: bool = False) -> None:
         windows = open_windows(data, "train", length)
         batches = Batches(windows, config.batch.sequences, config.seed)
 
-        newest = checkpoint.newest(config.checkpoints)
-        if newest:
-            found = newest
-            world.on_first(lambda: checkpoint.verify(found))
+        newest = checkpoint.find(config.checkpoints, world)
         position = checkpoint.read_position(newest) if newest else None
         step = position.step if position else 0
         writer = Metrics(
@@ -58,14 +58,15 @@ def train(config: Config, *, resume: bool = False) -> None:
             tensorboard=config.log.tensorboard,
             since=(step, position.phase) if position else (0, ""),
         )
-        with writer as metrics:
+        with writer as metrics, Interruption(config.checkpoint.stop_after) as interruption:
             known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
             metrics.write("start", step, **environment(world.device), **known)
             for phase in phases(config):
                 if step < phase.stop:
                     stage = build_stage(config, phase, shape, world)
                     step = fill_(stage, config, newest, world)
-                    newest = train_stage(stage, config, step, batches, held_out, metrics, world)
+                    sources = (batches, held_out, interruption)
+                    newest = train_stage(stage, config, step, *sources, metrics, world)
                     step = phase.stop
                     del stage  # its memory is the next phase's
         export(config, world)
@@ -77,37 +78,66 @@ def train_stage(
     start: int,
     batches: Batches,
     held_out: Windows,
+    interruption: Interruption,
     metrics: Metrics,
     world: World,
 ) -> Path:
-    """Train `stage` from the run's step `start` to its phase's end; return the last checkpoint."""
+    """Train `stage` from the run's step `start` to its phase's end; return the last checkpoint.
+
+    A step without a finite loss and gradient, on whatever process, is skipped on all of them:
+    weights, moments and adapters stay, the schedule and the data go on.
+
+    Raises:
+        SharedError: if too many steps in a row are skipped, or a restart refuses.
+        Stopped: if the run is asked to stop.
+    """
     model, optimizer, phase = stage.model, stage.optimizer, stage.phase
     ratio, masks = config.relora.prune_ratio, config.relora.masks
     micro_steps = config.batch.micro_steps(world.size)
     journal = Journal(config, stage, start, metrics, world)
-    latest = Path()
+    latest, skipped = Path(), 0
     if start == phase.start:
         journal.evaluation(start, evaluate(model, held_out, config, world))
 
     for step in journal.steps(start):
         if stage.restarts_at(step):
-            journal.restart(step, relora.restart_(model, optimizer, prune_ratio=ratio, masks=masks))
+            try:
+                report = relora.restart_(model, optimizer, prune_ratio=ratio, masks=masks)
+            except ValueError as error:
+                world.refuse(f"the restart at step {step} was refused: {error}")
+            journal.restart(step, report)
 
         loss = forward_backward(model, batches.at(step), micro_steps, world)
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        broken, stop, save_now = world.any(~(loss + norm).isfinite(), *interruption.asked())
+        skipped = skipped + 1 if broken else 0
         rates = stage.rates()
-        optimizer.step()
-        stage.schedule.step()
-        optimizer.zero_grad()
-        journal.step(step, loss, norm, rates)
+        stage.step(skip=broken)
+        journal.step(step, loss, norm, rates, skipped=broken)
 
-        done = step + 1
-        if done % config.log.evaluate_every == 0 or done == phase.stop:
+        done, last = step + 1, step + 1 == phase.stop
+        if done % config.log.evaluate_every == 0 or last:
             journal.evaluation(done, evaluate(model, held_out, config, world))
-        if done % config.checkpoint.every == 0 or done == phase.stop:
-            if done == phase.stop:
+        given_up = skipped == config.optim.most_skips
+        if (
+            given_up
+            or stop
+            or save_now
+            or done % config.checkpoint.every == 0
+            or done == phase.stop
+        ):
+            if last:
                 journal.end()
             latest = save(stage, config, done, world)
+        if given_up:
+            world.refuse(
+                f"{skipped} steps in a row, to step {step}, had no finite loss and gradient: "
+                f"{latest} has the weights from before them; lower optim.lr or relora.lr_multiple"
+            )
+        if stop and done < config.steps:
+            world.tell(f"stopped before step {done}: `train --resume` goes on from {latest}")
+            raise Stopped
     return latest
 
 

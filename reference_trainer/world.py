@@ -45,6 +45,13 @@ class World:
         dist.all_reduce(value)
         return value.item() / self.size
 
+    def any(self, *flags: Tensor | bool) -> list[bool]:
+        """Return whether each flag is set on any process; waits for the device."""
+        own = [torch.as_tensor(flag, device=self.device).float() for flag in flags]
+        together = torch.stack(own)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return [bool(value) for value in together.tolist()]
+
     def share(self, value: Any) -> Any:
         """Return the first process's JSON value on every process."""
         text = json.dumps(value).encode() if self.first else b""
@@ -56,27 +63,36 @@ class World:
         dist.broadcast(padded, src=0)
         return json.loads(bytes(padded.tolist()))
 
-    def on_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on the first process; a UserError there is a SharedError on every one."""
-        failure = None
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on the first process and return its JSON value on every one.
+
+        Raises:
+            SharedError: on every process, if it raises a UserError.
+        """
+        value = failure = None
         if self.first:
             try:
-                action()
+                value = action()
             except UserError as error:
                 failure = str(error)
-        failure = self.share(failure)
+        value, failure = self.share([value, failure])
         if failure is not None:
             self.refuse(failure)
+        return value
 
     def refuse(self, message: str) -> NoReturn:
-        """Raise a SharedError on every process, once the first one has told it.
+        """Raise a SharedError on every process, once the first one has told it."""
+        self.tell(f"error: {message}")
+        raise SharedError(message)
 
-        A launcher kills the others as soon as one process has left, told or not.
+    def tell(self, line: str) -> None:
+        """Have the first process print a line, for which all wait.
+
+        A launcher kills the others as soon as one process has left, whether they told or not.
         """
         if self.first:
-            print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
         self.barrier()
-        raise SharedError(message)
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -23,7 +23,15 @@ LAYERS = {
         {"__init__"},
     ],
     "reference_trainer": [
-        {"__init__", "errors", "environment", "model", "bench.__init__", "bench.memory"},
+        {
+            "__init__",
+            "errors",
+            "environment",
+            "interruption",
+            "model",
+            "bench.__init__",
+            "bench.memory",
+        },
         {"config", "files", "flops", "bench.arms", "bench.results"},
         {"metrics", "bench.picture", "bench.projection"},
         {"options", "world", "documents", "tokenizer"},

@@ -108,7 +108,7 @@ def stage_at(phase_name):
     with open_world(config.parallel) as world:
         phase = next(p for p in phases(config) if p.name == phase_name)
         stage = build_stage(config, phase, config.model.shape(256), world)
-        newest = checkpoint.newest(config.checkpoints)
+        newest, _ = checkpoint.newest_sound(config.checkpoints)
         assert fill_(stage, config, newest, world) == checkpoint.read_position(newest).step
         yield stage, config
 
@@ -319,26 +319,49 @@ def test_resuming_with_another_configuration_is_refused(tiny, capsys):
     assert "begun with another seed, relora.rank" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(tiny, capsys):
-    train(*tiny)
-    newest = checkpoint.newest(RUN / "checkpoints")
-    shard = next(newest.glob("*.safetensors"))
-    content = bytearray(shard.read_bytes())
+def damage(file):
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    shard.write_bytes(content)
-    assert main(["train", "--resume"]) == 2
-    (error,) = lines_of(capsys.readouterr().err)
-    assert f"{shard} is damaged" in error
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(tiny, capsys):
+    train(*tiny, "--name", "whole")
+    again = rewound("whole", 16)
+    older, newest = checkpoint.complete(again / "checkpoints")
+    shard = next(newest.glob("*.safetensors"))
+    damage(shard)
+    capsys.readouterr()
+    train("--resume", "--name", again.name)
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warned == [f"warning: {shard} is damaged: going on from {older.name}"]
+    for file in ("export/model.safetensors", "first-weights.safetensors"):
+        assert (again / file).read_bytes() == Path("runs/whole", file).read_bytes()
+    assert losses(again) == losses(Path("runs/whole"))
+
+
+def test_only_damaged_checkpoints_are_refused_by_name(tiny, capsys):
+    train(*tiny)
+    found = checkpoint.complete(RUN / "checkpoints")
+    shards = [next(one.glob("*.safetensors")) for one in found]
+    for shard in shards:
+        damage(shard)
+    for command in (["train", "--resume"], ["export", str(RUN)]):
+        assert main(command) == 2
+        (error,) = lines_of(capsys.readouterr().err)
+        assert all(f"{shard} is damaged" in error for shard in shards)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"files": []}', '{"files": {}}', "\udcff"])
-def test_a_damaged_manifest_is_refused_by_name(tiny, capsys, text):
+def test_a_damaged_manifest_is_passed_over_by_name(tiny, capsys, text):
     train(*tiny)
-    newest = checkpoint.newest(RUN / "checkpoints")
+    older, newest = checkpoint.complete(RUN / "checkpoints")
     (newest / "manifest.json").write_text(text, errors="surrogateescape")
-    assert main(["export", str(RUN)]) == 2
-    (error,) = lines_of(capsys.readouterr().err)
-    assert f"{newest.name} is damaged" in error
+    capsys.readouterr()
+    assert main(["export", str(RUN)]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: {newest}/manifest.json is damaged" in error
+    assert f"going on from {older.name}" in error
 
 
 def test_two_processes_compute_what_one_does(tiny, tmp_path):

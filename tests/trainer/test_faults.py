@@ -1,0 +1,167 @@
+"""What goes wrong while a run goes on: it is skipped, saved or stopped, on all processes alike."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference_trainer import checkpoint
+from reference_trainer import train as training
+from reference_trainer.__main__ import main
+from reference_trainer.journal import is_spike
+from tests.trainer.conftest import losses, records
+from tests.trainer.test_run import RUN, start, train
+
+BATCH = training.forward_backward
+
+
+@pytest.fixture
+def fail_at(monkeypatch):
+    """Return a function that makes the losses and gradients of given steps not finite."""
+
+    def arrange(steps, value=float("nan")):
+        seen = []
+
+        def spoilt(model, batch, micro_steps, world):
+            loss = BATCH(model, batch, micro_steps, world)
+            if len(seen) in steps:
+                parameter = next(p for p in model.parameters() if p.grad is not None)
+                parameter.grad.to_local()[0] = value
+            seen.append(None)
+            return loss
+
+        monkeypatch.setattr(training, "forward_backward", spoilt)
+
+    return arrange
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("step", [0, 5, 11, 13], ids=["first", "warm", "at a restart", "late"])
+    def test_a_step_is_skipped_and_leaves_no_trace(self, tiny, fail_at, monkeypatch, step, value):
+        """As if the optimizer alone had not been called: everything else goes on."""
+        fail_at({step}, value)
+        train(*tiny, "--name", "skipping")
+
+        monkeypatch.setattr(training, "forward_backward", BATCH)
+        calls = []
+
+        def without_one(self, *_):
+            calls.append(None)
+            return None if len(calls) == step + 1 else kept(self)
+
+        kept = torch.optim.AdamW.step
+        monkeypatch.setattr(torch.optim.AdamW, "step", without_one)
+        train(*tiny, "--name", "without")
+        one, other = (Path("runs", name) for name in ("skipping", "without"))
+        files = "export/model.safetensors"
+        assert (one / files).read_bytes() == (other / files).read_bytes()
+        (record,) = records(one, "skipped")
+        assert record["step"] == step
+        assert record["gradient_norm"] == str(value)
+        skipping, complete = losses(one), losses(other)
+        assert skipping == {k: v for k, v in complete.items() if k != step}
+        assert len(records(one, "restart")) == 2
+
+    def test_too_many_in_a_row_end_the_run_with_the_weights_from_before(
+        self, tiny, fail_at, capsys
+    ):
+        fail_at({3, *range(8, 14)})
+        assert main(["train", *tiny, "--optim.most_skips", "4"]) == 2
+        error = capsys.readouterr().err
+        assert "4 steps in a row, to step 11, had no finite loss and gradient" in error
+        newest, _ = checkpoint.newest_sound(RUN / "checkpoints")
+        assert f"{newest} has the weights from before them" in error
+        assert newest.name == "step-00000012"
+        assert [r["step"] for r in records(RUN, "skipped")] == [3, 8, 9, 10, 11]
+        train("--resume")  # the fault is gone: it goes on
+        assert max(losses(RUN)) == 19
+
+    def test_a_restart_that_refuses_ends_the_run(self, tiny, monkeypatch, capsys):
+        def refuse(*_, **__):
+            raise ValueError("the update of 3 sites is not finite")
+
+        monkeypatch.setattr(training.relora, "restart_", refuse)
+        assert main(["train", *tiny]) == 2
+        error = capsys.readouterr().err
+        assert "the restart at step 11 was refused: the update of 3 sites" in error
+
+
+class TestSpikes:
+    def test_a_jump_is_recorded(self, tiny, monkeypatch):
+        def jumping(model, batch, micro_steps, world):
+            loss = BATCH(model, batch, micro_steps, world)
+            calls.append(None)
+            return loss + (5 if len(calls) == 19 else 0)
+
+        calls = []
+        monkeypatch.setattr(training, "forward_backward", jumping)
+        train(*tiny, "--relora.warm_start", "0")
+        assert [r["step"] for r in records(RUN, "spike")] == [18]
+
+    def test_noise_is_none(self):
+        torch.manual_seed(0)
+        noise = (2 + 0.1 * torch.randn(1000)).tolist()
+        found = [is_spike(mean, noise[i : i + 20]) for i, mean in enumerate(noise[20:])]
+        assert sum(found) <= 5
+        assert not is_spike(9.0, noise[:9])
+
+
+class TestStops:
+    def stop(self, process, run, number, at):
+        deadline = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and f'"step": {at},' in metrics.read_text():
+                break
+            time.sleep(0.002)
+        process.send_signal(number)
+
+    def test_sigterm_saves_and_stops_and_the_run_goes_on_to_the_same_bits(self, tiny, tmp_path):
+        train(*tiny, "--name", "whole")
+        process = start([*tiny, "--name", "stopped", "--checkpoint.every", "1000"], cwd=tmp_path)
+        run = Path("runs/stopped")
+        self.stop(process, run, signal.SIGTERM, 8)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == os.EX_TEMPFAIL, output
+        newest = checkpoint.complete(run / "checkpoints")[-1]
+        assert newest.name > "step-00000006"  # not only the hand-off
+        assert f"`train --resume` goes on from {newest}" in output
+        assert not (run / "export").exists()
+        train("--resume", "--name", "stopped")
+        weights = "export/model.safetensors"
+        assert (run / weights).read_bytes() == Path("runs/whole", weights).read_bytes()
+        assert losses(run) == losses(Path("runs/whole"))
+
+    def test_sigusr1_saves_and_goes_on(self, tiny, tmp_path):
+        never = ("--checkpoint.every", "1000", "--checkpoint.keep", "9")
+        process = start([*tiny, "--name", "asked", *never], cwd=tmp_path)
+        run = Path("runs/asked")
+        self.stop(process, run, signal.SIGUSR1, 8)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        saved = [found.name for found in checkpoint.complete(run / "checkpoints")]
+        assert len(saved) == 3
+        assert saved[0] == "step-00000006"
+        assert saved[2] == "step-00000020"
+
+    def test_its_time_over_it_saves_and_stops(self, tiny, capsys):
+        assert main(["train", *tiny, "--checkpoint.stop_after", "1e-9"]) == os.EX_TEMPFAIL
+        assert "stopped before step 1: `train --resume` goes on" in capsys.readouterr().err
+        train("--resume", "--checkpoint.stop_after", "60")
+        assert sorted(losses(RUN)) == list(range(20))
+
+    def test_the_handlers_from_before_are_put_back(self, tiny):
+        before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+        train(*tiny)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_checkpoints_at_multiples_stay(tiny):
+    train(*tiny, "--checkpoint.every", "2", "--checkpoint.keep_every", "8")
+    assert [c.name[-2:] for c in checkpoint.complete(RUN / "checkpoints")] == [
+        *("08", "16", "18", "20")
+    ]
