@@ -1,0 +1,94 @@
+"""What befalls one process is decided by all: a step that is skipped, a run that is stopped."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import relora_core as relora
+from reference_trainer import checkpoint, train
+from reference_trainer.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    LogConfig,
+    ModelConfig,
+    ReLoRAConfig,
+    phases,
+)
+from reference_trainer.data import Batches, Windows
+from reference_trainer.errors import Stopped
+from reference_trainer.interruption import Interruption
+from reference_trainer.metrics import Metrics
+from reference_trainer.stage import build_stage, fill_
+from reference_trainer.world import World
+from tests.distributed.processes import on_processes
+
+STEPS, LENGTH, VOCAB, BROKEN, STOPPED = 12, 16, 40, 5, 7
+
+
+def run(rank, world_size, directory, *, stops=False):
+    """Train on all processes; the last one's gradient is NaN at one step, or it hears SIGTERM."""
+    config = Config(
+        runs=str(directory),
+        steps=STEPS,
+        model=ModelConfig(hidden_size=20, intermediate_size=26, layers=1, heads=2),
+        batch=BatchConfig(sequences=4, length=LENGTH, micro=4),
+        relora=ReLoRAConfig(warm_start=0, rank=5, every=4, warmup=2),
+        log=LogConfig(evaluate_sequences=4, rank_sites=0),
+        checkpoint=CheckpointConfig(every=100),
+    )
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shards",))
+    world = World(rank, world_size, torch.device("cpu"), mesh)
+    (phase,) = phases(config)
+    stage = build_stage(config, phase, config.model.shape(VOCAB), world)
+    fill_(stage, config, None, world)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 40 * LENGTH + 1).astype(np.uint16)
+    windows = Windows((tokens,), LENGTH)
+    batches = Batches(windows, config.batch.sequences, config.seed)
+    sound, calls = train.forward_backward, []
+
+    def spoilt(model, batch, micro_steps, world):
+        loss = sound(model, batch, micro_steps, world)
+        if rank == world_size - 1 and len(calls) == BROKEN:
+            next(p for p in model.parameters() if p.grad is not None).grad.to_local().fill_(np.nan)
+        if stops and rank == world_size - 1 and len(calls) == STOPPED:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(None)
+        return loss
+
+    train.forward_backward = spoilt
+    try:
+        metrics = Metrics(config.directory, writes=False)
+        with Interruption(None) as interruption:
+            train.train_stage(stage, config, 0, batches, windows, interruption, metrics, world)
+        assert not stops
+    except Stopped:
+        assert stops
+    finally:
+        train.forward_backward = sound
+    weights = relora.merged_state_dict(stage.model)
+    result = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+    newest = checkpoint.find(config.checkpoints, world)
+    result["saved"] = torch.tensor(checkpoint.read_position(newest).step)
+    result["steps"] = torch.tensor(len(calls))
+    return result
+
+
+def several(rank, world_size, directory, stops):
+    return run(rank, world_size, directory, stops=stops)
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["skipped", "stopped"])
+def test_one_process_is_enough_for_all(tmp_path, stops):
+    (expected,) = on_processes(several, 1, tmp_path / "one", str(tmp_path / "a"), stops)
+    end = STOPPED + 1 if stops else STEPS
+    for result in on_processes(several, 2, tmp_path / "two", str(tmp_path / "b"), stops):
+        assert result["steps"].item() == result["saved"].item() == end
+        for name, tensor in expected.items():
+            torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+            assert tensor.isfinite().all()
