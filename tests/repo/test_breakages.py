@@ -247,6 +247,14 @@ BREAKAGES = {
         *("reference_trainer/train.py", "batches.at(step)", "batches.at(step - start)"),
         "tests/trainer/test_run.py",
     ),
+    "a step that is not finite is taken": (
+        *("reference_trainer/train.py", "stage.step(skip=broken)", "stage.step(skip=False)"),
+        "tests/trainer/test_faults.py",
+    ),
+    "each process skips by itself": (
+        *("reference_trainer/world.py", "dist.all_reduce(together, dist.ReduceOp.MAX)", "pass"),
+        "tests/distributed/test_faults_together.py",
+    ),
     "rotary halves swapped": (
         *("reference_trainer/model.py", "torch.cat((-second, first)", "torch.cat((second, -first)"),
         "tests/trainer/test_model.py",
