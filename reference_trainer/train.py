@@ -120,13 +120,8 @@ def train_stage(
         if done % config.log.evaluate_every == 0 or last:
             journal.evaluation(done, evaluate(model, held_out, config, world))
         given_up = skipped == config.optim.most_skips
-        if (
-            given_up
-            or stop
-            or save_now
-            or done % config.checkpoint.every == 0
-            or done == phase.stop
-        ):
+        due = last or done % config.checkpoint.every == 0
+        if due or given_up or stop or save_now:
             if last:
                 journal.end()
             latest = save(stage, config, done, world)

@@ -56,12 +56,17 @@ def split_bases_(model: nn.Module) -> None:
         site.low_rank.split_(site.weight)
         owner = low_rank_owner(site.module, site.tensor_name)
         # Torch has no types for it.
-        owner.register_load_state_dict_pre_hook(_split_loaded)  # type: ignore[no-untyped-call]
+        owner.register_load_state_dict_pre_hook(_both_halves)  # type: ignore[no-untyped-call]
 
 
-def _split_loaded(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Split an fp32 W before it is loaded, as `load_state_dict` calls it."""
-    value = state_dict.get(prefix + "original")
+def _both_halves(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Give both halves of a W that is being loaded, as `load_state_dict` calls it.
+
+    An fp32 W is split; a bfloat16 one that comes alone is exact, so that its lower half is zero.
+    """
+    value, key = state_dict.get(prefix + "original"), prefix + "0.low_bits"
     if value is not None and value.dtype == torch.float32:
         upper, low = split(value)
-        state_dict |= {prefix + "original": upper, prefix + "0.low_bits": low}
+        state_dict |= {prefix + "original": upper, key: low}
+    elif value is not None and key not in state_dict:
+        state_dict[key] = torch.zeros(value.shape, dtype=torch.int16)

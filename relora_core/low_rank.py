@@ -243,12 +243,8 @@ class LowRank(nn.Module):
             destination[prefix + "low_bits"] = self.low_bits
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        if self.low_bits is not None:
-            low = state_dict.pop(prefix + "low_bits", None)
-            if low is None:  # W is exactly what a bfloat16 holds
-                self.low_bits.zero_()
-            else:
-                self.low_bits.copy_(low)
+        if self.low_bits is not None and prefix + "low_bits" in state_dict:
+            self.low_bits.copy_(state_dict.pop(prefix + "low_bits"))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def get_extra_state(self) -> Tensor:

@@ -158,6 +158,16 @@ class TestState:
         for _, site in relora.low_rank_sites(twin):
             assert torch.equal(site.exact(), site.weight.float())
 
+    def test_a_state_without_the_weight_leaves_it(self):
+        _, twin = models()
+        set_factors_(twin, 1, 0.01)
+        relora.merge_(twin)
+        before = [site.exact() for _, site in relora.low_rank_sites(twin)]
+        part = {name: t for name, t in twin.state_dict().items() if "_extra_state" in name}
+        twin.load_state_dict(part, strict=False)
+        for (_, site), value in zip(relora.low_rank_sites(twin), before, strict=True):
+            assert torch.equal(site.exact(), value)
+
     @pytest.mark.parametrize("assign", [False, True])
     def test_an_fp32_state_is_split_as_it_is_loaded(self, assign):
         exact, twin = models()

@@ -326,9 +326,9 @@ def damage(file):
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(tiny, capsys):
-    train(*tiny, "--name", "whole")
+    train(*tiny, *EVERY_CHECKPOINT, "--name", "whole")
     again = rewound("whole", 16)
-    older, newest = checkpoint.complete(again / "checkpoints")
+    *_, older, newest = checkpoint.complete(again / "checkpoints")
     shard = next(newest.glob("*.safetensors"))
     damage(shard)
     capsys.readouterr()
@@ -360,7 +360,7 @@ def test_a_damaged_manifest_is_passed_over_by_name(tiny, capsys, text):
     capsys.readouterr()
     assert main(["export", str(RUN)]) == 0
     error = capsys.readouterr().err
-    assert f"warning: {newest}/manifest.json is damaged" in error
+    assert f"warning: {newest.resolve()}/manifest.json is damaged" in error
     assert f"going on from {older.name}" in error
 
 
