@@ -230,8 +230,8 @@ BREAKAGES = {
     "an all-reduce counted as one pass": (
         *(
             "reference_trainer/bench/communication.py",
-            '"all-reduce", 0, passes=2',
-            '"all-reduce", 0',
+            '"c10d::allreduce_": _Collective("all-reduce", 0, passes=2)',
+            '"c10d::allreduce_": _Collective("all-reduce", 0)',
         ),
         "tests/distributed/test_communication.py",
     ),
