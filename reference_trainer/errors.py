@@ -12,5 +12,5 @@ class SharedError(UserError):
     """A UserError that every process raises; the first one has told it (`World.refuse`)."""
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818 - not an error, and so not called one
     """A run was asked to stop before its end, and has saved where it stands."""

@@ -18,7 +18,7 @@ from reference_trainer.world import World
 
 
 class Journal:
-    """Keeps a phase's records, without waiting for the device at every step.
+    """Keeps a phase's records.
 
     Args:
         config: the run.

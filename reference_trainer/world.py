@@ -91,7 +91,8 @@ class World:
         A launcher kills the others as soon as one process has left, whether they told or not.
         """
         if self.first:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
         self.barrier()
 
     def barrier(self) -> None:
@@ -117,6 +118,14 @@ def choose_device(config: ParallelConfig) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def lay_world(config: ParallelConfig, device: torch.device) -> World:
+    """Return the processes of the group that there is as `parallel.replicas` lays them out."""
+    sizes = config.mesh(dist.get_world_size())
+    names = ("replicas", "shards")[-len(sizes) :]
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
 @contextmanager
 def open_world(config: ParallelConfig) -> Iterator[World]:
     """Join the launcher's processes (torchrun), or be a world of one, until the block ends."""
@@ -129,10 +138,7 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        sizes = config.mesh(dist.get_world_size())
-        names = ("replicas", "shards")[-len(sizes) :]
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        world = World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        world = lay_world(config, device)
         yield world
         world.barrier()  # a process that leaves while another still connects can abort it
     finally:

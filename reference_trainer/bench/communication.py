@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relora_core as relora
 from reference_trainer.bench.layouts import Layout, laid_out, world_of
+from reference_trainer.bench.memory import local
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import LlamaShape
 from reference_trainer.train import forward_backward
@@ -70,6 +69,7 @@ _KINDS = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 
 
+# Torch has no types for the mode, nor for its `__init__`.
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that this process sends while the block runs.
 
@@ -170,7 +170,7 @@ def sent_in_restart(layout: Layout, shape: LlamaShape, *, rank: int) -> list[Sen
     _fill_(stage.model)
     for p in stage.parameters.values():
         p.grad = torch.zeros_like(p)
-        _local(p.grad).normal_()
+        local(p.grad).normal_()
     stage.optimizer.step()
     return sent_by(lambda: relora.restart_(stage.model, stage.optimizer))
 
@@ -178,8 +178,4 @@ def sent_in_restart(layout: Layout, shape: LlamaShape, *, rank: int) -> list[Sen
 @torch.no_grad()
 def _fill_(model: torch.nn.Module) -> None:
     for p in model.parameters():
-        _local(p).fill_(0.02)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local(p).fill_(0.02)

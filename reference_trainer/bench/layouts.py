@@ -7,19 +7,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed._tools.fake_collectives  # gives torch 2.8 their fake forms
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reference_trainer.config import (
-    Config,
-    ParallelConfig,
-    ReLoRAConfig,
-    phases,
-)
+from reference_trainer.config import Config, ParallelConfig, ReLoRAConfig, phases
 from reference_trainer.model import LlamaShape
 from reference_trainer.stage import Stage, build_model, staged
-from reference_trainer.world import World
+from reference_trainer.world import World, lay_world
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,8 @@ def pretended(processes: int) -> Iterator[None]:
 def world_of(layout: Layout) -> World:
     """Return the layout's CPU world in the process group that there is."""
     size = dist.get_world_size()
-    sizes = ParallelConfig(replicas=size // (layout.shards or size)).mesh(size)
-    names = ("replicas", "shards")[-len(sizes) :]
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    return World(dist.get_rank(), size, torch.device("cpu"), mesh)
+    replicas = size // (layout.shards or size)
+    return lay_world(ParallelConfig(replicas=replicas), torch.device("cpu"))
 
 
 def laid_out(

@@ -36,7 +36,7 @@ def state_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     tensors: list[Tensor] = list(module.parameters())
     for state in optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(_local(tensor).nbytes for tensor in tensors)
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -61,8 +61,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return int(_local(tensor).untyped_storage()._cdata)
+    return int(local(tensor).untyped_storage()._cdata)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of `tensor`, in its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

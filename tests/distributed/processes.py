@@ -1,7 +1,7 @@
 """Run a function on several gloo processes and bring back the tensors it returns."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Returns = dict[str, Tensor]
 
@@ -21,6 +22,24 @@ def on_processes(
     directory.mkdir()
     mp.spawn(_enter, (function, world_size, str(directory), arguments), nprocs=world_size)
     return [load_file(directory / f"{rank}.safetensors") for rank in range(world_size)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor, gathered if it is sharded, in memory of its own."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def assert_same_run(
+    results: Iterable[Returns], expected: Returns, *, exact: tuple[str, ...]
+) -> None:
+    """Assert that every rank has what is expected to 1e-5, and bit for bit what `exact` begins."""
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if name.startswith(exact):
+                assert torch.equal(result[name], tensor), name
+            else:
+                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def _enter(

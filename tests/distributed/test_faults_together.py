@@ -6,8 +6,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 import relora_core as relora
 from reference_trainer import checkpoint, train
@@ -25,8 +23,8 @@ from reference_trainer.errors import Stopped
 from reference_trainer.interruption import Interruption
 from reference_trainer.metrics import Metrics
 from reference_trainer.stage import build_stage, fill_
-from reference_trainer.world import World
-from tests.distributed.processes import on_processes
+from reference_trainer.world import lay_world
+from tests.distributed.processes import full, on_processes
 
 STEPS, LENGTH, VOCAB, BROKEN, STOPPED = 12, 16, 40, 5, 7
 
@@ -42,8 +40,7 @@ def run(rank, world_size, directory, *, stops=False):
         log=LogConfig(evaluate_sequences=4, rank_sites=0),
         checkpoint=CheckpointConfig(every=100),
     )
-    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shards",))
-    world = World(rank, world_size, torch.device("cpu"), mesh)
+    world = lay_world(config.parallel, torch.device("cpu"))
     (phase,) = phases(config)
     stage = build_stage(config, phase, config.model.shape(VOCAB), world)
     fill_(stage, config, None, world)
@@ -71,8 +68,7 @@ def run(rank, world_size, directory, *, stops=False):
         assert stops
     finally:
         train.forward_backward = sound
-    weights = relora.merged_state_dict(stage.model)
-    result = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+    result = {n: full(t) for n, t in relora.merged_state_dict(stage.model).items()}
     newest = checkpoint.find(config.checkpoints, world)
     result["saved"] = torch.tensor(checkpoint.read_position(newest).step)
     result["steps"] = torch.tensor(len(calls))

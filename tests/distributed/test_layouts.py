@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
@@ -18,8 +16,8 @@ from reference_trainer.config import (
 )
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.train import forward_backward
-from reference_trainer.world import World
-from tests.distributed.processes import on_processes
+from reference_trainer.world import lay_world
+from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY, SEQUENCES, LENGTH, VOCAB = 30, 8, 12, 16, 40  # three restarts
 
@@ -36,16 +34,9 @@ def configuration(precision, layout, replicas):
     )
 
 
-def full(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def train(rank, world_size, precision, layout, replicas):
     config = configuration(precision, layout, replicas)
-    sizes = config.parallel.mesh(world_size)
-    names = ("replicas", "shards")[-len(sizes) :]
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    world = World(rank, world_size, torch.device("cpu"), mesh)
+    world = lay_world(config.parallel, torch.device("cpu"))
     (phase,) = phases(config)
     stage = build_stage(config, phase, config.model.shape(VOCAB), world)
     fill_(stage, config, None, world)
@@ -100,13 +91,7 @@ def one(tmp_path_factory):
 def test_a_run_with_restarts_is_that_of_one_process(tmp_path, one, world_size, layout, replicas):
     expected = one["fp32"]
     results = on_processes(train, world_size, tmp_path / "ranks", "fp32", layout, replicas)
-    for result in results:
-        assert result.keys() == expected.keys()
-        for name, tensor in expected.items():
-            if name.startswith(("redrawn/", "mask/")):
-                assert torch.equal(result[name], tensor), name
-            else:
-                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert_same_run(results, expected, exact=("redrawn/", "mask/"))
 
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (2, 2)])

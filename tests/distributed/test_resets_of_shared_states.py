@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import relora_core as relora
 from tests.core.optimizers import ADAM, OPTIMIZERS
-from tests.distributed.processes import on_processes
+from tests.distributed.processes import full, on_processes
 from tests.reference import dropped, mask_by_sorting
 
 SHAPES = ((10, 7), (1, 5), (9,))  # over 2 or 3 processes: uneven shards, and empty ones
@@ -30,10 +30,6 @@ def gradient(index, step, shape):
 
 def whole_parameters(shapes=SHAPES):
     return [gradient(index, 99, shape) for index, shape in enumerate(shapes)]
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def after_resets(place):

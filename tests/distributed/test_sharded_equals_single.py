@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import relora_core as relora
 from relora_core import selection
-from tests.distributed.processes import on_processes
+from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY = 30, 8  # three restarts
 
@@ -29,10 +29,6 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.last(self.mlp(self.first(x))).squeeze(-1)
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(rank, world_size, wrap):
@@ -112,13 +108,7 @@ def under_ddp(rank, world_size):
 
 
 def compare(results, expected):
-    for result in results:
-        assert result.keys() == expected.keys()
-        for name, tensor in expected.items():
-            if name.startswith(("draw/", "zeroed/", "mask/")):
-                assert torch.equal(result[name], tensor), name
-            else:
-                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert_same_run(results, expected, exact=("draw/", "zeroed/", "mask/"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 import relora_core as relora
 from relora_core import _sharding
 from relora_core.bases import split_bases_
-from tests.distributed.processes import on_processes
+from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY, SEQUENCES = 30, 8, 4
 WIDTH = 12 if _sharding._MISPLACES else 10  # 10 is uneven over 4, and over 2 x 2
@@ -49,10 +49,6 @@ def plan():
         "up": ColwiseParallel(),
         "down": RowwiseParallel(),
     }
-
-
-def full(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def train(rank, replicas, replica, wrap, **options):
@@ -133,13 +129,7 @@ def test_a_run_with_restarts_is_that_of_one_process(tmp_path, sizes, rule):
     options = RULES[rule]
     expected = train(0, 1, 0, sited, **options)
     results = on_processes(split, math.prod(sizes), tmp_path / "ranks", sizes, options)
-    for result in results:
-        assert result.keys() == expected.keys()
-        for name, tensor in expected.items():
-            if name.startswith(("draw/", "mask/")):
-                assert torch.equal(result[name], tensor), name
-            else:
-                torch.testing.assert_close(result[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    assert_same_run(results, expected, exact=("draw/", "mask/"))
 
 
 def refusals(rank, world_size):
