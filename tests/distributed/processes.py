@@ -1,7 +1,9 @@
 """Run a function on several gloo processes and bring back the tensors it returns."""
 
+import multiprocessing
 import random
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,17 @@ from torch.distributed.tensor import DTensor
 
 Returns = dict[str, Tensor]
 
+# One process imports these, and all others are forked from it: an import of torch takes seconds.
+multiprocessing.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
+
 
 def on_processes(
     function: Callable[..., Returns], world_size: int, directory: Path, *arguments: Any
 ) -> list[Returns]:
     """Return each rank's result of `function(rank, world_size, *arguments)`."""
     directory.mkdir()
-    mp.spawn(_enter, (function, world_size, str(directory), arguments), nprocs=world_size)
+    inputs = (function, world_size, str(directory), arguments)
+    mp.start_processes(_enter, inputs, nprocs=world_size, start_method="forkserver")
     return [load_file(directory / f"{rank}.safetensors") for rank in range(world_size)]
 
 
@@ -51,7 +57,8 @@ def _enter(
     torch.rand(rank + 1)
     random.seed(rank)
     store = dist.FileStore(f"{directory}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    late = timedelta(minutes=2)  # a test that hangs fails
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=late)
     try:
         result = function(rank, world_size, *arguments)
         whole = {name: tensor.detach().clone().contiguous() for name, tensor in result.items()}
