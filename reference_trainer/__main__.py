@@ -33,6 +33,8 @@ _EXAMPLES = """examples:
       go on after a crash, from the newest complete checkpoint
 """
 
+_LAUNCHERS = ("TORCHELASTIC", "SLURM")  # which count how often they have started a job again
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, exit code 2, and name the nearest option."""
@@ -99,7 +101,11 @@ def _parser() -> _Parser:
     one = command("train", "train a model, export it and draw its picture")
     one.epilog = _EXAMPLES
     one.add_argument("--config", type=Path, help="a YAML file of options; the command line wins")
-    one.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    one.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of this name (implied where torchrun or Slurm start it again)",
+    )
     options.add_options(one)
     one.set_defaults(run=_train)
 
@@ -129,13 +135,14 @@ def _parser() -> _Parser:
 def _train(arguments: argparse.Namespace) -> None:
     given = options.given(arguments)
     file = arguments.config
-    if arguments.resume and file is None:
+    again = any(int(os.environ.get(f"{by}_RESTART_COUNT", "0")) for by in _LAUNCHERS)
+    if (arguments.resume or again) and file is None:
         base = options.resolve(None, {k: v for k, v in given.items() if k in ("name", "runs")})
         saved = base.directory / "config.yaml"
         if saved.is_file():  # found here, whatever it was called when it was begun
             file, given = saved, {**given, "name": base.name, "runs": base.runs}
     config = options.resolve(file, given)
-    train(config, resume=arguments.resume)
+    train(config, resume=arguments.resume, again=again)
     if os.environ.get("RANK", "0") == "0":
         directory = config.directory
         metrics, picture = directory / "metrics.jsonl", directory / "report.png"

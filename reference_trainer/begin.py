@@ -1,24 +1,32 @@
 """What is checked and made before the first step of a run."""
 
 import importlib.util
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from reference_trainer import options
+from reference_trainer import checkpoint, options
 from reference_trainer.config import Config, phases
 from reference_trainer.data import open_windows
 from reference_trainer.documents import sources
 from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory
 from reference_trainer.model import Llama
-from reference_trainer.prepare import SPLITS, prepare, read_index
+from reference_trainer.prepare import SPLITS, prepare, read_index, verify_data
 from reference_trainer.stage import prepare_
 from reference_trainer.tokenizer import load_tokenizer
 from reference_trainer.world import world_size
 
 _MAY_CHANGE = ("runs", "name", "log.", "checkpoint.", "parallel.", "batch.micro")
 _MAY_NOT = ("parallel.precision", "log.rank_sites")
+
+
+def begun(config: Config) -> bool:
+    """Whether there is a run in `config.directory`."""
+    return (config.directory / "config.yaml").is_file()
 
 
 def check(config: Config, *, resume: bool) -> None:
@@ -31,7 +39,7 @@ def check(config: Config, *, resume: bool) -> None:
     config.parallel.mesh(world_size())
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'")
-    if resume and not (config.directory / "config.yaml").is_file():
+    if resume and not begun(config):
         raise UserError(f"{config.directory} holds no run to resume: start it without --resume")
     if resume or config.data.prepared:
         vocab_size = read_index(config.data_directory).vocab_size
@@ -53,13 +61,11 @@ def open_directory(config: Config, *, resume: bool) -> None:
     """
     directory = config.directory
     if resume:
+        verify_data(config.data_directory)
+        config.checkpoints.mkdir(exist_ok=True)
         different = options.changed(options.resolve(directory / "config.yaml", {}), config)
-        fixed = [p for p in different if not p.startswith(_MAY_CHANGE) or p in _MAY_NOT]
-        if fixed:
-            raise UserError(
-                f"{directory} was begun with another {', '.join(fixed)} (see its config.yaml): "
-                "resume it as it was, or give the new run another --name"
-            )
+        if any(_is_fixed(path) for path in different):
+            raise UserError(_begun_otherwise(directory, filter(_is_fixed, different)))
         return
     if directory.exists():
         raise UserError(
@@ -67,8 +73,42 @@ def open_directory(config: Config, *, resume: bool) -> None:
         )
     with fresh_directory(directory) as made:
         data = Path(config.data.prepared) if config.data.prepared else made / "data"
-        if not config.data.prepared:
+        if config.data.prepared:
+            verify_data(data)
+        else:
             prepare(config.data, data)
+        (made / config.checkpoints.name).mkdir()
         for split in SPLITS:
             open_windows(data, split, config.batch.length)
         options.write(config, made / "config.yaml")
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """Return what may not change in a run, as JSON values by name: options, and the data's seal."""
+    checksums = read_index(config.data_directory).checksums
+    values = {path: value for path, value in options.values(config).items() if _is_fixed(path)}
+    known: dict[str, Any] = json.loads(json.dumps({**values, "data.checksums": checksums}))
+    return known
+
+
+def check_same(config: Config, position: checkpoint.Position) -> None:
+    """Check that a checkpoint was written by the run that goes on from it.
+
+    Raises:
+        UserError: if it was begun with something else; it names what.
+    """
+    now, then = fixed(config), position.fixed
+    different = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if different:
+        raise UserError(_begun_otherwise(config.directory, different))
+
+
+def _is_fixed(path: str) -> bool:
+    return not path.startswith(_MAY_CHANGE) or path in _MAY_NOT
+
+
+def _begun_otherwise(directory: Path, names: Iterable[str]) -> str:
+    return (
+        f"{directory} was begun with another {', '.join(names)} (see its config.yaml): "
+        "resume it as it was, or give the new run another --name"
+    )

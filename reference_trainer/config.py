@@ -204,9 +204,11 @@ class ParallelConfig:
     replicas: int = option(
         1, "copies of what is sharded, each over processes / replicas of them (HSDP)"
     )
+    timeout: float = option(10, "minutes to wait for a process that hangs before giving up")
 
     def __post_init__(self) -> None:
         require(self.replicas >= 1, "parallel.replicas is at least 1", got=self.replicas)
+        require(0 < self.timeout <= 1440, "parallel.timeout is in (0, 1440]", got=self.timeout)
 
     def mesh(self, world_size: int) -> tuple[int, ...]:
         """Return the sizes of the mesh of all processes: (shards,) or (replicas, shards).

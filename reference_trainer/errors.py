@@ -12,5 +12,9 @@ class SharedError(UserError):
     """A UserError that every process raises; the first one has told it (`World.refuse`)."""
 
 
+class DamagedError(UserError):
+    """A file is not what was written: it names the file."""
+
+
 class Stopped(Exception):  # noqa: N818 - not an error, and so not called one
     """A run was asked to stop before its end, and has saved where it stands."""

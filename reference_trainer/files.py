@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ def write_whole(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(file)
+    _put(partial, file)
 
 
 @contextmanager
@@ -26,28 +25,35 @@ def replaced(file: Path) -> Iterator[Path]:
     """Give a name to write to, and put that in `file`'s place if the block ends well."""
     partial = file.with_name(file.name + ".partial")
     yield partial
-    partial.replace(file)
+    _put(partial, file)
 
 
 @contextmanager
 def fresh_directory(directory: Path) -> Iterator[Path]:
     """Give a directory to fill, which takes `directory`'s place if the block ends well.
 
-    Otherwise it is removed, and so are the parents that were made for it and are empty.
+    Otherwise it is removed, and so are the parents that were made for it and are empty. What a
+    process left that was killed here is cleared by the next one.
+
+    Raises:
+        UserError: if another process fills it now.
     """
     parents = [parent for parent in directory.parents if not parent.exists()]
+    partial = directory.with_name(f".{directory.name[:200]}.partial")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name[:50]}.", dir=directory.parent))
-    partial.chmod(0o755)
-    try:
-        yield partial
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial)
-        for parent in parents:
-            if not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+    partial.mkdir(exist_ok=True)
+    with _held(partial, f"{directory} is being made by another process: wait for it"):
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            partial.rename(directory)
+        except BaseException:
+            shutil.rmtree(partial)
+            for parent in parents:
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+            raise
 
 
 @contextmanager
@@ -57,9 +63,29 @@ def locked(file: Path) -> Iterator[None]:
     Raises:
         UserError: if another one holds it.
     """
-    with file.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{file.parent} is in use by a run that goes on: wait for it") from None
+    with _held(file, f"{file.parent} is in use by a run that goes on: wait for it"):
         yield
+
+
+@contextmanager
+def _held(path: Path, otherwise: str) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(otherwise) from None
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise UserError(otherwise)  # it was put elsewhere between the two lines above
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put(partial: Path, file: Path) -> None:
+    partial.replace(file)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # so that it is there after a power cut, too
+    finally:
+        os.close(directory)

@@ -96,9 +96,15 @@ def write(config: Config, file: Path) -> None:
     file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
+def values(config: Config) -> dict[str, Any]:
+    """Return every option's value by dotted name."""
+    return {path: _value(config, path) for path, _ in leaves()}
+
+
 def changed(one: Config, other: Config) -> list[str]:
     """Return the dotted names of the fields in which two configurations differ."""
-    return [path for path, _ in leaves() if _value(one, path) != _value(other, path)]
+    before, after = values(one), values(other)
+    return [path for path in before if before[path] != after[path]]
 
 
 def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:

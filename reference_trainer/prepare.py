@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +9,17 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from reference_trainer.config import DataConfig
 from reference_trainer.documents import documents, sources
-from reference_trainer.errors import UserError
+from reference_trainer.errors import DamagedError, UserError
+from reference_trainer.sealed import checksum, read_sealed, verify, write_sealed
 from reference_trainer.tokenizer import load_tokenizer
 
 SPLITS = ("train", "held_out")
+_FORMAT, _INDEX, _TOKENIZER = 2, "index.json", "tokenizer.json"
 _SHARD_TOKENS = 2**28
 _BATCH_DOCUMENTS = 256
 
@@ -34,6 +35,7 @@ class Index:
         tokenizer: "bytes" or the tokenizer file's name; a copy of it lies beside the index.
         documents: how many each split has.
         shards: for each split the tokens of each of its files, `<split>-<number>.bin`.
+        checksums: of every file beside the index.
     """
 
     vocab_size: int
@@ -42,6 +44,8 @@ class Index:
     tokenizer: str
     documents: dict[str, int]
     shards: dict[str, list[int]]
+    checksums: dict[str, str]
+    format: int = _FORMAT
 
     def tokens(self, split: str) -> int:
         """Return how many tokens a split has."""
@@ -85,6 +89,10 @@ def prepare(config: DataConfig, directory: Path) -> Index:
             "one document at least is trained on and one held out, and they must differ; got "
             f"{count} in {len(paths)} files: give more text (data.held_out={config.held_out})"
         )
+    checksums = writers["train"].checksums | writers["held_out"].checksums
+    if config.tokenizer != "bytes":
+        shutil.copy(config.tokenizer, directory / _TOKENIZER)
+        checksums[_TOKENIZER] = checksum(directory / _TOKENIZER)
     index = Index(
         vocab_size=tokenizer.vocab_size,
         end=tokenizer.end,
@@ -92,10 +100,9 @@ def prepare(config: DataConfig, directory: Path) -> Index:
         tokenizer=Path(config.tokenizer).name,
         documents={split: writer.documents for split, writer in writers.items()},
         shards={split: writer.tokens for split, writer in writers.items()},
+        checksums=checksums,
     )
-    if config.tokenizer != "bytes":
-        shutil.copy(config.tokenizer, directory / "tokenizer.json")
-    (directory / "index.json").write_text(json.dumps(asdict(index), indent=2), encoding="utf-8")
+    write_sealed(directory / _INDEX, asdict(index))
     return index
 
 
@@ -105,24 +112,39 @@ def read_index(directory: Path) -> Index:
     Raises:
         UserError: if it is absent or damaged.
     """
-    file = directory / "index.json"
+    file = directory / _INDEX
     if not file.is_file():
-        raise UserError(f"{directory} holds no prepared data (no index.json): run `prepare` first")
+        raise UserError(f"{directory} holds no prepared data (no {_INDEX}): run `prepare` first")
     try:
-        index = TypeAdapter(Index).validate_json(file.read_bytes(), strict=True)
-        width = np.dtype(index.dtype).itemsize
-        expected = {
-            shard_path(directory, split, number): tokens * width
-            for split in SPLITS
-            for number, tokens in enumerate(index.shards[split])
-        }
-    except (ValueError, TypeError, KeyError) as error:
+        index = TypeAdapter(Index).validate_python(read_sealed(file, format=_FORMAT))
+        sizes = _sizes(index, directory)
+    except DamagedError as error:
+        raise DamagedError(f"{error}: run `prepare` again") from None
+    except (ValidationError, KeyError, TypeError) as error:
         message = " ".join(str(error).split())
-        raise UserError(f"{file} is damaged ({message}): run `prepare` again") from None
-    for path, size in expected.items():
+        raise DamagedError(f"{file} is damaged ({message}): run `prepare` again") from None
+    for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path} should have {size} bytes: run `prepare` again")
+            raise DamagedError(f"{path} should have {size} bytes: run `prepare` again")
     return index
+
+
+def verify_data(directory: Path) -> None:
+    """Check every file of a prepared directory against the checksums in its index.
+
+    Raises:
+        UserError: if the index is absent, or anything is damaged; it names the file.
+    """
+    verify(directory, read_index(directory).checksums)
+
+
+def _sizes(index: Index, directory: Path) -> dict[Path, int]:
+    width = np.dtype(index.dtype).itemsize
+    return {
+        shard_path(directory, split, number): tokens * width
+        for split in SPLITS
+        for number, tokens in enumerate(index.shards[split])
+    }
 
 
 def shard_path(directory: Path, split: str, number: int) -> Path:
@@ -139,21 +161,27 @@ class _Writer:
         self.dtype = dtype
         self.documents = 0
         self.tokens: list[int] = []
+        self.checksums: dict[str, str] = {}
         self._file: IO[bytes] | None = None
+        self._hash = hashlib.blake2b()
 
     def add(self, ids: NDArray[np.uint32]) -> None:
         if self._file is None or self.tokens[-1] >= _SHARD_TOKENS:
             self.close()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = shard_path(self.directory, self.split, len(self.tokens)).open("wb")
+            self._hash = hashlib.blake2b()
             self.tokens.append(0)
-        self._file.write(ids.astype(self.dtype).tobytes())
+        written = ids.astype(self.dtype).tobytes()
+        self._file.write(written)
+        self._hash.update(written)
         self.tokens[-1] += len(ids)
         self.documents += 1
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self.checksums[Path(self._file.name).name] = self._hash.hexdigest()
 
 
 class _Splitter:

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from reference_trainer.errors import UserError
-from reference_trainer.files import replaced
+from reference_trainer.sealed import read_sealed_tensors, write_sealed_tensors
 from reference_trainer.world import World
 
 
@@ -40,7 +38,7 @@ class RankMeter:
         begins: whether `weights` are W_0 now; otherwise the file is read.
 
     Raises:
-        UserError: if the file is needed and absent.
+        UserError: if the file is needed and absent or damaged.
     """
 
     def __init__(
@@ -51,17 +49,13 @@ class RankMeter:
         if begins:
             whole = _whole(weights)
             if world.first:
-                with replaced(file) as partial:
-                    save_file(whole, partial)
+                write_sealed_tensors(file, whole)
         elif not file.is_file():
             raise UserError(
                 f"{file} is gone, against which ranks are measured: set log.rank_sites=0"
             )
         if world.first:
-            try:
-                self._first = load_file(file)
-            except SafetensorError as error:
-                raise UserError(f"{file} is damaged: {error}") from None
+            self._first = read_sealed_tensors(file)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Return each matrix's rank of W - W_0; empty on all processes but the first."""

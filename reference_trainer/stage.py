@@ -15,6 +15,7 @@ from reference_trainer.config import Config, Phase
 from reference_trainer.errors import UserError
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
+from reference_trainer.saving import Saver
 from reference_trainer.world import World
 
 _BASE = ".parametrizations.weight.original"
@@ -210,20 +211,21 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
     return position.step
 
 
-def save(stage: Stage, config: Config, step: int, world: World) -> Path:
-    """Write a checkpoint of the stage before the run's `step`."""
-    return checkpoint.save(
-        config.checkpoints,
-        step=step,
-        phase=stage.phase.name,
-        tensors=stage.tensors(world),
-        parameters=stage.parameters,
-        optimizer=stage.optimizer,
-        schedule=stage.schedule.state_dict(),
-        world=world,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-    )
+def save(stage: Stage, step: int, saver: Saver, world: World) -> None:
+    """Begin to write a checkpoint of the stage before the run's `step`.
+
+    Args:
+        stage: what to write.
+        step: the next one to run.
+        saver: what writes.
+        world: the processes.
+    """
+    state = stage.optimizer.state
+    states = {name: dict(state[p]) for name, p in stage.parameters.items() if p in state}
+    shapes = {n: {k: list(t.shape) for k, t in state.items()} for n, state in states.items()}
+    schedule = stage.schedule.state_dict()
+    position = checkpoint.Position(step, stage.phase.name, schedule, shapes, saver.fixed)
+    saver.save(position, stage.tensors(world), states)
 
 
 def _groups(

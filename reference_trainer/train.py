@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
 from reference_trainer import checkpoint
-from reference_trainer.begin import check, open_directory
+from reference_trainer.begin import begun, check, check_same, fixed, open_directory
 from reference_trainer.config import Config, phases
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
@@ -23,21 +23,24 @@ from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
 from reference_trainer.prepare import read_index
+from reference_trainer.saving import Saver
 from reference_trainer.stage import Stage, build_stage, fill_, save
 from reference_trainer.world import World, open_world
 
 
-def train(config: Config, *, resume: bool = False) -> None:
+def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
     """Run `config` to its end in `config.directory`, the merged model's export included.
 
     Args:
         config: the run.
         resume: go on from the newest complete checkpoint of a run that is there; otherwise the
             directory must not exist.
+        again: whether a launcher has tried this before: a run that is there by now is resumed.
 
     Raises:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
+    resume = resume or (again and begun(config))
     check(config, resume=resume)
     with open_world(config.parallel) as world, contextlib.ExitStack() as held:
         world.on_first(lambda: open_directory(config, resume=resume))
@@ -51,6 +54,8 @@ def train(config: Config, *, resume: bool = False) -> None:
 
         newest = checkpoint.find(config.checkpoints, world)
         position = checkpoint.read_position(newest) if newest else None
+        if position:
+            world.on_first(lambda: check_same(config, position))
         step = position.step if position else 0
         writer = Metrics(
             config.directory,
@@ -58,7 +63,12 @@ def train(config: Config, *, resume: bool = False) -> None:
             tensorboard=config.log.tensorboard,
             since=(step, position.phase) if position else (0, ""),
         )
-        with writer as metrics, Interruption(config.checkpoint.stop_after) as interruption:
+        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        saver = Saver(
+            config.checkpoints, world, fixed=fixed(config), keep=keep, keep_every=keep_every
+        )
+        interruption = Interruption(config.checkpoint.stop_after)
+        with writer as metrics, saver, interruption:
             known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
             metrics.write("start", step, **environment(world.device), **known)
             for phase in phases(config):
@@ -66,7 +76,7 @@ def train(config: Config, *, resume: bool = False) -> None:
                     stage = build_stage(config, phase, shape, world)
                     step = fill_(stage, config, newest, world)
                     sources = (batches, held_out, interruption)
-                    newest = train_stage(stage, config, step, *sources, metrics, world)
+                    newest = train_stage(stage, config, step, *sources, metrics, saver, world)
                     step = phase.stop
                     del stage  # its memory is the next phase's
         export(config, world)
@@ -80,6 +90,7 @@ def train_stage(
     held_out: Windows,
     interruption: Interruption,
     metrics: Metrics,
+    saver: Saver,
     world: World,
 ) -> Path:
     """Train `stage` from the run's step `start` to its phase's end; return the last checkpoint.
@@ -88,7 +99,8 @@ def train_stage(
     weights, moments and adapters stay, the schedule and the data go on.
 
     Raises:
-        SharedError: if too many steps in a row are skipped, or a restart refuses.
+        SharedError: if too many steps in a row are skipped, a restart refuses, or a checkpoint
+            cannot be written.
         Stopped: if the run is asked to stop.
     """
     model, optimizer, phase = stage.model, stage.optimizer, stage.phase
@@ -110,7 +122,11 @@ def train_stage(
         loss = forward_backward(model, batches.at(step), micro_steps, world)
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        broken, stop, save_now = world.any(~(loss + norm).isfinite(), *interruption.asked())
+        broken, stop, save_now, unsaved = world.any(
+            ~(loss + norm).isfinite(), *interruption.asked(), saver.failed
+        )
+        if unsaved:
+            saver.wait()  # which raises what has happened
         skipped = skipped + 1 if broken else 0
         rates = stage.rates()
         stage.step(skip=broken)
@@ -120,11 +136,13 @@ def train_stage(
         if done % config.log.evaluate_every == 0 or last:
             journal.evaluation(done, evaluate(model, held_out, config, world))
         given_up = skipped == config.optim.most_skips
-        due = last or done % config.checkpoint.every == 0
-        if due or given_up or stop or save_now:
-            if last:
-                journal.end()
-            latest = save(stage, config, done, world)
+        ends = last or given_up or stop
+        if last:
+            journal.end()
+        if ends or save_now or done % config.checkpoint.every == 0:
+            save(stage, done, saver, world)
+        if ends:
+            latest = saver.wait()
         if given_up:
             world.refuse(
                 f"{skipped} steps in a row, to step {step}, had no finite loss and gradient: "

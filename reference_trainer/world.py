@@ -1,11 +1,13 @@
 """The processes of a run: one or many, the same code."""
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
@@ -27,54 +29,64 @@ class World:
         size: number of processes.
         device: this process computes on.
         mesh: of all processes: shards, or replicas and shards.
+        patience: how long they wait for each other.
+        group: through which they speak here; None: the default one.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+    patience: timedelta
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    def apart(self) -> "World":
+        """Return the same processes on their CPUs, with a group that another thread may use."""
+        group = dist.new_group(backend="gloo", timeout=self.patience)
+        return replace(self, device=torch.device("cpu"), group=group)
+
     def mean(self, value: Tensor) -> float:
         """Return the mean of a scalar over the processes."""
         value = value.detach().clone()
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=self.group)
         return value.item() / self.size
 
     def any(self, *flags: Tensor | bool) -> list[bool]:
         """Return whether each flag is set on any process; waits for the device."""
         own = [torch.as_tensor(flag, device=self.device).float() for flag in flags]
         together = torch.stack(own)
-        dist.all_reduce(together, dist.ReduceOp.MAX)
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
         return [bool(value) for value in together.tolist()]
 
     def share(self, value: Any) -> Any:
         """Return the first process's JSON value on every process."""
         text = json.dumps(value).encode() if self.first else b""
         length = torch.tensor([len(text)], device=self.device)
-        dist.broadcast(length, src=0)
+        dist.broadcast(length, src=0, group=self.group)
         padded = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.first:
             padded.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        dist.broadcast(padded, src=0)
+        dist.broadcast(padded, src=0, group=self.group)
         return json.loads(bytes(padded.tolist()))
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
+    def on_first(self, action: Callable[[], Any], failing: str = "") -> Any:
         """Run `action` on the first process and return its JSON value on every one.
 
         Raises:
-            SharedError: on every process, if it raises a UserError.
+            SharedError: on every process, if it raises a UserError or an OSError; `failing` stands
+                before its text.
         """
         value = failure = None
         if self.first:
             try:
                 value = action()
-            except UserError as error:
-                failure = str(error)
+            except (UserError, OSError) as error:
+                failure = f"{failing}: {error}" if failing else str(error)
         value, failure = self.share([value, failure])
         if failure is not None:
             self.refuse(failure)
@@ -123,7 +135,8 @@ def lay_world(config: ParallelConfig, device: torch.device) -> World:
     sizes = config.mesh(dist.get_world_size())
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    patience = timedelta(minutes=config.timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, patience)
 
 
 @contextmanager
@@ -133,13 +146,42 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    patience = timedelta(minutes=config.timeout)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         world = lay_world(config, device)
         yield world
         world.barrier()  # a process that leaves while another still connects can abort it
+    except RuntimeError as error:
+        # Those of gloo have no class of their own.
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        raise UserError(_lost(patience, error)) from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost(patience: timedelta, error: RuntimeError) -> str:
+    """Return what to say of processes that do not answer, named by those that still do."""
+    store = dist.distributed_c10d._get_default_store()
+    ranks, grace = range(dist.get_world_size()), min(patience / 10, timedelta(seconds=10))
+    keys = {rank: f"left/{rank}" for rank in ranks}
+    try:
+        store.set(keys[dist.get_rank()], "")
+        with contextlib.suppress(dist.DistStoreError):  # somebody is absent
+            store.wait(list(keys.values()), grace)
+        absent = [rank for rank, key in keys.items() if not store.check([key])]
+    except dist.DistNetworkError:  # it was in a process that is gone, too
+        absent = []
+    if not absent:
+        return f"the processes have lost each other: {error}"
+    shown = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
+    minutes = f"{patience.total_seconds() / 60:g} minutes"
+    return (
+        f"{len(absent)} of {len(ranks)} processes (rank {shown}) ended, which their own log "
+        f"explains, or did not answer for {minutes} (parallel.timeout): "
+        "`train --resume` goes on from the newest checkpoint"
+    )

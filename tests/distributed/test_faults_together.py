@@ -22,6 +22,7 @@ from reference_trainer.data import Batches, Windows
 from reference_trainer.errors import Stopped
 from reference_trainer.interruption import Interruption
 from reference_trainer.metrics import Metrics
+from reference_trainer.saving import Saver
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import lay_world
 from tests.distributed.processes import full, on_processes
@@ -47,6 +48,8 @@ def run(rank, world_size, directory, *, stops=False):
     tokens = np.random.default_rng(0).integers(0, VOCAB, 40 * LENGTH + 1).astype(np.uint16)
     windows = Windows((tokens,), LENGTH)
     batches = Batches(windows, config.batch.sequences, config.seed)
+    config.checkpoints.mkdir(parents=True, exist_ok=True)
+    saver = Saver(config.checkpoints, world, fixed={}, keep=2)
     sound, calls = train.forward_backward, []
 
     def spoilt(model, batch, micro_steps, world):
@@ -61,8 +64,9 @@ def run(rank, world_size, directory, *, stops=False):
     train.forward_backward = spoilt
     try:
         metrics = Metrics(config.directory, writes=False)
-        with Interruption(None) as interruption:
-            train.train_stage(stage, config, 0, batches, windows, interruption, metrics, world)
+        with Interruption(None) as interruption, saver:
+            others = (interruption, metrics, saver, world)
+            train.train_stage(stage, config, 0, batches, windows, *others)
         assert not stops
     except Stopped:
         assert stops

@@ -80,7 +80,7 @@ def test_two_nodes_compute_what_one_process_does_and_a_requeued_job_goes_on(tiny
     log = Path(slurm["STUB_LOG"]).read_text().splitlines()
     assert "--kill-on-bad-exit=1" in log[0]
     assert log[0].endswith("train " + " ".join([*few, "--name", "two"]))
-    assert log[1].endswith("train --resume --name two")
+    assert log[1].endswith("train --name two")
 
 
 def test_errors_come_from_every_process_and_what_all_found_from_one(tiny, tmp_path, slurm):

@@ -1,0 +1,168 @@
+"""Checkpoints written while the training goes on."""
+
+import contextlib
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from reference_trainer.checkpoint import FORMAT, MANIFEST, STATE, Position, alone, complete, named
+from reference_trainer.errors import SharedError
+from reference_trainer.files import write_whole
+from reference_trainer.sealed import checksum, write_sealed
+from reference_trainer.world import World
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, in a thread of its own.
+
+    `save` copies what is to be written into the host's memory, and returns. Writing, checksums, the
+    manifest and the removal of what need not stay follow while the training goes on, over a process
+    group of their own. Every process calls everything alike.
+
+    Args:
+        directory: of all the run's checkpoints; it exists.
+        world: the processes.
+        fixed: what may not change in the run, of which each checkpoint holds a copy.
+        keep: how many of the newest stay.
+        keep_every: those of its multiples stay too.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        world: World,
+        *,
+        fixed: dict[str, Any],
+        keep: int,
+        keep_every: int | None = None,
+    ) -> None:
+        self.fixed = fixed
+        self._directory = directory
+        self._world = world.apart()
+        self._keep = keep
+        self._keep_every = keep_every
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._pending: Future[Path] | None = None
+
+    def save(
+        self,
+        position: Position,
+        tensors: Mapping[str, Tensor],
+        states: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        """Copy what a checkpoint holds, and begin to write it.
+
+        Waits first until the one before is complete. The name is new for each step, so nothing
+        complete is written over.
+
+        Args:
+            position: where the run stands.
+            tensors: the model's state by name, sharded or not.
+            states: the optimizer's, by parameter and key.
+
+        Raises:
+            SharedError: if the one before could not be written.
+        """
+        if self._pending is not None:
+            self.wait()
+        text = json.dumps(asdict(position))  # now: a schedule goes on
+        with torch.no_grad():
+            copies = BlockingAsyncStager().stage(named(tensors, states))
+        target = self._directory / f"step-{position.step:08d}"
+        self._pending = self._thread.submit(self._write, target, text, copies)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known by now that this process's checkpoint could not be written."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint begun last is complete, and return where it lies.
+
+        Raises:
+            SharedError: if it could not be written, which the first process has told.
+        """
+        assert self._pending is not None
+        return self._pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown()  # what has begun is still completed
+
+    def _write(self, target: Path, position: str, copies: dict[str, Any]) -> Path:
+        world = self._world
+        # torch 2.8 has another name for it.
+        known = inspect.signature(HuggingFaceStorageWriter).parameters
+        every_rank = "save_distributed" if "save_distributed" in known else "save_sharded"
+        options: dict[str, Any] = {every_rank: True}
+        before = complete(self._directory)[-1:]
+        goes_on = f"goes on from {before[0].name}" if before else "begins again"
+        failing = f"could not write {target} (once that is mended, --resume {goes_on})"
+        try:
+            world.on_first(lambda: _make(target), failing)
+            writer = HuggingFaceStorageWriter(str(target), **options)
+            with alone(world) as no_dist:
+                try:
+                    dcp_save(
+                        copies,
+                        storage_writer=writer,
+                        no_dist=no_dist,
+                        process_group=world.group,
+                    )
+                except CheckpointException as error:
+                    rank, (cause, _) = min(error.failures.items())
+                    world.refuse(f"{failing}: on rank {rank}: {cause}")
+            world.on_first(lambda: self._complete(target, position), failing)
+        except SharedError:
+            with contextlib.suppress(OSError):  # it does not count, but takes space
+                if world.first:
+                    _remove(target)
+            raise
+        return target
+
+    def _complete(self, target: Path, position: str) -> None:
+        write_whole(target / STATE, position)
+        checksums = {file.name: checksum(file) for file in sorted(target.iterdir())}
+        write_sealed(target / MANIFEST, {"format": FORMAT, "checksums": checksums})
+        found = complete(self._directory)
+        every = self._keep_every
+        kept = [*found[-self._keep :], *(c for c in found if every and _step(c) % every == 0)]
+        for old in self._directory.glob("step-*"):
+            if old.name < target.name and old not in kept:  # incomplete ones too
+                _remove(old)
+
+
+def _make(target: Path) -> None:
+    if target.exists():  # left incomplete by a crash: else it would have been resumed from
+        _remove(target)
+    target.mkdir()
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # from here on it does not count
+    shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

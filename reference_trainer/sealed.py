@@ -1,0 +1,124 @@
+"""Files that tell whether they are as they were written: by a checksum, beside them or inside."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reference_trainer.errors import DamagedError
+from reference_trainer.files import replaced, write_whole
+
+_SEAL = "blake2b"
+_LARGEST = 2**28  # bytes: no JSON of ours comes near it
+
+
+def checksum(file: Path) -> str:
+    """Return the BLAKE2b checksum of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def verify(directory: Path, checksums: Mapping[str, str]) -> None:
+    """Check files of `directory` against their checksums, by name.
+
+    Raises:
+        DamagedError: if one is absent or another; it names the file.
+    """
+    for name in checksums:
+        if Path(name).name != name:
+            raise DamagedError(f"{name!r} is not a file's name in {directory}")
+        if not (directory / name).is_file():
+            raise DamagedError(f"{directory / name} is damaged (it is absent)")
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
+        found = pool.map(checksum, (directory / name for name in checksums))
+        for name, actual in zip(checksums, found, strict=True):
+            if actual != checksums[name]:
+                raise DamagedError(f"{directory / name} is damaged (its checksum is another)")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Raises:
+        DamagedError: if it is absent, larger than any of ours, or not one.
+    """
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise DamagedError(f"{file} is damaged (it has more than {_LARGEST} bytes)")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(f"{file} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"{file} is damaged (it holds no object)")
+    return value
+
+
+def write_sealed(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object and its checksum, whole or not at all."""
+    write_whole(file, json.dumps({**value, _SEAL: _digest(value)}, indent=2))
+
+
+def read_sealed(file: Path, *, format: int) -> dict[str, Any]:
+    """Return the object that `write_sealed` wrote.
+
+    Args:
+        file: which.
+        format: what its "format" must be.
+
+    Raises:
+        DamagedError: if it is not as it was written, or of another format.
+    """
+    value = read_json(file)
+    seal = value.pop(_SEAL, None)
+    if "format" in value and value["format"] != format:
+        raise DamagedError(
+            f"{file} is of another version of this trainer (format {value['format']!r:.20}; "
+            f"this one reads {format})"
+        )
+    if seal != _digest(value):
+        raise DamagedError(f"{file} is damaged (its checksum is another)")
+    return value
+
+
+def write_sealed_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors on the CPU as safetensors with their checksum, whole or not at all."""
+    with replaced(file) as partial:
+        save_file(dict(tensors), partial, metadata={_SEAL: _tensors_digest(tensors.items())})
+
+
+def read_sealed_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors that `write_sealed_tensors` wrote.
+
+    Raises:
+        DamagedError: if they are not as they were written.
+    """
+    try:
+        with safe_open(file, framework="pt") as found:
+            seal = (found.metadata() or {}).get(_SEAL)
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{file} is damaged ({error})") from None
+    if seal != _tensors_digest(tensors.items()):
+        raise DamagedError(f"{file} is damaged (its checksum is another)")
+    return tensors
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,167 @@
+"""Runs of the trainer as real processes, each of which may be killed at a chosen moment."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from reference_trainer import train as training
+from reference_trainer.__main__ import main
+
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A SIGKILL that a process gives itself.
+
+    Args:
+        moment: "file": at an event of the file system in the run's directory, such as an open or a
+            rename; "restart", "hand-off" or "checkpoint": at a call of the function that does it;
+            "step": at a step.
+        count: the how-manieth of these.
+        delay: seconds from there on.
+        everywhere: whether the other processes are killed at the same time.
+    """
+
+    moment: str
+    count: int
+    delay: float
+    everywhere: bool
+
+
+CALLS = {
+    "restart": (training.relora, "restart_"),
+    "hand-off": (training, "fill_"),
+    "checkpoint": (training, "save"),
+    "step": (training, "forward_backward"),
+}
+_FILES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+
+def drawn(generator: random.Random) -> Fault:
+    """Draw a fault: half of them hit checkpoints, a quarter restarts and the hand-off."""
+    moment = generator.choices(
+        ["file", "checkpoint", "restart", "hand-off", "step"], [35, 20, 15, 10, 20]
+    )[0]
+    most = {"file": 90, "checkpoint": 6, "restart": 2, "hand-off": 2, "step": 15}[moment]
+    delay = generator.choice([0.0, generator.uniform(0, 0.005), generator.uniform(0, 0.05)])
+    return Fault(moment, generator.randint(1, most), delay, generator.random() < 0.5)
+
+
+def attempt(
+    arguments: list[str], directory: Path, *, size: int, number: int, victim: int, fault: Fault
+) -> list[int]:
+    """Run the trainer on `size` processes as a launcher's attempt; return their exit codes.
+
+    Args:
+        arguments: of the command line.
+        directory: to run in.
+        size: how many processes.
+        number: of this attempt, from 0, as torchrun counts them.
+        victim: the rank that the fault hits.
+        fault: which. One of a count that never comes leaves the run alone.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        inputs = (arguments, str(directory), rank, size, port, number)
+        process = _FORKED.Process(target=_live, args=(*inputs, fault if rank == victim else None))
+        process.start()
+        processes.append(process)
+    deadline = time.monotonic() + 180
+    while any(process.is_alive() for process in processes):
+        died = any(process.exitcode == -signal.SIGKILL for process in processes)
+        if (died and fault.everywhere) or time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.001)
+    for process in processes:
+        process.join()
+    assert time.monotonic() < deadline, f"it hung: {fault}"
+    return [process.exitcode or 0 for process in processes]
+
+
+def output(directory: Path) -> str:
+    """Return what the processes of all attempts have said."""
+    return "\n".join(f"{p.name}:\n{p.read_text()}" for p in sorted(directory.glob("said-*")))
+
+
+def _live(
+    arguments: list[str],
+    directory: str,
+    rank: int,
+    size: int,
+    port: int,
+    number: int,
+    fault: Fault | None,
+) -> None:
+    os.chdir(directory)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RESTART_COUNT=str(number),
+    )
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(open(f"said-{number}-{rank}", "w", buffering=1))
+        for descriptor in (1, 2):  # of which C++ knows, too
+            os.dup2(said.fileno(), descriptor)
+        if fault is not None:
+            _arrange(fault)
+        try:
+            code = main(["train", *arguments])
+        except Exception:
+            traceback.print_exc()
+            raise
+    sys.exit(code)
+
+
+def _arrange(fault: Fault) -> None:
+    seen = [0]
+
+    def come() -> None:
+        seen[0] += 1
+        if seen[0] == fault.count:
+            if fault.delay:
+                threading.Timer(fault.delay, _die).start()
+            else:
+                _die()
+
+    if fault.moment == "file":
+
+        def hear(event: str, values: tuple[object, ...]) -> None:
+            if event in _FILES and "runs/" in str(values[0]):
+                come()
+
+        sys.addaudithook(hear)
+        return
+    where, name = CALLS[fault.moment]
+    kept = getattr(where, name)
+
+    def spoilt(*values: object, **named: object) -> object:
+        come()
+        return kept(*values, **named)
+
+    setattr(where, name, spoilt)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
