@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from reference_trainer.checkpoint import FORMAT, MANIFEST, STATE, Position, alone, complete, named
-from reference_trainer.errors import SharedError
+from reference_trainer.errors import SharedError, UserError
 from reference_trainer.files import write_whole
 from reference_trainer.sealed import checksum, write_sealed
 from reference_trainer.world import World
@@ -51,6 +52,7 @@ class Saver:
     ) -> None:
         self.fixed = fixed
         self._directory = directory
+        self._held = os.open(directory, os.O_RDONLY)  # so that no other becomes the same
         self._world = world.apart()
         self._keep = keep
         self._keep_every = keep_every
@@ -109,6 +111,7 @@ class Saver:
         trace: TracebackType | None,
     ) -> None:
         self._thread.shutdown()  # what has begun is still completed
+        os.close(self._held)
 
     def _write(self, target: Path, position: str, copies: dict[str, Any]) -> Path:
         world = self._world
@@ -142,6 +145,10 @@ class Saver:
         return target
 
     def _complete(self, target: Path, position: str) -> None:
+        if not os.path.samestat(os.fstat(self._held), self._directory.stat()):
+            _remove(target)
+            os.removedirs(self._directory)  # which DCP has made again
+            raise UserError(f"{self._directory} has been removed")
         write_whole(target / STATE, position)
         checksums = {file.name: checksum(file) for file in sorted(target.iterdir())}
         write_sealed(target / MANIFEST, {"format": FORMAT, "checksums": checksums})

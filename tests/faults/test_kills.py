@@ -9,20 +9,18 @@ import pytest
 from safetensors.torch import load_file
 
 from reference_trainer import checkpoint
-from tests.faults.victims import Fault, attempt, drawn, output
+from tests.faults.victims import NO_FAULT, attempt, drawn, output
 from tests.trainer.conftest import TINY, losses
 
 ARGUMENTS = [*TINY, "--checkpoint.every", "2", "--parallel.timeout", "0.5"]
-NEVER = Fault("step", 10**9, 0.0, everywhere=True)
-KILLED = -signal.SIGKILL
+RUN, KILLED = "runs/first-run", -signal.SIGKILL
 
 
-def trained(directory: Path) -> dict[str, bytes]:
+def trained(run: Path) -> dict[str, bytes]:
     """Return the bytes of everything that a run's training has decided, tensor by tensor.
 
     (The library writes the header of a safetensors file in an order that is never the same.)
     """
-    run = directory / "runs/first-run"
     last = checkpoint.complete(run / "checkpoints")[-1]
     bytes_of = {"state.json": (last / "state.json").read_bytes()}
     files = [run / "export/model.safetensors", run / "first-weights.safetensors"]
@@ -38,7 +36,7 @@ def killed_until_it_ends(directory: Path, size: int, generator: random.Random) -
     struck: Counter[str] = Counter()
     for number in range(100):
         fault, victim = drawn(generator), generator.randrange(size)
-        codes = attempt(ARGUMENTS, directory, size=size, number=number, victim=victim, fault=fault)
+        codes = attempt(ARGUMENTS, directory, size, fault, number=number, victim=victim)
         # Who is left alone says so, and ends; who had nothing more to hear from the dead is done.
         assert set(codes) <= {0, 2, KILLED}, output(directory)
         if KILLED not in codes:
@@ -53,17 +51,17 @@ def killed_until_it_ends(directory: Path, size: int, generator: random.Random) -
 def test_a_killed_run_ends_with_the_bytes_of_one_that_is_not(tmp_path, size, kills):
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert attempt(ARGUMENTS, whole, size=size, number=0, victim=0, fault=NEVER) == [0] * size
-    expected, generator = trained(whole), random.Random(f"{size} processes, {kills} kills")
+    assert attempt(ARGUMENTS, whole, size, NO_FAULT) == [0] * size
+    expected, generator = trained(whole / RUN), random.Random(f"{size} processes, {kills} kills")
     struck: Counter[str] = Counter()
     for run in range(kills):
         directory = tmp_path / f"run-{run}"
         struck += killed_until_it_ends(directory, size, generator)
-        found = trained(directory)
+        found = trained(directory / RUN)
         assert found.keys() == expected.keys()
         different = [name for name in expected if found[name] != expected[name]]
         assert not different, output(directory)
-        assert losses(directory / "runs/first-run") == losses(whole / "runs/first-run")
+        assert losses(directory / RUN) == losses(whole / RUN)
         assert "damaged" not in output(directory)
         assert not list((directory / "runs").glob(".*"))
         if struck.total() >= kills:

@@ -1,6 +1,7 @@
 """Runs of the trainer as real processes, each of which may be killed at a chosen moment."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,9 +25,14 @@ _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
 
 
+def die() -> None:
+    """Leave as nothing can prevent."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class Fault:
-    """A SIGKILL that a process gives itself.
+    """What befalls a process.
 
     Args:
         moment: "file": at an event of the file system in the run's directory, such as an open or a
@@ -33,15 +40,18 @@ class Fault:
             "step": at a step.
         count: the how-manieth of these.
         delay: seconds from there on.
-        everywhere: whether the other processes are killed at the same time.
+        everywhere: whether the other processes are killed as soon as it has died.
+        what: done then, by default a SIGKILL of the process itself.
     """
 
     moment: str
     count: int
-    delay: float
-    everywhere: bool
+    delay: float = 0.0
+    everywhere: bool = False
+    what: Callable[[], None] = die
 
 
+NO_FAULT = Fault("step", 10**9)
 CALLS = {
     "restart": (training.relora, "restart_"),
     "hand-off": (training, "fill_"),
@@ -62,7 +72,13 @@ def drawn(generator: random.Random) -> Fault:
 
 
 def attempt(
-    arguments: list[str], directory: Path, *, size: int, number: int, victim: int, fault: Fault
+    arguments: list[str],
+    directory: Path,
+    size: int,
+    fault: Fault,
+    *,
+    number: int = 0,
+    victim: int = 0,
 ) -> list[int]:
     """Run the trainer on `size` processes as a launcher's attempt; return their exit codes.
 
@@ -70,9 +86,9 @@ def attempt(
         arguments: of the command line.
         directory: to run in.
         size: how many processes.
+        fault: what befalls one of them; one of a count that never comes leaves the run alone.
         number: of this attempt, from 0, as torchrun counts them.
         victim: the rank that the fault hits.
-        fault: which. One of a count that never comes leaves the run alone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,11 +99,14 @@ def attempt(
         process = _FORKED.Process(target=_live, args=(*inputs, fault if rank == victim else None))
         process.start()
         processes.append(process)
-    deadline = time.monotonic() + 180
+    deadline, patience = time.monotonic() + 180, 0.0 if fault.everywhere else 15.0
+    failed = None
     while any(process.is_alive() for process in processes):
-        died = any(process.exitcode == -signal.SIGKILL for process in processes)
-        if (died and fault.everywhere) or time.monotonic() > deadline:
-            for process in processes:
+        now = time.monotonic()
+        if failed is None and any(process.exitcode for process in processes):
+            failed = now
+        if now > deadline or (failed is not None and now > failed + patience):
+            for process in processes:  # as launchers do
                 process.kill()
         time.sleep(0.001)
     for process in processes:
@@ -120,6 +139,7 @@ def _live(
         TORCHELASTIC_RESTART_COUNT=str(number),
     )
     torch.set_num_threads(1)
+    _mind_permissions()
     with contextlib.ExitStack() as stack:
         said = stack.enter_context(open(f"said-{number}-{rank}", "w", buffering=1))
         for descriptor in (1, 2):  # of which C++ knows, too
@@ -134,6 +154,17 @@ def _live(
     sys.exit(code)
 
 
+def _mind_permissions() -> None:
+    """Have root's process respect what files permit, as everybody's does."""
+    if os.geteuid() == 0:
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3; this thread and those it starts
+        sets = (ctypes.c_uint32 * 6)()
+        system = ctypes.CDLL(None, use_errno=True)
+        assert system.capget(header, sets) == 0
+        sets[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE among the effective ones
+        assert system.capset(header, sets) == 0
+
+
 def _arrange(fault: Fault) -> None:
     seen = [0]
 
@@ -141,9 +172,9 @@ def _arrange(fault: Fault) -> None:
         seen[0] += 1
         if seen[0] == fault.count:
             if fault.delay:
-                threading.Timer(fault.delay, _die).start()
+                threading.Timer(fault.delay, fault.what).start()
             else:
-                _die()
+                fault.what()
 
     if fault.moment == "file":
 
@@ -161,7 +192,3 @@ def _arrange(fault: Fault) -> None:
         return kept(*values, **named)
 
     setattr(where, name, spoilt)
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,5 @@
+"""The tiny run of `tests/trainer`."""
+
+from tests.trainer.conftest import tiny
+
+__all__ = ["tiny"]
