@@ -16,6 +16,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory
 from reference_trainer.model import Llama
 from reference_trainer.prepare import SPLITS, prepare, read_index, verify_data
+from reference_trainer.pretrained import check_weights, copy_config, read_shape, shape_of
 from reference_trainer.stage import prepare_
 from reference_trainer.tokenizer import load_tokenizer
 from reference_trainer.world import world_size
@@ -46,7 +47,7 @@ def check(config: Config, *, resume: bool) -> None:
     else:
         sources(config.data)
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    shape = config.model.shape(vocab_size)
+    shape = shape_of(config, vocab_size)
     for phase in phases(config):
         with torch.device("meta"):
             prepare_(Llama(shape), config, phase)
@@ -72,6 +73,10 @@ def open_directory(config: Config, *, resume: bool) -> None:
             f"{directory} holds a run already: --resume it, remove it, or give another --name"
         )
     with fresh_directory(directory) as made:
+        if config.model.weights:
+            weights = Path(config.model.weights)
+            check_weights(weights, read_shape(weights / "config.json"))
+            copy_config(weights, made)
         data = Path(config.data.prepared) if config.data.prepared else made / "data"
         if config.data.prepared:
             verify_data(data)

@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
 
+SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -42,9 +43,19 @@ class ModelConfig:
     layers: int | None = option(None, "number of blocks, over the preset's")
     heads: int | None = option(None, "query heads, over the preset's")
     kv_heads: int | None = option(None, "key-value heads (default: as many as query heads)")
+    weights: str | None = option(
+        None, "directory of a Hugging Face Llama (safetensors) to start from, instead of a shape"
+    )
 
     def __post_init__(self) -> None:
         require(self.preset in PRESETS, f"model.preset is one of {list(PRESETS)}", got=self.preset)
+        given = [size for size in SIZES if getattr(self, size) is not None]
+        require(
+            self.weights is None or not given,
+            "model.weights has a shape of its own",
+            weights=self.weights,
+            **{size: getattr(self, size) for size in given},
+        )
 
     def shape(self, vocab_size: int) -> LlamaShape:
         """Return the preset's shape with what is given over it.
@@ -53,8 +64,7 @@ class ModelConfig:
             UserError: if the numbers do not fit together.
         """
         shape = preset(self.preset, vocab_size=vocab_size)
-        sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-        given = {size: getattr(self, size) for size in sizes if getattr(self, size) is not None}
+        given = {size: getattr(self, size) for size in SIZES if getattr(self, size) is not None}
         if "heads" in given:
             given.setdefault("kv_heads", given["heads"])
         try:

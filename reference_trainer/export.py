@@ -11,6 +11,7 @@ from reference_trainer.config import Config, phases
 from reference_trainer.files import write_whole
 from reference_trainer.model import LlamaShape
 from reference_trainer.prepare import read_index
+from reference_trainer.pretrained import shape_of
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import World
 
@@ -28,7 +29,7 @@ def export(config: Config, world: World) -> Path:
         world.refuse(f"{config.directory} has no complete checkpoint to export")
     target = config.directory / "export"
     index = read_index(config.data_directory)
-    shape = config.model.shape(index.vocab_size)
+    shape = shape_of(config, index.vocab_size)
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
     # Sharded bases keep fp32, and need the least memory.
@@ -48,7 +49,10 @@ def export(config: Config, world: World) -> Path:
 
 def hugging_face_config(shape: LlamaShape, end: int, length: int) -> dict[str, object]:
     """Return the `config.json` of a `LlamaForCausalLM` of this shape."""
-    sizes = asdict(shape)
+    sizes, scaling = asdict(shape), None
+    if shape.rope_scaling is not None:
+        scaling = asdict(shape.rope_scaling)
+        scaling["rope_type"] = scaling.pop("kind")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -61,7 +65,8 @@ def hugging_face_config(shape: LlamaShape, end: int, length: int) -> dict[str, o
         "vocab_size": sizes["vocab_size"],
         "max_position_embeddings": length,
         "rms_norm_eps": sizes["norm_eps"],
-        "rope_theta": sizes["rope_theta"],
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": scaling,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,

@@ -4,12 +4,57 @@ Weight names are those of Hugging Face's `LlamaForCausalLM`. Shapes in comments:
 t tokens, d hidden, h query heads, k key-value heads, e entries a head.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions beyond those of an earlier training turn: Hugging Face's "rope_scaling".
+
+    Args:
+        kind: "linear": all frequencies divided by `factor`. "llama3": those of long wavelengths,
+            blended into the others between two bounds (Llama 3.1).
+        factor: at least 1.
+        low_freq_factor: wavelengths above original length / this one are divided.
+        high_freq_factor: those below original length / this one stay.
+        original_max_position_embeddings: the original length, in tokens.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"factor must be at least 1; got {self.factor}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                "low_freq_factor must lie between 0 and high_freq_factor; got "
+                f"{self.low_freq_factor}, {self.high_freq_factor}"
+            )
+        if self.original_max_position_embeddings < 1:
+            raise ValueError("original_max_position_embeddings must be at least 1")
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        """Return the frequencies, in radians a token, scaled."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        share = share.clamp(0, 1)
+        return frequencies * (share + (1 - share) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -26,6 +71,7 @@ class LlamaShape:
         vocab_size: number of token ids.
         norm_eps: of RMSNorm.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: of these, or None.
 
     Raises:
         ValueError: if a number is not positive or does not divide as said.
@@ -39,16 +85,23 @@ class LlamaShape:
     vocab_size: int
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "vocab_size")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            most = 2**12 if name == "layers" else 2**24  # a damaged file may say anything
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in 1 .. {most}; got {getattr(self, name)}")
         if self.hidden_size % self.heads or self.hidden_size // self.heads % 2:
             raise ValueError(
                 "hidden_size must be a multiple of 2 * heads; got "
                 f"hidden_size={self.hidden_size}, heads={self.heads}"
+            )
+        if not (0 < self.norm_eps < 1 and 1 <= self.rope_theta < math.inf):
+            raise ValueError(
+                "norm_eps must lie between 0 and 1 and rope_theta be at least 1; got "
+                f"{self.norm_eps}, {self.rope_theta}"
             )
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -181,6 +234,8 @@ def rotary_table(length: int, shape: LlamaShape, device: torch.device) -> tuple[
     """Return cos and sin of every position's angles, each (t, e), fp32."""
     half = torch.arange(0, shape.head_size, 2, device=device, dtype=torch.float32)
     frequencies = shape.rope_theta ** -(half / shape.head_size)
+    if shape.rope_scaling is not None:
+        frequencies = shape.rope_scaling(frequencies)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()

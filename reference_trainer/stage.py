@@ -15,6 +15,7 @@ from reference_trainer.config import Config, Phase
 from reference_trainer.errors import UserError
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
+from reference_trainer.pretrained import fill_from_
 from reference_trainer.saving import Saver
 from reference_trainer.world import World
 
@@ -170,9 +171,9 @@ def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
 def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> int:
     """Give the stage its values and return the run's next step.
 
-    Without a checkpoint: drawn from the seed. From one of the same phase: everything. From one of
-    an earlier phase: the plain weights, and the optimizer state of every parameter that stays
-    trainable; adapters begin fresh.
+    Without a checkpoint: `model.weights`, or draws from the seed. From one of the same phase:
+    everything. From one of an earlier phase: the plain weights, and the optimizer state of every
+    parameter that stays trainable; adapters begin fresh.
     """
     position = checkpoint.read_position(source) if source else None
     continues = position is not None and position.phase == stage.phase.name
@@ -186,7 +187,10 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
         if name.endswith(_BASE) or ".parametrizations." not in name
     }
     if source is None or position is None:
-        init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
+        if config.model.weights:
+            fill_from_(plain, Path(config.model.weights))
+        else:
+            init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
         del plain
         stage.take_bases_(tensors)
         return stage.phase.start

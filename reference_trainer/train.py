@@ -23,6 +23,7 @@ from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
 from reference_trainer.prepare import read_index
+from reference_trainer.pretrained import shape_of
 from reference_trainer.saving import Saver
 from reference_trainer.stage import Stage, build_stage, fill_, save
 from reference_trainer.world import World, open_world
@@ -47,7 +48,7 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
         lock = locked(config.directory / "config.yaml")
         world.on_first(lambda: held.enter_context(lock))
         data, length = config.data_directory, config.batch.length
-        shape = config.model.shape(read_index(data).vocab_size)
+        shape = shape_of(config, read_index(data).vocab_size)
         held_out = open_windows(data, "held_out", length)
         windows = open_windows(data, "train", length)
         batches = Batches(windows, config.batch.sequences, config.seed)

@@ -36,7 +36,7 @@ LAYERS = {
         {"metrics", "bench.picture", "bench.projection"},
         {"options", "world", "documents", "tokenizer", "sealed"},
         {"prepare", "parallel", "checkpoint", "rank", "report"},
-        {"data", "saving", "bench.subjects"},
+        {"data", "saving", "pretrained", "bench.subjects"},
         {"stage"},
         {"begin", "evaluate", "journal", "export", "bench.measure"},
         {"train", "bench.restarts", "bench.layouts"},

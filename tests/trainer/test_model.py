@@ -55,7 +55,7 @@ def test_logits_and_loss_are_those_of_transformers(kv_heads):
     [
         ({"heads": 5}, "multiple of 2 . heads"),
         ({"kv_heads": 3}, "kv_heads must divide heads"),
-        ({"layers": 0}, "layers must be at least 1"),
+        ({"layers": 0}, "layers must lie in 1 .. 4096; got 0"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(change, message):
