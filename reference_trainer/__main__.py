@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, SharedError):  # which is told already
             rank = os.environ.get("RANK")
             where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
-            sys.stderr.write(f"error{where}: {error}\n")
+            sys.stderr.write(f"error{where}: {' '.join(str(error).split())}\n")
         if "--debug" in (sys.argv if arguments is None else arguments):
             raise
         return 2

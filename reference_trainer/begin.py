@@ -65,8 +65,8 @@ def open_directory(config: Config, *, resume: bool) -> None:
         verify_data(config.data_directory)
         config.checkpoints.mkdir(exist_ok=True)
         different = options.changed(options.resolve(directory / "config.yaml", {}), config)
-        if any(_is_fixed(path) for path in different):
-            raise UserError(_begun_otherwise(directory, filter(_is_fixed, different)))
+        if any(is_fixed(path) for path in different):
+            raise UserError(_begun_otherwise(directory, filter(is_fixed, different)))
         return
     if directory.exists():
         raise UserError(
@@ -91,7 +91,7 @@ def open_directory(config: Config, *, resume: bool) -> None:
 def fixed(config: Config) -> dict[str, Any]:
     """Return what may not change in a run, as JSON values by name: options, and the data's seal."""
     checksums = read_index(config.data_directory).checksums
-    values = {path: value for path, value in options.values(config).items() if _is_fixed(path)}
+    values = {path: value for path, value in options.values(config).items() if is_fixed(path)}
     known: dict[str, Any] = json.loads(json.dumps({**values, "data.checksums": checksums}))
     return known
 
@@ -108,7 +108,8 @@ def check_same(config: Config, position: checkpoint.Position) -> None:
         raise UserError(_begun_otherwise(config.directory, different))
 
 
-def _is_fixed(path: str) -> bool:
+def is_fixed(path: str) -> bool:
+    """Whether the option of this name may not change in a run."""
     return not path.startswith(_MAY_CHANGE) or path in _MAY_NOT
 
 

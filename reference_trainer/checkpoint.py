@@ -67,7 +67,8 @@ def find(directory: Path, world: World) -> Path | None:
     newest, damages = world.on_first(sound)
     if world.first:
         for damage in damages:
-            tqdm.write(f"warning: {damage}: going on from {Path(newest).name}", file=sys.stderr)
+            goes_on = f"going on from {Path(newest).name}" if newest else "beginning again"
+            tqdm.write(f"warning: {damage}: {goes_on}", file=sys.stderr)
     return Path(newest) if newest else None
 
 
@@ -76,22 +77,26 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         It, or None if there is no complete one at all; and what is wrong with newer ones, a line
-        for each.
+        for each: incomplete, as one that a crash cut short, or damaged.
 
     Raises:
         UserError: if there are complete ones, and each is damaged.
     """
-    damages = []
-    for found in reversed(complete(directory)):
+    troubles, damaged = [], False
+    for found in sorted(directory.glob("step-*"), reverse=True):
+        if not (found / MANIFEST).exists():
+            troubles.append(f"{found} is incomplete")
+            continue
         try:
             check(found)
         except DamagedError as error:
-            damages.append(str(error))
+            troubles.append(str(error))
+            damaged = True
         else:
-            return found, damages
-    if damages:
-        raise UserError("; ".join(damages))
-    return None, []
+            return found, troubles
+    if damaged:
+        raise UserError("; ".join(troubles))
+    return None, troubles
 
 
 def check(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run writes down: one JSON object a line, and TensorBoard files when asked."""
 
 import json
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,8 @@ from reference_trainer.files import write_whole
 class Metrics:
     """The writer of `metrics.jsonl`: silent on all processes but the first.
 
-    Each record has an "event" ("start", "step", "evaluation", "restart", "end") and a "step".
+    Each record has an "event" ("start", "step", "evaluation", "restart", "end", "skipped",
+    "spike"), a "step", and last a "crc32" of what stands before it.
 
     Args:
         directory: of the run.
@@ -36,7 +38,7 @@ class Metrics:
             return
         path = directory / "metrics.jsonl"
         kept = [record for record in read(path) if _is_before(record, *since)]
-        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._board = _summary_writer(directory / "tensorboard", since[0])
@@ -45,7 +47,7 @@ class Metrics:
         """Append one record and flush it."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.write(_line({"event": event, "step": step, **values}))
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -71,7 +73,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the records of a `metrics.jsonl`; a last line cut short by a crash is left out.
 
     Raises:
-        UserError: if another line is not a record.
+        UserError: if another line is not as it was written.
     """
     if not path.is_file():
         return []
@@ -85,13 +87,18 @@ def read(path: Path) -> list[dict[str, Any]]:
             break
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from None
-        known = isinstance(record, dict) and {"event", "step"} <= record.keys()
-        if not known or not isinstance(record["step"], int):
-            raise UserError(f"{path}:{number} is not a record of a run")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number} is damaged: {error}") from None
+        if not isinstance(record, dict) or line != _line(record):
+            raise UserError(f"{path}:{number} is damaged: it is not as a run wrote it")
         records.append(record)
     return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    record.pop("crc32", None)
+    crc = zlib.crc32(json.dumps(record).encode())
+    return json.dumps({**record, "crc32": f"{crc:08x}"}) + "\n"
 
 
 def _is_before(record: dict[str, Any], step: int, phase: str) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from reference_trainer.config import Config
 from reference_trainer.errors import UserError
 
 _CONFIG = TypeAdapter(Config)
+_SHORT = reprlib.Repr()  # of values that a damaged file makes huge
+_SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 
 def add_options(parser: argparse.ArgumentParser, *, only: str | None = None) -> None:
@@ -69,7 +72,7 @@ def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
         for head in heads:
             branch = branch.setdefault(head, {})
             if not isinstance(branch, dict):
-                raise UserError(f"{head} is a section, not a value; got {branch!r} in {file}")
+                raise UserError(f"{head} is a section, not a value; got {branch!r:.80} in {file}")
         branch[leaf] = value
     try:
         return _CONFIG.validate_python(tree)
@@ -81,7 +84,7 @@ def read_tree(file: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds."""
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -142,6 +145,6 @@ def _one_line(error: ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown option {name}: {nearest(name)}"
     message = first["msg"].removeprefix("Value error, ")
-    return (
-        message if first["type"] == "value_error" else f"{name}: {message}; got {first['input']!r}"
-    )
+    if first["type"] == "value_error":
+        return message
+    return f"{name}: {message}; got {_SHORT.repr(first['input'])}"

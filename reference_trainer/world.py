@@ -94,7 +94,7 @@ class World:
 
     def refuse(self, message: str) -> NoReturn:
         """Raise a SharedError on every process, once the first one has told it."""
-        self.tell(f"error: {message}")
+        self.tell(f"error: {' '.join(message.split())}")
         raise SharedError(message)
 
     def tell(self, line: str) -> None:

@@ -1,10 +1,10 @@
 """Runs of the trainer as real processes, each of which may be killed at a chosen moment."""
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -21,8 +21,8 @@ import torch
 from reference_trainer import train as training
 from reference_trainer.__main__ import main
 
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
 
 
 def die() -> None:
@@ -96,7 +96,7 @@ def attempt(
     processes: list[BaseProcess] = []
     for rank in range(size):
         inputs = (arguments, str(directory), rank, size, port, number)
-        process = _FORKED.Process(target=_live, args=(*inputs, fault if rank == victim else None))
+        process = FORKED.Process(target=_live, args=(*inputs, fault if rank == victim else None))
         process.start()
         processes.append(process)
     deadline, patience = time.monotonic() + 180, 0.0 if fault.everywhere else 15.0
@@ -120,6 +120,25 @@ def output(directory: Path) -> str:
     return "\n".join(f"{p.name}:\n{p.read_text()}" for p in sorted(directory.glob("said-*")))
 
 
+def command(arguments: list[str], directory: Path, *, memory: int) -> tuple[int, str]:
+    """Run a command in a process of its own, in `memory` bytes; return its exit code and words."""
+    process = FORKED.Process(target=_obey, args=(arguments, str(directory), memory))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"it did not end: {arguments}")
+    return process.exitcode or 0, (directory / "said").read_text(errors="replace")
+
+
+def _obey(arguments: list[str], directory: str, memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    sys.exit(_said(arguments, "said"))
+
+
 def _live(
     arguments: list[str],
     directory: str,
@@ -140,18 +159,22 @@ def _live(
     )
     torch.set_num_threads(1)
     _mind_permissions()
-    with contextlib.ExitStack() as stack:
-        said = stack.enter_context(open(f"said-{number}-{rank}", "w", buffering=1))
+    if fault is not None:
+        _arrange(fault)
+    sys.exit(_said(["train", *arguments], f"said-{number}-{rank}"))
+
+
+def _said(arguments: list[str], file: str) -> int:
+    with open(file, "w", buffering=1) as said:
         for descriptor in (1, 2):  # of which C++ knows, too
             os.dup2(said.fileno(), descriptor)
-        if fault is not None:
-            _arrange(fault)
         try:
-            code = main(["train", *arguments])
+            return main(arguments)
         except Exception:
             traceback.print_exc()
             raise
-    sys.exit(code)
+        finally:
+            sys.stdout.flush()
 
 
 def _mind_permissions() -> None:
