@@ -12,20 +12,21 @@ from reference_trainer.errors import UserError
 
 def write_whole(file: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees all of it or nothing."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _put(partial, file)
+    with replaced(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """Give a name to write to, and put that in `file`'s place if the block ends well."""
     partial = file.with_name(file.name + ".partial")
-    yield partial
-    _put(partial, file)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(file)
+        _sync(file.parent)  # so that it is there after a power cut, too
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -82,10 +83,9 @@ def _held(path: Path, otherwise: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _put(partial: Path, file: Path) -> None:
-    partial.replace(file)
-    directory = os.open(file.parent, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)  # so that it is there after a power cut, too
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)

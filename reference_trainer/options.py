@@ -1,6 +1,7 @@
 """Configuration from a YAML file and the command line, and back into a file."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import reprlib
@@ -66,6 +67,7 @@ def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
         lists = isinstance(branch, dict) and isinstance(field.default, tuple)
         if lists and isinstance(branch.get(leaf), str):
             branch[leaf] = [branch[leaf]]
+    alone = copy.deepcopy(tree)
     for path, value in overrides.items():
         *heads, leaf = path.split(".")
         branch = tree
@@ -77,7 +79,12 @@ def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
     try:
         return _CONFIG.validate_python(tree)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        message = _one_line(error)
+    try:
+        _CONFIG.validate_python(alone)
+    except ValidationError:
+        message = f"{file}: {message}"
+    raise UserError(message)
 
 
 def read_tree(file: Path) -> dict[str, Any]:
