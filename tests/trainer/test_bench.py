@@ -108,6 +108,14 @@ class TestCommand:
         assert all(len(record["step_seconds"]) == 2 for record in records)
         assert len(records) == {"restart": 3, "prune": 2}[level]
 
+    def test_times_steps_beside_checkpoints(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert self.run("checkpoint", "--repeats", "2", "--every", "2") == 0
+        _, alone, beside = results.read(tmp_path / "checkpoint.jsonl")
+        assert beside["arm"] == "a checkpoint"
+        assert len(alone["step_seconds"]) == len(beside["step_seconds"]) == 2
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.jsonl"]  # no checkpoint is left
+
     def test_counts_without_writing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         count = ["bench", "--level", "model", "--count", "--dtype", "bf16"]

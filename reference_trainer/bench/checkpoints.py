@@ -1,0 +1,89 @@
+"""What checkpoints cost a run: steps beside the writing of one, and without."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from reference_trainer.bench.measure import Timed, interleaved, now
+from reference_trainer.config import (
+    BatchConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    ReLoRAConfig,
+    phases,
+)
+from reference_trainer.model import LlamaShape
+from reference_trainer.saving import Saver
+from reference_trainer.stage import build_stage, fill_, save
+from reference_trainer.train import forward_backward
+from reference_trainer.world import World
+
+_STEPS = 10**6
+
+
+def measure_checkpoints(
+    shape: LlamaShape, world: World, directory: Path, *, every: int, repeats: int, **batch: int
+) -> list[dict[str, Any]]:
+    """Time `every` full-rank steps: alone, and with a checkpoint that is written meanwhile.
+
+    The trainer's own stage, step and saver; full rank, of which there is most to write.
+
+    Args:
+        shape: of the model.
+        world: of one process.
+        directory: on the disk to write to.
+        every: steps from one checkpoint to the next.
+        repeats: timed rounds.
+        batch: `sequences` in a step and their `length`.
+    """
+    config = Config(
+        steps=_STEPS,
+        model=ModelConfig(preset="9m"),  # the shape is given below
+        batch=BatchConfig(micro=batch["sequences"], **batch),
+        optim=OptimConfig(lr=1e-6),
+        relora=ReLoRAConfig(warm_start=_STEPS),
+    )
+    (phase,) = phases(config)
+    stage = build_stage(config, phase, shape, world)
+    step = fill_(stage, config, None, world)
+    generator = torch.Generator().manual_seed(config.seed)
+    size = (batch["sequences"], batch["length"] + 1)
+    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as place,
+        Saver(Path(place), world, fixed={}, keep=2) as saver,
+    ):
+
+        def steps(*, saves: bool) -> dict[str, float]:
+            nonlocal step
+            began = now(world.device)
+            if saves:
+                save(stage, step, saver, world)
+            for _ in range(every):
+                forward_backward(stage.model, tokens, 1, world)
+                clip_grad_norm_(stage.parameters.values(), config.optim.clip)
+                stage.step(skip=False)
+                step += 1
+            if saves:
+                saver.wait()
+            return {"step": now(world.device) - began}
+
+        timed: dict[str, Timed] = {
+            "no checkpoint": lambda: steps(saves=False),
+            "a checkpoint": lambda: steps(saves=True),
+        }
+        seconds = interleaved(timed, repeats, "checkpoints")
+        written = sum(file.stat().st_size for file in saver.wait().iterdir())
+    return [
+        {
+            "event": "arm",
+            "subject": f"{every} steps, {written / 1e6:,.0f} MB a checkpoint",
+            "arm": name,
+            "step_seconds": [parts["step"] for parts in runs],
+        }
+        for name, runs in seconds.items()
+    ]
