@@ -156,7 +156,7 @@ def load_(
         }
     everything = named(tensors, states)
     reader = HuggingFaceStorageReader(str(checkpoint))
-    with alone(world) as no_dist:
+    with _alone(world) as no_dist:
         dcp_load(everything, storage_reader=reader, no_dist=no_dist)
     for name, state in states.items():
         if state:
@@ -174,7 +174,7 @@ def named(
 
 
 @contextmanager
-def alone(world: World) -> Iterator[bool]:
+def _alone(world: World) -> Iterator[bool]:
     """Give whether DCP may do without collectives: in a world of one, without its warning of it.
 
     On gloo they would start OpenMP threads that slow all that follows: on 2 cores, steps took

@@ -163,14 +163,14 @@ class _Writer:
         self.tokens: list[int] = []
         self.checksums: dict[str, str] = {}
         self._file: IO[bytes] | None = None
-        self._hash = hashlib.blake2b()
+        self._hash = hashlib.sha256()
 
     def add(self, ids: NDArray[np.uint32]) -> None:
         if self._file is None or self.tokens[-1] >= _SHARD_TOKENS:
             self.close()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = shard_path(self.directory, self.split, len(self.tokens)).open("wb")
-            self._hash = hashlib.blake2b()
+            self._hash = hashlib.sha256()
             self.tokens.append(0)
         written = ids.astype(self.dtype).tobytes()
         self._file.write(written)

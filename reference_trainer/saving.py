@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
-from reference_trainer.checkpoint import FORMAT, MANIFEST, STATE, Position, alone, complete, named
+from reference_trainer.checkpoint import FORMAT, MANIFEST, STATE, Position, complete, named
 from reference_trainer.errors import SharedError
 from reference_trainer.files import write_whole
 from reference_trainer.sealed import checksum, write_sealed
@@ -58,6 +60,9 @@ class Saver:
         self._keep_every = keep_every
         self._thread = ThreadPoolExecutor(1, "saver", _give_way)
         self._pending: Future[Path] | None = None
+        self._copies: dict[str, Any] = {}
+        # Of DCP in a world of one; a filter set in a thread would be undone in another.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(
         self,
@@ -81,10 +86,9 @@ class Saver:
         if self._pending is not None:
             self.wait()
         text = json.dumps(asdict(position))  # now: a schedule goes on
-        with torch.no_grad():
-            copies = BlockingAsyncStager().stage(named(tensors, states))
+        self._copy(named(tensors, states))
         target = self._directory / f"step-{position.step:08d}"
-        self._pending = self._thread.submit(self._write, target, text, copies)
+        self._pending = self._thread.submit(self._write, target, text)
 
     @property
     def failed(self) -> bool:
@@ -112,7 +116,18 @@ class Saver:
     ) -> None:
         self._thread.shutdown()  # what has begun is still completed
 
-    def _write(self, target: Path, position: str, copies: dict[str, Any]) -> Path:
+    @torch.no_grad()
+    def _copy(self, state: dict[str, Any]) -> None:
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self._copies.items()}:
+            self._copies = BlockingAsyncStager().stage(state)
+            return
+        for name, tensor in state.items():  # into memory that is there already
+            copy = self._copies[name]
+            if isinstance(tensor, DTensor):
+                copy, tensor = copy.to_local(), tensor.to_local()
+            copy.copy_(tensor)
+
+    def _write(self, target: Path, position: str) -> Path:
         world = self._world
         before = complete(self._directory)[-1:]
         goes_on = f"goes on from {before[0].name}" if before else "begins again"
@@ -120,17 +135,16 @@ class Saver:
         try:
             world.on_first(lambda: _make(target), failing)
             writer = StreamedWriter(target)
-            with alone(world) as no_dist:
-                try:
-                    dcp_save(
-                        copies,
-                        storage_writer=writer,
-                        no_dist=no_dist,
-                        process_group=world.group,
-                    )
-                except CheckpointException as error:
-                    rank, (cause, _) = min(error.failures.items())
-                    world.refuse(f"{failing}: on rank {rank}: {cause}")
+            try:
+                dcp_save(
+                    self._copies,
+                    storage_writer=writer,
+                    no_dist=world.size == 1,
+                    process_group=world.group,
+                )
+            except CheckpointException as error:
+                rank, (cause, _) = min(error.failures.items())
+                world.refuse(f"{failing}: on rank {rank}: {cause}")
             checksums = writer.checksums
             world.on_first(lambda: self._complete(target, position, checksums), failing)
         except SharedError:

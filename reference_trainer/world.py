@@ -1,12 +1,13 @@
 """The processes of a run: one or many, the same code."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ class World:
         mesh: of all processes: shards, or replicas and shards.
         patience: how long they wait for each other.
         group: through which they speak here; None: the default one.
+        calls: counts those of `on_first`.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class World:
     mesh: DeviceMesh
     patience: timedelta
     group: dist.ProcessGroup | None = None
+    calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def first(self) -> bool:
@@ -77,6 +80,8 @@ class World:
     def on_first(self, action: Callable[[], Any], failing: str = "") -> Any:
         """Run `action` on the first process and return its JSON value on every one.
 
+        The others wait as long as it takes: tokenizing, say, or verifying a large corpus.
+
         Raises:
             SharedError: on every process, if it raises a UserError or an OSError; `failing` stands
                 before its text.
@@ -87,6 +92,12 @@ class World:
                 value = action()
             except (UserError, OSError) as error:
                 failure = f"{failing}: {error}" if failing else str(error)
+        if self.size > 1 and self.group is None:  # the store is one thread's
+            store = dist.distributed_c10d._get_default_store()
+            key = f"on first/{next(self.calls)}"
+            if self.first:
+                store.set(key, "")
+            store.wait([key], timedelta(days=7))
         value, failure = self.share([value, failure])
         if failure is not None:
             self.refuse(failure)

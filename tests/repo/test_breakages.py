@@ -259,6 +259,54 @@ BREAKAGES = {
         ),
         "tests/distributed/test_faults_together.py",
     ),
+    "a checkpoint shares memory with the training": (
+        *(
+            "reference_trainer/saving.py",
+            "self._copies = BlockingAsyncStager().stage(state)",
+            "self._copies = state",
+        ),
+        "tests/faults/test_resume.py",
+    ),
+    "a file of another checksum is taken": (
+        *("reference_trainer/sealed.py", "if actual != checksums[name]:", "if False:"),
+        "tests/faults/test_damaged_files.py",
+    ),
+    "a sealed file is not looked at": (
+        *("reference_trainer/sealed.py", "if seal != _digest(value):", "if False:"),
+        "tests/faults/test_damaged_files.py",
+    ),
+    "a log is taken as it is": (
+        *("reference_trainer/metrics.py", "or line != _line(record)", ""),
+        "tests/faults/test_damaged_files.py",
+    ),
+    "an attempt of a launcher begins anew": (
+        *("reference_trainer/train.py", "resume or (again and begun(config))", "resume"),
+        "tests/faults/test_kills.py",
+    ),
+    "a checkpoint counts before it is whole": (
+        *(
+            "reference_trainer/checkpoint.py",
+            "if not (found / MANIFEST).exists():",
+            "if not found.exists():",
+        ),
+        "tests/faults/test_kills.py",
+    ),
+    "who does not answer is not named": (
+        *("reference_trainer/world.py", "if not store.check([key])", "if store.check([key])"),
+        "tests/faults/test_disk.py",
+    ),
+    "half a checkpoint stays on a full disk": (
+        *(
+            "reference_trainer/saving.py",
+            "                    _remove(target)",
+            "                    pass",
+        ),
+        "tests/faults/test_disk.py",
+    ),
+    "long wavelengths are not scaled": (
+        *("reference_trainer/model.py", "(share + (1 - share) / self.factor)", "share"),
+        "tests/trainer/test_pretrained.py",
+    ),
     "rotary halves swapped": (
         *("reference_trainer/model.py", "torch.cat((-second, first)", "torch.cat((second, -first)"),
         "tests/trainer/test_model.py",
