@@ -119,6 +119,7 @@ class Saver:
     @torch.no_grad()
     def _copy(self, state: dict[str, Any]) -> None:
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self._copies.items()}:
+            self._copies = {}  # another phase's, whose memory goes first
             self._copies = BlockingAsyncStager().stage(state)
             return
         for name, tensor in state.items():  # into memory that is there already
