@@ -296,6 +296,22 @@ def test_resuming_with_another_configuration_is_refused(tiny, capsys):
     assert "begun with another seed, relora.rank" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--seed", "5"), ("--data.held_out", "0.3")])
+def test_a_checkpoint_of_another_run_is_refused(tiny, capsys, option):
+    train(*tiny)
+    train(*tiny, *option, "--name", "other")
+    shutil.rmtree(RUN / "checkpoints")
+    shutil.copytree("runs/other/checkpoints", RUN / "checkpoints")
+    before = (RUN / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(["train", "--resume"]) == 2
+    (error,) = lines_of(capsys.readouterr().err)
+    assert f"begun with another {option[0].removeprefix('--')}" in error.replace(
+        "data.checksums, ", ""
+    )
+    assert (RUN / "metrics.jsonl").read_bytes() == before
+
+
 def damage(file):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
