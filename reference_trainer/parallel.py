@@ -40,6 +40,8 @@ def build(
         prepare_: what to do to the bare model first, on the meta device; it returns the parameters
             that stay whole on every process, outside FSDP2.
     """
+    if config.compile:
+        torch.compiler.reset()  # or what a phase compiles would depend on those before it
     with torch.device("meta"):
         model = Llama(shape)
     whole = set(prepare_(model))

@@ -21,7 +21,14 @@ EVERY_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "99")
     "option",
     [
         ("--parallel.checkpoint_activations", "true"),
-        pytest.param(("--parallel.compile", "true"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--parallel.compile", "true"),
+            marks=[
+                pytest.mark.slow,
+                # Dynamo looks at .grad of what FSDP2 has gathered, and torch warns of it.
+                pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
+            ],
+        ),
     ],
     ids=["recomputing", "compiled"],
 )
@@ -39,7 +46,8 @@ def test_every_step_is_one_to_resume_from(tiny, option):
     for step in steps:
         again = rewound("whole", step)
         training.train(resolve(again / "config.yaml", {"name": again.name}), resume=True)
-        assert trained(again) == expected, step
+        found = trained(again)
+        assert [name for name in expected if found[name] != expected[name]] == [], step
         assert losses(again) == losses(whole), step
 
 
