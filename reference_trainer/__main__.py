@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from reference_trainer import options
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
-from reference_trainer.errors import SharedError, Stopped, UserError
+from reference_trainer.errors import SharedError, Stopped, UserError, one_line
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, SharedError):  # which is told already
             rank = os.environ.get("RANK")
             where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
-            sys.stderr.write(f"error{where}: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"error{where}: {one_line(error)}\n")
         if "--debug" in (sys.argv if arguments is None else arguments):
             raise
         return 2

@@ -18,3 +18,14 @@ class DamagedError(UserError):
 
 class Stopped(Exception):  # noqa: N818 - not an error, and so not called one
     """A run was asked to stop before its end, and has saved where it stands."""
+
+
+def one_line(error: object) -> str:
+    """Return an error's text on one line, without the middle of one that a library has made huge.
+
+    Example:
+        >>> one_line("a   b")
+        'a b'
+    """
+    text = " ".join(str(error).split())
+    return text if len(text) <= 800 else f"{text[:600]} ... {text[-190:]}"

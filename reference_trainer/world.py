@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reference_trainer.config import ParallelConfig
-from reference_trainer.errors import SharedError, UserError
+from reference_trainer.errors import SharedError, UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class World:
 
     def refuse(self, message: str) -> NoReturn:
         """Raise a SharedError on every process, once the first one has told it."""
-        self.tell(f"error: {' '.join(message.split())}")
+        self.tell(f"error: {one_line(message)}")
         raise SharedError(message)
 
     def tell(self, line: str) -> None:
