@@ -70,7 +70,7 @@ class ModelConfig:
         try:
             return dataclasses.replace(shape, **given)
         except ValueError as error:
-            raise UserError(f"model: {error}") from None
+            raise UserError(f"model.{error}") from None
 
 
 @dataclass(frozen=True)
