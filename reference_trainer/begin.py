@@ -62,11 +62,11 @@ def open_directory(config: Config, *, resume: bool) -> None:
     """
     directory = config.directory
     if resume:
-        verify_data(config.data_directory)
-        config.checkpoints.mkdir(exist_ok=True)
         different = options.changed(options.resolve(directory / "config.yaml", {}), config)
         if any(is_fixed(path) for path in different):
             raise UserError(_begun_otherwise(directory, filter(is_fixed, different)))
+        verify_data(config.data_directory)
+        config.checkpoints.mkdir(exist_ok=True)
         return
     if directory.exists():
         raise UserError(

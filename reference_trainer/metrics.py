@@ -3,7 +3,6 @@
 import json
 import zlib
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from reference_trainer.errors import UserError
@@ -57,12 +56,7 @@ class Metrics:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -89,14 +83,14 @@ def read(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is damaged: {error}") from None
-        if not isinstance(record, dict) or line != _line(record):
+        crc = record.pop("crc32", None) if isinstance(record, dict) else None
+        if crc is None or line != _line(record):
             raise UserError(f"{path}:{number} is damaged: it is not as a run wrote it")
         records.append(record)
     return records
 
 
 def _line(record: dict[str, Any]) -> str:
-    record.pop("crc32", None)
     crc = zlib.crc32(json.dumps(record).encode())
     return json.dumps({**record, "crc32": f"{crc:08x}"}) + "\n"
 

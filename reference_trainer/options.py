@@ -13,7 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from reference_trainer.config import Config
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, one_line
 
 _CONFIG = TypeAdapter(Config)
 _SHORT = reprlib.Repr()  # of values that a damaged file makes huge
@@ -92,7 +92,7 @@ def read_tree(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from reference_trainer.config import DataConfig
 from reference_trainer.documents import documents, sources
-from reference_trainer.errors import DamagedError, UserError
+from reference_trainer.errors import DamagedError, UserError, one_line
 from reference_trainer.sealed import checksum, read_sealed, verify, write_sealed
 from reference_trainer.tokenizer import load_tokenizer
 
@@ -121,8 +121,7 @@ def read_index(directory: Path) -> Index:
     except DamagedError as error:
         raise DamagedError(f"{error}: run `prepare` again") from None
     except (ValidationError, KeyError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise DamagedError(f"{file} is damaged ({message}): run `prepare` again") from None
+        raise DamagedError(f"{file} is damaged ({one_line(error)}): run `prepare` again") from None
     for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:
             raise DamagedError(f"{path} should have {size} bytes: run `prepare` again")

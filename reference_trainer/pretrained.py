@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reference_trainer.config import Config
-from reference_trainer.errors import DamagedError, UserError
+from reference_trainer.errors import DamagedError, UserError, one_line
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import copy_whole_
 from reference_trainer.sealed import read_json
@@ -76,7 +76,7 @@ def read_shape(file: Path) -> LlamaShape:
             {**fields, "rope_theta": theta, "rope_scaling": _scaling(rope, file)}
         )
     except (ValidationError, AttributeError) as error:
-        raise DamagedError(f"{file} is damaged ({' '.join(str(error).split()):.300})") from None
+        raise DamagedError(f"{file} is damaged ({one_line(error)})") from None
     if found.get("head_dim") not in (None, shape.head_size):
         raise UserError(
             f"{file}: head_dim must be hidden_size / num_attention_heads = {shape.head_size}; got "

@@ -6,12 +6,10 @@ import os
 import shutil
 import sys
 import threading
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -61,8 +59,6 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "saver", _give_way)
         self._pending: Future[Path] | None = None
         self._copies: dict[str, Any] = {}
-        # Of DCP in a world of one; a filter set in a thread would be undone in another.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(
         self,
@@ -108,12 +104,7 @@ class Saver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()  # what has begun is still completed
 
     @torch.no_grad()
@@ -140,7 +131,7 @@ class Saver:
                 dcp_save(
                     self._copies,
                     storage_writer=writer,
-                    no_dist=world.size == 1,
+                    no_dist=world.alone,
                     process_group=world.group,
                 )
             except CheckpointException as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object of a JSON file.
 
     Raises:
-        DamagedError: if it is absent, larger than any of ours, or not one.
+        DamagedError: if it is absent or not one; what is larger than any of ours is cut short.
     """
     try:
-        if file.stat().st_size > _LARGEST:
-            raise DamagedError(f"{file} is damaged (it has more than {_LARGEST} bytes)")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            text = stream.read(_LARGEST)
+        value = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DamagedError):
-            raise
         raise DamagedError(f"{file} is damaged ({error})") from None
     if not isinstance(value, dict):
         raise DamagedError(f"{file} is damaged (it holds no object)")
@@ -95,7 +93,7 @@ def read_sealed(file: Path, *, format: int) -> dict[str, Any]:
 def write_sealed_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors on the CPU as safetensors with their checksum, whole or not at all."""
     with replaced(file) as partial:
-        save_file(dict(tensors), partial, metadata={_SEAL: _tensors_digest(tensors.items())})
+        save_file(dict(tensors), partial, metadata={_SEAL: _tensors_digest(tensors)})
 
 
 def read_sealed_tensors(file: Path) -> dict[str, Tensor]:
@@ -107,10 +105,11 @@ def read_sealed_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as found:
             seal = (found.metadata() or {}).get(_SEAL)
+            # safe_open is no mapping: it has keys() only.
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DamagedError(f"{file} is damaged ({error})") from None
-    if seal != _tensors_digest(tensors.items()):
+    if seal != _tensors_digest(tensors):
         raise DamagedError(f"{file} is damaged (its checksum is another)")
     return tensors
 
@@ -120,9 +119,9 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

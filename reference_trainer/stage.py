@@ -71,11 +71,12 @@ class Stage:
 
     def step(self, *, skip: bool) -> None:
         """Take the optimizer's step, unless it is to be skipped, and the schedule's."""
-        with warnings.catch_warnings():
-            if skip:  # a schedule warns if the optimizer has not gone before it; here both count
+        if skip:
+            with warnings.catch_warnings():  # of a schedule that the optimizer has not gone before
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            else:
-                self.optimizer.step()
+                self.schedule.step()
+        else:
+            self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad()
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,15 @@ class World:
     def first(self) -> bool:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process, so that DCP is to do without collectives.
+
+        On gloo they would start OpenMP threads that slow all that follows: on 2 cores, steps took
+        0.22 s after a checkpoint with them and 0.18 s without.
+        """
+        return self.size == 1
 
     def apart(self) -> "World":
         """Return the same processes on their CPUs, with a group that another thread may use."""
@@ -158,6 +168,8 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     patience = timedelta(minutes=config.timeout)
+    # DCP's, of a world of one; set once, as a thread's filters are undone by another's.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=patience)
     else:

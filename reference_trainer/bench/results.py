@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reference_trainer.errors import UserError
+from reference_trainer.errors import UserError, one_line
 
 FEWEST = 7  # repeats that a ratio needs
 
@@ -67,7 +67,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
     if not records or records[0].get("event") != "bench":
         raise UserError(f"{file} holds no measurement of `bench`")
     return records

@@ -26,7 +26,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.world import World, open_world, world_size
 
-LEVELS = ("linear", "block", "model", "restart", "prune", "checkpoint")
+_OF_ARMS = ("linear", "block", "model")
+LEVELS = (*_OF_ARMS, "restart", "prune", "checkpoint")
 EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
 
 examples:
@@ -109,7 +110,7 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     )
     if out.exists() and not arguments.count:
         raise UserError(f"{out} exists already: give --out another name")
-    if arguments.count and arguments.level in LEVELS[3:]:
+    if arguments.count and arguments.level not in _OF_ARMS:
         raise UserError(f"--count is of products, of which --level {arguments.level} is not made")
     chosen = _subjects(arguments, shape)
     parallel = ParallelConfig(device=arguments.device)
@@ -126,7 +127,6 @@ def bench(arguments: argparse.Namespace) -> list[str]:
         elif arguments.level == "prune":
             records += measure_prune(world.device, repeats=arguments.repeats)
         elif arguments.level == "checkpoint":
-            _check_sizes(arguments, shape)
             first |= {key: getattr(arguments, key) for key in ("tokens", "length", "vocab")}
             options = {"sequences": arguments.tokens // arguments.length}
             options |= {"length": arguments.length, "every": arguments.every}
@@ -188,9 +188,10 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
 
 
 def _subjects(arguments: argparse.Namespace, shape: LlamaShape) -> list[Subject]:
-    if arguments.level in LEVELS[3:]:
+    if arguments.level in (*_OF_ARMS, "checkpoint"):
+        _check_sizes(arguments, shape)
+    if arguments.level not in _OF_ARMS:
         return []
-    _check_sizes(arguments, shape)
     sequences = arguments.tokens // arguments.length
     return subjects(
         arguments.level,

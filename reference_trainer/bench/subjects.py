@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from reference_trainer.bench.memory import local
 from reference_trainer.config import ParallelConfig
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import Block, Llama, LlamaShape, rotary_table
@@ -182,7 +182,7 @@ class _Linear(nn.Module):
 def _fill_(module: nn.Module, shape: LlamaShape) -> None:
     """Draw every matrix alike, factors included: times do not depend on values that are usual."""
     for p in module.parameters():
-        own = p.to_local() if isinstance(p, DTensor) else p
+        own = local(p)
         if p.ndim == 1:
             own.fill_(1.0)
         else:

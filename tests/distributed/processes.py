@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 Returns = dict[str, Tensor]
 
 # One process imports these, and all others are forked from it: an import of torch takes seconds.
-multiprocessing.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
 
 
 def on_processes(

@@ -1,8 +1,8 @@
 """Every file that is read, damaged in every way: one clear error, or something that is no damage.
 
-What has a checksum (checkpoints, tokens, their index, first weights) admits no change of meaning.
-What is the user's own (text, a tokenizer, a configuration, a published model, the log) has none:
-there a change that leaves it well-formed is another file, which is used as it is.
+What has a checksum (checkpoints, tokens, their index, first weights, each line of the log) admits
+no change of meaning. What is the user's own (text, a tokenizer, a configuration, a published model)
+has none: there a change that leaves it well-formed is another file, which is used as it is.
 """
 
 import json

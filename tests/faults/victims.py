@@ -1,7 +1,6 @@
 """Runs of the trainer as real processes, each of which may be killed at a chosen moment."""
 
 import ctypes
-import multiprocessing
 import os
 import random
 import resource
@@ -10,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -20,9 +18,7 @@ import torch
 
 from reference_trainer import train as training
 from reference_trainer.__main__ import main
-
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["reference_trainer.__main__", "torch.distributed.fsdp"])
+from tests.distributed.processes import FORKED
 
 
 def die() -> None:
@@ -170,9 +166,6 @@ def _said(arguments: list[str], file: str) -> int:
             os.dup2(said.fileno(), descriptor)
         try:
             return main(arguments)
-        except Exception:
-            traceback.print_exc()
-            raise
         finally:
             sys.stdout.flush()
 
