@@ -154,8 +154,10 @@ class LowRank(nn.Module):
             ValueError: if the parameters are FSDP's gathered copies.
         """
         self.refuse_gathered()
-        lazy = self(base)
-        return Update(*parts(base.detach(), lazy.lora_B.detach(), lazy.lora_A.detach()), lazy.scale)
+        A, s = self.lora_A.detach(), self.scale
+        if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
+            A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
+        return Update(*parts(base.detach(), self.lora_B.detach(), A), s)
 
     @torch.no_grad()
     def merge_into_(self, base: Tensor, update: Update | None = None) -> None:

@@ -1,0 +1,83 @@
+"""`python -m relora_core.testing`: every promise of this library, on this machine and its torch."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import torch
+
+from relora_core.testing.check import CI, DEEP
+from relora_core.testing.ours import BATTERIES
+from relora_core.testing.subjects import BrokenPromiseError
+
+_EXAMPLES = """examples:
+  python -m relora_core.testing
+      every battery as in CI, in seconds
+  python -m relora_core.testing --examples 2500 --out promises.jsonl
+      2500 new examples of each promise, 117,500 in all, in about half an hour on two cores
+  python -m relora_core.testing --only JaggedCosine --examples 1000
+      one battery
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run batteries, say what held, and return 0; or say what is broken, and return 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m relora_core.testing",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--examples", type=int, help=f"of each promise, new ones; {CI.max_examples} known if absent"
+    )
+    parser.add_argument("--only", nargs="+", choices=BATTERIES, default=list(BATTERIES))
+    parser.add_argument("--out", type=Path, help="JSON lines to write; it must not exist")
+    given = parser.parse_args(arguments)
+    if given.examples is not None and given.examples < 1:
+        parser.error(f"--examples must be at least 1; got {given.examples}")
+    if given.out is not None and given.out.exists():
+        parser.error(f"{given.out} exists already: give --out another name")
+    profile = CI
+    if given.examples is not None:
+        profile = hypothesis.settings(DEEP, max_examples=given.examples)
+    records: list[dict[str, object]] = [_environment()]
+    total = 0
+    for name in given.only:
+        sys.stderr.write(f"{name} ...\n")
+        begun = time.monotonic()
+        try:
+            held = BATTERIES[name](profile)
+        except BrokenPromiseError as error:
+            sys.stdout.write(f"{error}\n")
+            return 1
+        seconds = round(time.monotonic() - begun, 1)
+        for one in held:
+            records.append({"battery": name, "promise": one.promise, "examples": one.examples})
+            sys.stdout.write(f"{one.examples:>8}  {name}: {one.promise}\n")
+            total += one.examples
+        records.append({"battery": name, "seconds": seconds})
+    records.append({"examples": total, "broken": 0})
+    sys.stdout.write(f"{total:>8}  examples, no promise broken\n")
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return 0
+
+
+def _environment() -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hypothesis": hypothesis.__version__,
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

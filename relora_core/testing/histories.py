@@ -1,0 +1,121 @@
+"""What a model may have been through before a promise is looked at."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from relora_core.testing.subjects import (
+    Inputs,
+    Sites,
+    example_inputs,
+    find_sites,
+    fitting,
+    loss_of,
+)
+
+Event = Literal["fill", "step", "merge", "redraw", "forward", "save", "copy", "move"]
+EVENTS: tuple[Event, ...] = get_args(Event)
+
+
+def lived(
+    make: Callable[[], nn.Module],
+    events: Iterable[Event],
+    *,
+    seed: int = 0,
+    inputs: Inputs | None = None,
+    sites: Sites = find_sites,
+) -> nn.Module:
+    """Return a model that has been through `events`, in their order.
+
+    "fill": every B becomes random, of a norm that matters beside W; "step": a small step down the
+    gradient of all that is trained; "merge", "redraw": of every site; "forward": a pass in `eval`
+    mode; "save": the state dict is loaded by a model made anew, which goes on; "copy": a deep copy
+    goes on; "move": to float64 and back.
+
+    Args:
+        make: returns the model.
+        events: some of `EVENTS`.
+        seed: of the model's own initialization, and of what events draw.
+        inputs: of one call of it, for the model; `example_inputs` if None.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        ValueError: if an event is none of them.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> make = lambda: register_low_rank(nn.Linear(3, 2), rank=1)
+        >>> lived(make, ["fill", "merge", "redraw"]).parametrizations.weight[0].restart
+        1
+    """
+    torch.manual_seed(seed)
+    model = make()
+    for number, event in enumerate(events):
+        if event not in EVENTS:
+            raise ValueError(f"an event is one of {', '.join(EVENTS)}; got {event!r}")
+        model = _after(model, event, make, 10 * seed + number, inputs, sites)
+    return model
+
+
+def given_inputs(model: nn.Module, inputs: Inputs | None, seed: int) -> tuple[torch.Tensor, ...]:
+    """Return the inputs of one call, in the model's dtype."""
+    if inputs is None:
+        return fitting(example_inputs(model, seed=seed), model)
+    torch.manual_seed(seed)
+    given = inputs(model)
+    return fitting((given,) if isinstance(given, torch.Tensor) else tuple(given), model)
+
+
+def _after(
+    model: nn.Module,
+    event: Event,
+    make: Callable[[], nn.Module],
+    seed: int,
+    inputs: Inputs | None,
+    sites: Sites,
+) -> nn.Module:
+    if event == "save":
+        torch.manual_seed(seed + 1000)
+        other = make()
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        return other
+    if event == "copy":
+        return copy.deepcopy(model)
+    if event == "move":
+        _move_(model)
+    elif event == "forward":
+        with torch.no_grad():
+            model.eval()(*given_inputs(model, inputs, seed))
+        model.train()
+    elif event == "step":
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss = loss_of(model(*given_inputs(model, inputs, seed)), seed)
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for p, g in zip(trained, gradients, strict=True):
+            if g is not None and g.any():
+                with torch.no_grad():
+                    p.sub_((0.1 * g / g.norm()).to(p.dtype))
+    else:
+        for site in sites(model).values():
+            if event == "merge":
+                site.merge_()
+            elif event == "redraw":
+                site.redraw_()
+            else:
+                generator = torch.Generator().manual_seed(seed)
+                with torch.no_grad():
+                    site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))
+    return model
+
+
+def _move_(model: nn.Module) -> None:
+    """Take float tensors to float64 and back, but for those that are kept in two halves."""
+    if any(getattr(m, "low_bits", None) is not None for m in model.modules()):
+        return
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    floats = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
+    if len(floats) == 1:
+        model.double().to(floats.pop())

@@ -1,0 +1,175 @@
+"""What a jagged schedule promises, an assertion each."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from relora_core.schedule import Restarts
+from relora_core.testing.calls import as_factory, written
+from relora_core.testing.subjects import BrokenPromiseError
+
+Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+Jagged = Callable[[LRScheduler, Restarts], LRScheduler]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A run of a jagged schedule, beside one of the schedule that it is made of.
+
+    Args:
+        jagged: makes the schedule from a smooth one and the clock.
+        inner: makes the smooth one for an optimizer.
+        restarts: the clock.
+        steps: of the run.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        >>> Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6).of_jagged()[0]
+        [1.0, 1.0, 1.0, 0.0, 0.5, 1.0]
+    """
+
+    jagged: Jagged
+    inner: Schedule
+    restarts: Restarts
+    steps: int
+
+    def of_inner(self) -> list[list[float]]:
+        """Return the rate of each group at each step, without a restart."""
+        return self._walked(self.inner(_optimizer()), self.steps)
+
+    def of_jagged(self, *, saved_at: int | None = None) -> list[list[float]]:
+        """Return the rate of each group at each step, once saved and loaded if asked."""
+        schedule = self.jagged(self.inner(_optimizer()), self.restarts)
+        if saved_at is None:
+            return self._walked(schedule, self.steps)
+        before = self._walked(schedule, saved_at)
+        state = copy.deepcopy((schedule.state_dict(), schedule.optimizer.state_dict()))
+        fresh = self.jagged(self.inner(_optimizer()), self.restarts)
+        fresh.optimizer.load_state_dict(state[1])
+        fresh.load_state_dict(state[0])
+        after = self._walked(fresh, self.steps - saved_at)
+        return [one + other for one, other in zip(before, after, strict=True)]
+
+    def _walked(self, schedule: LRScheduler, steps: int) -> list[list[float]]:
+        groups = schedule.optimizer.param_groups
+        rates: list[list[float]] = [[] for _ in groups]
+        metric = (1.0,) if isinstance(self.inner(_optimizer()), ReduceLROnPlateau) else ()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
+            for _ in range(steps):
+                for group, own in zip(groups, rates, strict=True):
+                    own.append(float(group["lr"]))
+                schedule.optimizer.step()
+                schedule.step(*metric)
+        return rates
+
+    def __repr__(self) -> str:
+        jagged, inner = written(self.jagged), as_factory(self.inner, "optimizer")
+        return f"testing.Rates({jagged}, {inner}, relora.{self.restarts!r}, steps={self.steps})"
+
+
+def assert_zero_at_restarts(case: Rates) -> None:
+    """Assert that the rate is zero at the step of each restart, the first and all others.
+
+    Args:
+        case: the run.
+
+    Raises:
+        BrokenPromiseError: if it is not, so that the merge meets a step of full size.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        >>> assert_zero_at_restarts(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
+    """
+    for rates in case.of_jagged():
+        for step, rate in enumerate(rates):
+            if case.restarts.at(step) and rate != 0:
+                raise BrokenPromiseError(
+                    f"the rate at the restart of step {step} is {rate:g}, not 0"
+                )
+
+
+def assert_smooth_outside_ramps(case: Rates) -> None:
+    """Assert that outside the ramps the rate is that of the smooth schedule, to 1e-12.
+
+    Args:
+        case: the run.
+
+    Raises:
+        BrokenPromiseError: if the ramps have fed on themselves, or touched what they should not.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        >>> assert_smooth_outside_ramps(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), 6))
+    """
+    for rates, smooth in zip(case.of_jagged(), case.of_inner(), strict=True):
+        for step, (rate, plain) in enumerate(zip(rates, smooth, strict=True)):
+            if case.restarts.factor(step) == 1 and not math.isclose(rate, plain, rel_tol=1e-12):
+                raise BrokenPromiseError(
+                    f"the rate at step {step}, outside the ramps, is {rate:g}; the smooth "
+                    f"schedule's is {plain:g}"
+                )
+
+
+def assert_ramps_lie_between(case: Rates) -> None:
+    """Assert that in a ramp the rate lies between zero and the smooth rates around it.
+
+    Args:
+        case: the run.
+
+    Raises:
+        BrokenPromiseError: if it is negative, or larger than the smooth schedule is anywhere in the
+            ramp.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        >>> assert_ramps_lie_between(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
+    """
+    for rates, smooth in zip(case.of_jagged(), case.of_inner(), strict=True):
+        for step, rate in enumerate(rates):
+            reach = case.restarts.warmup + case.restarts.anneal
+            largest = max(smooth[max(0, step - reach) : step + reach + 1])
+            if not 0 <= rate <= largest * (1 + 1e-12):
+                raise BrokenPromiseError(
+                    f"the rate at step {step} is {rate:g}; around it the smooth schedule's is "
+                    f"{largest:g} at most"
+                )
+
+
+def assert_schedule_resumes(case: Rates, *, at: int) -> None:
+    """Assert that a schedule made anew goes on exactly from the state of one at any step.
+
+    Args:
+        case: the run.
+        at: the step at which schedule and optimizer are saved and loaded.
+
+    Raises:
+        BrokenPromiseError: if a later rate is another.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        >>> assert_schedule_resumes(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), 6), at=3)
+    """
+    for rates, resumed in zip(case.of_jagged(), case.of_jagged(saved_at=at), strict=True):
+        for step, (rate, again) in enumerate(zip(rates, resumed, strict=True)):
+            if rate != again:
+                raise BrokenPromiseError(
+                    f"saved and loaded at step {at}, the schedule gives {again:g} at step {step}; "
+                    f"never saved, {rate:g}"
+                )
+
+
+def _optimizer() -> torch.optim.Optimizer:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.25)]
+    return torch.optim.SGD(groups, lr=1.0, momentum=0.9)

@@ -1,0 +1,131 @@
+"""Small modules that use their weights in ways of their own, for the strategies."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself.
+
+    Args:
+        width: of the sequence's vectors.
+        heads: a divisor of it.
+        dtype: of the weights.
+
+    Example:
+        >>> SelfAttention(4, 2)(torch.zeros(5, 2, 4)).shape
+        torch.Size([5, 2, 4])
+    """
+
+    def __init__(self, width: int, heads: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(width, heads, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `x` attends to."""
+        output: Tensor = self.attend(x, x, x)[0]
+        return output
+
+
+class SelfBilinear(nn.Module):
+    """A bilinear layer of an input and itself.
+
+    Args:
+        inner: size of the input.
+        out: size of the output.
+        dtype: of the weights.
+
+    Example:
+        >>> SelfBilinear(3, 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, inner: int, out: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(inner, inner, out, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return xᵀ W x + b."""
+        output: Tensor = self.pair(x, x)
+        return output
+
+
+class TransposedLinear(nn.Module):
+    """A linear layer whose weight lies `(in, out)`, as GPT-2's in transformers.
+
+    Args:
+        inner: size of the input.
+        out: size of the output.
+        dtype: of the weights.
+
+    Example:
+        >>> TransposedLinear(3, 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, inner: int, out: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.in_features = inner
+        self.weight = nn.Parameter(torch.randn(inner, out, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W + b."""
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class NormalizedLinear(nn.Linear):
+    """A linear layer that divides each row of its weight by the row's norm.
+
+    Example:
+        >>> NormalizedLinear(3, 2)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W'ᵀ + b."""
+        rows = self.weight / (self.weight.norm(dim=1, keepdim=True) + 1)
+        return F.linear(input, rows, self.bias)
+
+
+class TiedHead(nn.Module):
+    """Tokens to logits by one matrix, which is embedding and head, over a linear layer.
+
+    Args:
+        vocab: number of tokens.
+        width: of the vectors.
+        dtype: of the weights.
+
+    Example:
+        >>> TiedHead(7, 3)(torch.tensor([[1, 2]])).shape
+        torch.Size([1, 2, 7])
+    """
+
+    def __init__(self, vocab: int, width: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width, dtype=dtype)
+        self.mix = nn.Linear(width, width, dtype=dtype)
+        self.head = nn.Linear(width, vocab, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return a logit for each token."""
+        logits: Tensor = self.head(self.mix(self.embed(tokens)).tanh())
+        return logits
+
+
+class Residual(nn.Sequential):
+    """x + f(x), for nesting; f keeps the width.
+
+    Example:
+        >>> Residual(nn.Linear(3, 3))(torch.zeros(5, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x + f(x)."""
+        x = input
+        for module in self:
+            x = module(x)
+        return input + x

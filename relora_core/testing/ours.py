@@ -1,0 +1,64 @@
+"""The batteries over this library's own layers, optimizers, schedules and restarts."""
+
+from collections.abc import Callable
+
+import hypothesis
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from relora_core.optimizer import ResettableOptimizer
+from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
+from relora_core.testing.check import (
+    Held,
+    check_low_rank,
+    check_resettable,
+    check_restart,
+    check_schedule,
+)
+from relora_core.testing.strategies import calls, low_rank_modules, optimizers
+
+_HORIZON = 61  # steps, after which no schedule of the kit is looked at
+
+
+def wrapped(params: list[nn.Parameter], *, lr: float) -> ResettableOptimizer:
+    """Return AdamW in a `ResettableOptimizer`."""
+    return ResettableOptimizer(torch.optim.AdamW(params, lr=lr))
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Return the cosine that `JaggedCosine` has between its ramps."""
+    return LambdaLR(optimizer, JaggedCosine(_HORIZON))
+
+
+def jagged_cosine(inner: LRScheduler, restarts: Restarts) -> LambdaLR:
+    """Return `JaggedCosine` in place of the cosine that is given."""
+    for group in inner.optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    return LambdaLR(inner.optimizer, JaggedCosine(_HORIZON, restarts))
+
+
+#: What `python -m relora_core.testing` runs, by name: each takes hypothesis' settings.
+BATTERIES: dict[str, Callable[[hypothesis.settings], list[Held]]] = {
+    "low-rank modules": lambda profile: check_low_rank(low_rank_modules(), profile=profile),
+    "low-rank modules in float16": lambda profile: check_low_rank(
+        # A W of 16 bits that is not split loses most of small merges, as the documents say.
+        low_rank_modules(dtypes=[torch.float16]),
+        may_lose=2.0,
+        profile=profile,
+    ),
+    "resets of torch's optimizers": lambda profile: check_resettable(optimizers(), profile=profile),
+    "resets through ResettableOptimizer": lambda profile: check_resettable(
+        calls(wrapped, lr=st.just(0.01)), profile=profile
+    ),
+    "resets of factored statistics": lambda profile: check_resettable(
+        calls(torch.optim.Adafactor, lr=st.just(0.01)),
+        prune_ratios=st.just(1.0),
+        sizes=st.just(((6, 5), (7, 4))),
+        profile=profile,
+    ),
+    "JaggedLR over torch's schedulers": lambda profile: check_schedule(JaggedLR, profile=profile),
+    "JaggedCosine": lambda profile: check_schedule(jagged_cosine, inner=cosine, profile=profile),
+    "restarts against Algorithm 1": lambda profile: check_restart(profile=profile),
+}

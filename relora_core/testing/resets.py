@@ -1,0 +1,449 @@
+"""What an optimizer and a reset of it promise, an assertion each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora_core.moments import find_states, inner_optimizers
+from relora_core.reset import ResetReport, reset_optimizer_
+from relora_core.testing.calls import as_factory
+from relora_core.testing.subjects import BrokenPromiseError
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+Reset = Callable[[Optimizer, list[nn.Parameter], float], object]
+
+
+def reset(optimizer: Optimizer, params: list[nn.Parameter], ratio: float) -> ResetReport:
+    """Reset by this library: `reset_optimizer_` with `prune_ratio=ratio`."""
+    return reset_optimizer_(optimizer, params, prune_ratio=ratio)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An optimizer in the middle of a training, made the same each time that it is called.
+
+    Args:
+        factory: makes the optimizer from a list of Parameters.
+        shapes: of the Parameters.
+        steps: taken so far.
+        seed: of values and gradients.
+        ties: whether all entries of a gradient are equal in magnitude, as those of pruned or
+            clipped ones may be.
+        dtype: of the Parameters.
+
+    Example:
+        >>> optimizer, params = Trained(torch.optim.AdamW, shapes=((2, 3),), steps=4)()
+        >>> optimizer.state[params[0]]["step"]
+        tensor(4.)
+    """
+
+    factory: OptimizerFactory
+    shapes: tuple[tuple[int, ...], ...] = ((4, 3), (5,))
+    steps: int = 3
+    seed: int = 0
+    ties: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self) -> tuple[Optimizer, list[nn.Parameter]]:
+        """Make the Parameters and the optimizer, and take the steps."""
+        values = torch.Generator().manual_seed(self.seed)
+        params = [
+            nn.Parameter(torch.randn(shape, generator=values).to(self.dtype))
+            for shape in self.shapes
+        ]
+        optimizer = self.factory(params)
+        for one in (optimizer, *inner_optimizers(optimizer)):
+            if hasattr(one, "train"):  # schedule-free
+                one.train()
+            for group in one.param_groups:
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0  # it moves what has no gradient
+        for step in range(self.steps):
+            self.step_(optimizer, params, step)
+        return optimizer, params
+
+    def step_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], number: int) -> None:
+        """Take step `number` of the training."""
+        for index, p in enumerate(params):
+            key = 1_000_003 * self.seed + 1009 * number + index + 1
+            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(key))
+            if self.ties:
+                gradient = gradient.sign() + (gradient == 0)
+            p.grad = gradient.to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def __repr__(self) -> str:
+        factory = as_factory(self.factory, "params")
+        return (
+            f"testing.Trained({factory}, shapes={self.shapes!r}, steps={self.steps}, "
+            f"seed={self.seed}, ties={self.ties}, dtype={self.dtype})"
+        )
+
+
+def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset) -> None:
+    """Assert that after a full reset a step without gradient moves nothing, wherever p is.
+
+    The Parameters are redrawn before, as a restart does; then all moments are reset (ratio 1), and
+    a step follows whose gradients are zero. It tells true zeros from codes that only look like
+    them, and an optimizer that steps copies of its own from one that steps the Parameters.
+
+    Args:
+        case: the optimizer.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if an entry moves.
+
+    Example:
+        >>> assert_full_reset_stands_still(Trained(torch.optim.AdamW))
+    """
+    optimizer, params = case()
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    with torch.no_grad():
+        for p in params:
+            p.copy_(torch.randn(p.shape, generator=generator))
+    reset(optimizer, params, 1.0)
+    moved = [int(mask.sum()) for mask in _moved_without_gradient(optimizer, params)]
+    if any(moved):
+        raise BrokenPromiseError(
+            f"after a full reset, a step with zero gradients moved {sum(moved)} of "
+            f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
+            "parameters, which a redraw did not reach)"
+        )
+
+
+def assert_prune_keeps_its_share(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+) -> None:
+    r"""Assert that a reset zeroes `ratio` of the entries of each moment, and leaves the others.
+
+    Counted by value, to within one entry of $ratio \cdot n$, ties or none; what is not zero has the
+    bits that it had. Where the optimizer's state is not known to this library (`declare_moments`),
+    the entries that a step without gradient moves are counted instead.
+
+    Args:
+        case: the optimizer.
+        ratio: from 0 to 1.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if more or fewer are zeroed, others change, or the report is untrue.
+
+    Example:
+        >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
+    """
+    optimizer, params = case()
+    if not _is_known(optimizer, params):
+        _count_moving(case, ratio, reset)
+        return
+    before = _moments(optimizer, params)
+    report = reset(optimizer, params, ratio)
+    after = _moments(optimizer, params)
+    if len(before) != len(after):
+        raise BrokenPromiseError(
+            f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
+        )
+    for old, new in zip(before, after, strict=True):
+        count, zeros = old.numel(), int((new == 0).sum())
+        most = ratio * count + 1 + int((old == 0).sum())
+        if not ratio * count - 1 <= zeros <= most:
+            raise BrokenPromiseError(
+                f"a reset of ratio {ratio:g} left {zeros} of a moment's {count} entries zero"
+            )
+        if bool(((new != old) & (new != 0)).any()):
+            raise BrokenPromiseError("a reset changed a moment's entry that it did not zero")
+    if isinstance(report, ResetReport) and before:
+        counts = sum(int((new == 0).sum()) for new in after)
+        already = sum(int((old == 0).sum()) for old in before)
+        if not counts - already <= report.zeroed <= counts:
+            raise BrokenPromiseError(f"the report says {report.zeroed} zeroed; {counts} are zero")
+
+
+def assert_reset_leaves_the_rest(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+) -> None:
+    """Assert that a reset of one Parameter's moments changes nothing else, now or later.
+
+    Not the values of Parameters, nor groups and their hyperparameters, nor the state of another
+    Parameter, nor a count of steps; and the next step moves the others as it would have.
+
+    Args:
+        case: the optimizer.
+        ratio: from 0 to 1.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if one changes.
+
+    Example:
+        >>> assert_reset_leaves_the_rest(Trained(torch.optim.AdamW), ratio=0.9)
+    """
+    (optimizer, params), (twin, same) = case(), case()
+    reset(optimizer, params[:1], ratio)
+    for p, q in zip(params, same, strict=True):
+        if not torch.equal(p, q):
+            raise BrokenPromiseError("a reset changed a Parameter: it is of the optimizer's state")
+    for p, q in zip(params[1:], same[1:], strict=True):
+        if not _equal(_states(optimizer, p), _states(twin, q)):
+            raise BrokenPromiseError("a reset changed the state of a Parameter that was not given")
+    if not _equal(_groups(optimizer), _groups(twin)):
+        raise BrokenPromiseError("a reset changed a group's hyperparameters")
+    for old, new in zip(_states(twin, same[0]), _states(optimizer, params[0]), strict=True):
+        if not _equal({"step": old.get("step")}, {"step": new.get("step")}):
+            raise BrokenPromiseError("a reset changed the count of steps")
+    case.step_(optimizer, params, case.steps)
+    case.step_(twin, same, case.steps)
+    if not all(torch.equal(p, q) for p, q in zip(params[1:], same[1:], strict=True)):
+        raise BrokenPromiseError("after a reset, a step moved the other Parameters otherwise")
+
+
+def assert_next_step_is_bounded(case: Trained, *, ratio: float = 0.5, reset: Reset = reset) -> None:
+    """Assert that a step without gradient after a reset is no larger than four usual ones.
+
+    A's gradient is zero while B is. Where a first moment outlives its second, such a step is as
+    large as lr m / eps.
+
+    Args:
+        case: the optimizer.
+        ratio: from 0 to 1.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if an entry leaps.
+
+    Example:
+        >>> assert_next_step_is_bounded(Trained(torch.optim.AdamW), ratio=0.9)
+    """
+    optimizer, params = case()
+    usual = 0.0
+    for number in range(case.steps, case.steps + 3):
+        before = [p.detach().clone() for p in params]
+        case.step_(optimizer, params, number)
+        usual = max(usual, _farthest(params, before))
+    before = [p.detach().clone() for p in params]
+    reset(optimizer, params, ratio)
+    _moved_without_gradient(optimizer, params)
+    leap = _farthest(params, before)
+    if not leap <= 4 * usual:
+        raise BrokenPromiseError(
+            f"after a reset, a step with zero gradients moved an entry by {leap:.3g}; before it, "
+            f"steps moved them by {usual:.3g} at most: prune all moments of an entry together"
+        )
+
+
+def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset) -> None:
+    """Assert that a reset of an optimizer without state makes none, and changes no later step.
+
+    `optimizer.state` is a defaultdict: looking for `state[p]` makes an empty entry, after which
+    distributed checkpoints load nothing.
+
+    Args:
+        case: the optimizer; its steps are taken after the reset.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if it makes state, or a step differs.
+
+    Example:
+        >>> assert_reset_before_the_first_step(Trained(torch.optim.AdamW))
+    """
+    begun = Trained(case.factory, case.shapes, 0, case.seed, case.ties, case.dtype)
+    (optimizer, params), (twin, same) = begun(), begun()
+    reset(optimizer, params, 0.5 if _can_prune(case, reset) else 1.0)
+    for one, other in zip(inner_optimizers(optimizer), inner_optimizers(twin), strict=True):
+        if len(one.state) != len(other.state):
+            raise BrokenPromiseError("a reset before the first step made entries of the state")
+    for number in range(case.steps):
+        case.step_(optimizer, params, number)
+        case.step_(twin, same, number)
+    if not all(torch.equal(p, q) for p, q in zip(params, same, strict=True)):
+        raise BrokenPromiseError("a reset before the first step changed later ones")
+
+
+def assert_reset_commutes_with_saving(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+) -> None:
+    """Assert that to save, load and reset is to reset, save and load, and neither loses anything.
+
+    Both go on for two steps, bit for bit as an optimizer that was reset and never saved.
+
+    Args:
+        case: the optimizer.
+        ratio: from 0 to 1.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if the Parameters differ.
+
+    Example:
+        >>> assert_reset_commutes_with_saving(Trained(torch.optim.AdamW), ratio=0.9)
+    """
+    ends = {}
+    for order in ("never saved", "reset, then saved", "saved, then reset"):
+        optimizer, params = case()
+        if order == "reset, then saved":
+            reset(optimizer, params, ratio)
+        if "saved" in order and order != "never saved":
+            begun = Trained(case.factory, case.shapes, 0, case.seed, case.ties, case.dtype)
+            fresh, others = begun()
+            with torch.no_grad():
+                for p, q in zip(others, params, strict=True):
+                    p.copy_(q)
+            fresh.load_state_dict(optimizer.state_dict())
+            optimizer, params = fresh, others
+        if order != "reset, then saved":
+            reset(optimizer, params, ratio)
+        for number in (case.steps, case.steps + 1):
+            case.step_(optimizer, params, number)
+        ends[order] = [p.detach().clone() for p in params]
+    for order, values in ends.items():
+        if not all(map(torch.equal, values, ends["never saved"])):
+            raise BrokenPromiseError(
+                f"an optimizer that was {order}, goes on otherwise than one never"
+            )
+
+
+def assert_nan_is_refused(case: Trained, *, ratio: float = 0.5, reset: Reset = reset) -> None:
+    """Assert that a reset of moments that hold NaN raises, and changes nothing.
+
+    No entry is smaller than NaN: a threshold that is one empties the whole moment, silently.
+
+    Args:
+        case: the optimizer.
+        ratio: from 0 to 1.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if it does not raise a ValueError, or the state changes.
+
+    Example:
+        >>> assert_nan_is_refused(Trained(torch.optim.AdamW))
+    """
+    optimizer, params = case()
+    moments = _moments(optimizer, params) if _is_known(optimizer, params) else []
+    tensors = [t for s in _states(optimizer, params[-1]) for t in s.values() if _is_plain(t)]
+    if not moments or not tensors:
+        return
+    for tensor in tensors:
+        if tensor.shape == params[-1].shape:
+            tensor.view(-1)[0] = float("nan")
+    before = [_copied(state) for p in params for state in _states(optimizer, p)]
+    try:
+        reset(optimizer, params, ratio)
+    except ValueError:
+        if not _equal([s for p in params for s in _states(optimizer, p)], before):
+            raise BrokenPromiseError(
+                "a reset refused a NaN, and changed the state before"
+            ) from None
+        return
+    raise BrokenPromiseError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
+
+
+def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset) -> None:
+    """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
+
+    Beyond that `torch.quantile` raises, and a reset that passes over what it cannot rank does
+    nothing.
+
+    Args:
+        factory: makes the optimizer from a list of Parameters.
+        reset: of (optimizer, params, ratio).
+
+    Raises:
+        BrokenPromiseError: if the share is another.
+
+    Example:
+        >>> from functools import partial
+        >>> assert_any_size_is_pruned(partial(torch.optim.SGD, momentum=0.9))
+    """
+    large = ((2**12, 2**12 + 1),)
+    assert_prune_keeps_its_share(Trained(factory, shapes=large, steps=1), ratio=0.9, reset=reset)
+
+
+def _can_prune(case: Trained, reset: Reset) -> bool:
+    """Whether the reset takes a ratio below 1: it may refuse one for factored statistics."""
+    optimizer, params = case()
+    try:
+        reset(optimizer, params, 0.5)
+    except ValueError:
+        return False
+    return True
+
+
+def _moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[Tensor]:
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    return [p.detach() != old for p, old in zip(params, before, strict=True)]
+
+
+def _count_moving(case: Trained, ratio: float, reset: Reset) -> None:
+    optimizer, params = case()
+    reset(optimizer, params, ratio)
+    for p, moved in zip(params, _moved_without_gradient(optimizer, params), strict=True):
+        if int(moved.sum()) > p.numel() * (1 - ratio) + 1:
+            raise BrokenPromiseError(
+                f"after a reset of ratio {ratio:g}, a step with zero gradients moved "
+                f"{int(moved.sum())} of {p.numel()} entries"
+            )
+
+
+def _farthest(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:
+    return max(float((p.detach() - b).abs().max()) for p, b in zip(params, before, strict=True))
+
+
+def _is_known(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:
+    try:
+        find_states(optimizer, params)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _moments(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+    states = find_states(optimizer, params)
+    return [moment.values().clone() for state in states for moment in state.moments]
+
+
+def _states(optimizer: Optimizer, p: nn.Parameter) -> list[Mapping[str, Any]]:
+    return [one.state.get(p, {}) for one in inner_optimizers(optimizer)]
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is Tensor and value.is_floating_point() and value.numel() > 0
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return value.clone() if type(value) is Tensor else value  # codes of other libraries stay
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same, NaN being itself."""
+    if one is other:
+        return True
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        same = one.detach() == other.detach()
+        if one.is_floating_point():
+            same = same | (one.isnan() & other.isnan())
+        return one.shape == other.shape and bool(same.all())
+    return bool(one == other)

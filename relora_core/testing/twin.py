@@ -1,0 +1,80 @@
+"""The dense twin: the same module, with W + s B A formed whole in its W's place."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from relora_core.register import remove_low_rank
+from relora_core.sites import Site
+from relora_core.testing.subjects import Sites, trained_scale
+
+
+@dataclass(frozen=True)
+class _Term:
+    W: str
+    B: str | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: Tensor | float
+
+
+class DenseTwin:
+    """A model whose every site computes with a plain matrix, W + s B A, by plain autograd.
+
+    A site of this library is removed from a copy, which leaves torch's own layer. In a layer of
+    your own B is zero and W is the sum, so that its low-rank path adds nothing.
+
+    Args:
+        model: in float64.
+        sites: finds its sites.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites) -> None:
+        self._plain = copy.deepcopy(model)
+        found = sites(self._plain)
+        bases = {name: site.weight for name, site in found.items()}
+        factors = {
+            f"{name}.{key}": getattr(site, key)
+            for name, site in found.items()
+            for key in ("lora_A", "lora_B")
+        }
+        trained = {name: trained_scale(site) for name, site in found.items()}
+        factors |= {f"{n}.lora_scale": s for n, s in trained.items() if s is not None}
+        scales = {name: site.scale for name, site in found.items()}
+        for site in found.values():
+            if isinstance(site, Site):
+                remove_low_rank(site.module, site.tensor_name, merge=False)
+        #: what has a gradient, by name
+        self.leaves = {n: f.detach().clone().requires_grad_() for n, f in factors.items()}
+        known = {id(tensor) for tensor in (*bases.values(), *factors.values())}
+        names = {id(p): name for name, p in self._plain.named_parameters()}
+        self.leaves |= {
+            name: p
+            for name, p in self._plain.named_parameters()
+            if p.requires_grad and id(p) not in known
+        }
+        self._terms = [
+            _Term(
+                names[id(W)],
+                names.get(id(factors[f"{name}.lora_B"])),
+                self.leaves[f"{name}.lora_A"],
+                self.leaves[f"{name}.lora_B"],
+                self.leaves.get(f"{name}.lora_scale", scales[name]),
+            )
+            for name, W in bases.items()
+        ]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return what the model returns for `inputs`."""
+        own = dict(self._plain.named_parameters())
+        replaced: dict[str, Tensor] = {}
+        for term in self._terms:
+            W, update = own[term.W].detach(), term.scale * (term.lora_B @ term.lora_A)
+            replaced[term.W] = W + update.view(W.shape)
+            if term.B is not None:
+                replaced[term.B] = torch.zeros_like(own[term.B])
+        return functional_call(self._plain, replaced, inputs)

@@ -1,0 +1,174 @@
+"""The kit finds every bug that is planted, with the smallest case as code that runs; no other."""
+
+import traceback
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from relora_core import testing
+from tests.kit import planted
+
+SIZES = {
+    "inner": st.integers(1, 7),
+    "out": st.integers(1, 7),
+    "alpha": st.sampled_from([1.0, 2.0, 0.5]),
+}
+
+
+def found(check, *arguments, **options):
+    """Return the report of the promise that is broken."""
+    with pytest.raises(testing.BrokenPromiseError) as caught:
+        check(*arguments, **options)
+    return str(caught.value)
+
+
+def program(report):
+    """Return the code in a report."""
+    _, _, rest = report.partition("as code:\n\n")
+    lines = rest.partition("\n\n  held:")[0].splitlines()
+    return "\n".join(line[4:] for line in lines)
+
+
+def assert_code_repeats_it(report):
+    """Assert that the code in a report, run by itself, breaks the same promise."""
+    said = report.splitlines()[1].strip()
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the bug raises
+        exec(compile(program(report), "counterexample", "exec"), {"__name__": "counterexample"})
+    again = "".join(traceback.format_exception_only(caught.value))
+    assert said.partition(": ")[2] in again or said in again
+
+
+def layers(planted_layer):
+    return testing.calls(planted_layer, **SIZES)
+
+
+LAYERS = {
+    planted.ZeroFactors: "every factor learns in every cycle",
+    planted.MergeWithoutScale: "a merge keeps the function",
+    planted.MergeKeepsB: "a merge keeps the function",
+    planted.MergeThroughHalf: "a merge keeps the function",
+    planted.MergeInGraph: "its gradients are those",
+    planted.MergeRaises: "it computes with W + s B A",
+    planted.SixteenBits: "a merge adds s B A to W, rounds once",
+    planted.SixteenBitsRoundedOnce: "small merges are not lost",
+    planted.DeadScale: "a merge adds s B A to W, rounds once",
+    planted.GlobalDraw: "a redraw depends on its key alone",
+    planted.SameDraw: "a redraw depends on its key alone",
+    planted.SpectralDraw: "a redraw depends on its key alone",
+    planted.CountIsNotSaved: "saving and loading commute",
+    planted.TrainedBase: "its gradients are those",
+}
+
+
+def test_a_sound_layer_of_the_user_s_keeps_every_promise():
+    held = testing.check_low_rank(layers(planted.Layer))
+    assert len(held) == 12
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_a_bug_of_a_layer_is_found(layer):
+    report = found(testing.check_low_rank, layers(layer))
+    assert report.startswith(f"broken: {LAYERS[layer]}")
+    assert f"from tests.kit.planted import {layer.__name__}" in report
+    assert_code_repeats_it(report)
+
+
+def test_the_case_is_the_smallest_one():
+    report = found(testing.check_low_rank, layers(planted.MergeWithoutScale))
+    assert "MergeWithoutScale(inner=1, out=1, alpha=2.0)" in report
+    assert "testing.lived(factory, ['fill'], seed=0)" in report
+
+
+def test_a_tied_weight_is_found():
+    report = found(testing.check_low_rank, planted.TiedPair)
+    assert report.startswith("broken: it computes with W + s B A")
+    assert_code_repeats_it(report)
+
+
+def test_a_layer_that_caches_its_weight_is_found():
+    """The factory makes a plain module: the kit gives it sites."""
+    report = found(testing.check_low_rank, planted.Unused)
+    assert "relora.register_low_rank(Unused(), rank=1)" in report
+    assert_code_repeats_it(report)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+RESETS = {
+    planted.by_quantile: "a ratio zeroes its share, and keeps the bits of the rest",
+    planted.apart: "the step after a reset is bounded",
+    planted.passing_over_the_large: "a ratio zeroes its share of more than 2**24 entries",
+    planted.nearly_all: "a full reset leaves nothing",
+    planted.nothing: "a full reset leaves nothing",
+    planted.deleting: "a ratio zeroes its share",
+    planted.of_everything: "a reset leaves all else",
+    planted.looking: "a reset before the first step does nothing",
+    planted.blind_to_nan: "moments that hold NaN are refused",
+}
+
+
+@pytest.mark.parametrize("reset", RESETS, ids=lambda reset: reset.__name__)
+def test_a_bug_of_a_reset_is_found(reset):
+    report = found(testing.check_resettable, adamw, reset=reset)
+    assert report.startswith(f"broken: {RESETS[reset]}")
+    assert_code_repeats_it(report)
+
+
+def test_a_reset_of_8_bit_codes_is_found():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    make = testing.calls(bnb.optim.AdamW8bit, lr=st.just(0.01))
+    sizes = st.just(((64, 80), (9,)))
+    report = found(testing.check_resettable, make, reset=planted.of_codes, sizes=sizes)
+    assert report.startswith("broken: a full reset leaves nothing")
+    assert_code_repeats_it(report)
+
+
+def test_a_reset_of_all_that_has_the_parameter_s_shape_is_found():
+    free = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    make = testing.calls(free.AdamWScheduleFree, lr=st.just(0.01))
+    report = found(testing.check_resettable, make, reset=planted.of_the_same_shape)
+    assert report.startswith("broken: a full reset leaves nothing")
+
+
+def test_an_optimizer_that_steps_copies_is_found():
+    report = found(testing.check_resettable, planted.Masters)
+    assert "or copies of the parameters, which a redraw did not reach" in report
+    assert_code_repeats_it(report)
+
+
+SCHEDULES = {
+    planted.Recursive: "the rate at each restart is zero",
+    planted.unmoved: "the rate at each restart is zero",
+    planted.one_step_late: "the rate at each restart is zero",
+    planted.Forgetful: "it resumes exactly from any step",
+}
+
+
+@pytest.mark.parametrize("jagged", SCHEDULES, ids=lambda jagged: jagged.__name__)
+def test_a_bug_of_a_schedule_is_found(jagged):
+    options = {}
+    if jagged in (planted.unmoved, planted.one_step_late):
+        constant = torch.optim.lr_scheduler.ConstantLR
+        options["inner"] = testing.calls(constant, factor=st.just(1.0))
+    report = found(testing.check_schedule, jagged, **options)
+    assert report.startswith(f"broken: {SCHEDULES[jagged]}")
+    assert_code_repeats_it(report)
+
+
+RESTARTS = [
+    planted.without_scale,
+    planted.redrawn_first,
+    planted.unpruned,
+    planted.of_B_alone,
+    planted.drawn_from_the_global_generator,
+]
+
+
+@pytest.mark.parametrize("restart", RESTARTS, ids=lambda restart: restart.__name__)
+def test_a_bug_of_a_whole_restart_is_found(restart):
+    report = found(testing.check_restart, restart)
+    assert report.startswith("broken: a training is Algorithm 1, whatever interrupts it")
+    assert_code_repeats_it(report)
