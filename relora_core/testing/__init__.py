@@ -7,16 +7,14 @@ assertions and strategies that they are made of are here as well. Needs hypothes
 
 from relora_core.testing.algorithm import Algorithm1
 from relora_core.testing.calls import Call
-from relora_core.testing.check import (
-    CI,
-    DEEP,
-    Held,
-    check_low_rank,
-    check_resettable,
-    check_restart,
-    check_schedule,
+from relora_core.testing.curves import (
+    constant_times_exponential,
+    inverse_time,
+    nineteen_twentieths,
+    warmup_then_cosine,
 )
-from relora_core.testing.histories import EVENTS, given_inputs, lived
+from relora_core.testing.histories import EVENTS, lived
+from relora_core.testing.inputs import example_inputs, given_inputs
 from relora_core.testing.jags import (
     Rates,
     assert_ramps_lie_between,
@@ -32,23 +30,35 @@ from relora_core.testing.layers import (
     TiedHead,
     TransposedLinear,
 )
-from relora_core.testing.machine import RestartMachine
-from relora_core.testing.promises import (
+from relora_core.testing.lifetimes import (
     assert_copies_are_independent,
+    assert_removal_cancels,
+    assert_saves_and_loads,
+)
+from relora_core.testing.machine import RestartMachine
+from relora_core.testing.merges import (
     assert_gradients_are_dense,
     assert_is_dense,
-    assert_learns,
     assert_merge_adds_update,
     assert_merge_is_idempotent,
     assert_merge_keeps_function,
     assert_merges_add_up,
+)
+from relora_core.testing.module_battery import check_low_rank
+from relora_core.testing.modules import (
+    histories,
+    layers,
+    low_rank_modules,
+    with_sites,
+    with_split_bases,
+)
+from relora_core.testing.redraws import (
+    assert_learns,
     assert_rank_grows,
     assert_redraw_is_keyed,
-    assert_removal_cancels,
-    assert_saves_and_loads,
 )
+from relora_core.testing.reset_battery import check_resettable
 from relora_core.testing.resets import (
-    Trained,
     assert_any_size_is_pruned,
     assert_full_reset_stands_still,
     assert_nan_is_refused,
@@ -58,29 +68,20 @@ from relora_core.testing.resets import (
     assert_reset_commutes_with_saving,
     assert_reset_leaves_the_rest,
 )
+from relora_core.testing.restart_battery import check_restart
+from relora_core.testing.runner import CI, DEEP, Held
+from relora_core.testing.schedule_battery import check_schedule
 from relora_core.testing.strategies import (
     calls,
     clocks,
-    constant_times_exponential,
-    histories,
-    inverse_time,
-    layers,
-    low_rank_modules,
-    nineteen_twentieths,
     optimizers,
     ratios,
     schedules,
     shapes,
-    warmup_then_cosine,
-    with_sites,
-    with_split_bases,
+    trained,
 )
-from relora_core.testing.subjects import (
-    BrokenPromiseError,
-    LowRankSite,
-    example_inputs,
-    find_sites,
-)
+from relora_core.testing.subjects import BrokenPromiseError, LowRankSite, find_sites
+from relora_core.testing.trained import Trained
 
 __all__ = [
     "CI",
@@ -144,6 +145,7 @@ __all__ = [
     "ratios",
     "schedules",
     "shapes",
+    "trained",
     "warmup_then_cosine",
     "with_sites",
     "with_split_bases",

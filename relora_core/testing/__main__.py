@@ -10,8 +10,8 @@ from pathlib import Path
 import hypothesis
 import torch
 
-from relora_core.testing.check import CI, DEEP
 from relora_core.testing.ours import BATTERIES
+from relora_core.testing.runner import CI, DEEP
 from relora_core.testing.subjects import BrokenPromiseError
 
 _EXAMPLES = """examples:

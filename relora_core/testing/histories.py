@@ -7,14 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from relora_core.testing.subjects import (
-    Inputs,
-    Sites,
-    example_inputs,
-    find_sites,
-    fitting,
-    loss_of,
-)
+from relora_core.testing.inputs import Inputs, given_inputs, loss_of
+from relora_core.testing.subjects import Sites, find_sites
 
 Event = Literal["fill", "step", "merge", "redraw", "forward", "save", "copy", "move"]
 EVENTS: tuple[Event, ...] = get_args(Event)
@@ -60,15 +54,6 @@ def lived(
     return model
 
 
-def given_inputs(model: nn.Module, inputs: Inputs | None, seed: int) -> tuple[torch.Tensor, ...]:
-    """Return the inputs of one call, in the model's dtype."""
-    if inputs is None:
-        return fitting(example_inputs(model, seed=seed), model)
-    torch.manual_seed(seed)
-    given = inputs(model)
-    return fitting((given,) if isinstance(given, torch.Tensor) else tuple(given), model)
-
-
 def _after(
     model: nn.Module,
     event: Event,
@@ -88,11 +73,11 @@ def _after(
         _move_(model)
     elif event == "forward":
         with torch.no_grad():
-            model.eval()(*given_inputs(model, inputs, seed))
+            model.eval()(*given_inputs(model, inputs, seed=seed))
         model.train()
     elif event == "step":
         trained = [p for p in model.parameters() if p.requires_grad]
-        loss = loss_of(model(*given_inputs(model, inputs, seed)), seed)
+        loss = loss_of(model(*given_inputs(model, inputs, seed=seed)), seed)
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         for p, g in zip(trained, gradients, strict=True):
             if g is not None and g.any():

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_core.reset import ResetReport
-from relora_core.restart import restart_
+from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedLR, Restarts
 from relora_core.sites import add_low_rank_, low_rank_sites, merge_, reinit_
 from relora_core.testing.algorithm import Algorithm1
@@ -31,7 +31,7 @@ from relora_core.testing.subjects import BrokenPromiseError
 Restart = Callable[[nn.Module, Optimizer, float], object]
 
 
-def restart(model: nn.Module, optimizer: Optimizer, ratio: float) -> object:
+def restart_by_relora(model: nn.Module, optimizer: Optimizer, ratio: float) -> RestartReport:
     """Restart by this library: `restart_` with `prune_ratio=ratio`."""
     return restart_(model, optimizer, prune_ratio=ratio)
 
@@ -77,7 +77,7 @@ class RestartMachine(RuleBasedStateMachine):
         jagged: makes the schedule from a smooth one and the clock.
     """
 
-    restart: ClassVar[Restart] = staticmethod(restart)
+    restart: ClassVar[Restart] = staticmethod(restart_by_relora)
     jagged: ClassVar[Jagged] = JaggedLR
     saves: Bundle[Any] = Bundle("saves")
 
@@ -109,7 +109,7 @@ class RestartMachine(RuleBasedStateMachine):
         self.run_ = self._made()
         self.reference = self._reference()
 
-    @rule(count=st.integers(1, 6), seed=st.integers(0, 9))
+    @rule(count=st.integers(1, 8), seed=st.integers(0, 9))
     def train(self, count: int, seed: int) -> None:
         """Take steps, each after a restart if the clock says so."""
         for number in range(count):

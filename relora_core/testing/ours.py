@@ -10,14 +10,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_core.optimizer import ResettableOptimizer
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
-from relora_core.testing.check import (
-    Held,
-    check_low_rank,
-    check_resettable,
-    check_restart,
-    check_schedule,
-)
-from relora_core.testing.strategies import calls, low_rank_modules, optimizers
+from relora_core.testing.module_battery import check_low_rank
+from relora_core.testing.modules import low_rank_modules
+from relora_core.testing.reset_battery import check_resettable
+from relora_core.testing.restart_battery import check_restart
+from relora_core.testing.runner import Held
+from relora_core.testing.schedule_battery import check_schedule
+from relora_core.testing.strategies import calls, optimizers
 
 _HORIZON = 61  # steps, after which no schedule of the kit is looked at
 

@@ -1,91 +1,36 @@
-"""What an optimizer and a reset of it promise, an assertion each."""
+"""What a reset of an optimizer's moments promises, an assertion each."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.moments import find_states, inner_optimizers
+from relora_core.moments import inner_optimizers
 from relora_core.reset import ResetReport, reset_optimizer_
-from relora_core.testing.calls import as_factory
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.optimizer_state import (
+    copied,
+    equal,
+    groups_of,
+    is_known,
+    is_plain,
+    moments_of,
+    states_of,
+)
+from relora_core.testing.subjects import (
+    BrokenPromiseError,
+)
+from relora_core.testing.trained import OptimizerFactory, Trained
 
-OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 Reset = Callable[[Optimizer, list[nn.Parameter], float], object]
 
 
-def reset(optimizer: Optimizer, params: list[nn.Parameter], ratio: float) -> ResetReport:
+def reset_by_relora(optimizer: Optimizer, params: list[nn.Parameter], ratio: float) -> ResetReport:
     """Reset by this library: `reset_optimizer_` with `prune_ratio=ratio`."""
     return reset_optimizer_(optimizer, params, prune_ratio=ratio)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """An optimizer in the middle of a training, made the same each time that it is called.
-
-    Args:
-        factory: makes the optimizer from a list of Parameters.
-        shapes: of the Parameters.
-        steps: taken so far.
-        seed: of values and gradients.
-        ties: whether all entries of a gradient are equal in magnitude, as those of pruned or
-            clipped ones may be.
-        dtype: of the Parameters.
-
-    Example:
-        >>> optimizer, params = Trained(torch.optim.AdamW, shapes=((2, 3),), steps=4)()
-        >>> optimizer.state[params[0]]["step"]
-        tensor(4.)
-    """
-
-    factory: OptimizerFactory
-    shapes: tuple[tuple[int, ...], ...] = ((4, 3), (5,))
-    steps: int = 3
-    seed: int = 0
-    ties: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __call__(self) -> tuple[Optimizer, list[nn.Parameter]]:
-        """Make the Parameters and the optimizer, and take the steps."""
-        values = torch.Generator().manual_seed(self.seed)
-        params = [
-            nn.Parameter(torch.randn(shape, generator=values).to(self.dtype))
-            for shape in self.shapes
-        ]
-        optimizer = self.factory(params)
-        for one in (optimizer, *inner_optimizers(optimizer)):
-            if hasattr(one, "train"):  # schedule-free
-                one.train()
-            for group in one.param_groups:
-                if "weight_decay" in group:
-                    group["weight_decay"] = 0.0  # it moves what has no gradient
-        for step in range(self.steps):
-            self.step_(optimizer, params, step)
-        return optimizer, params
-
-    def step_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], number: int) -> None:
-        """Take step `number` of the training."""
-        for index, p in enumerate(params):
-            key = 1_000_003 * self.seed + 1009 * number + index + 1
-            gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(key))
-            if self.ties:
-                gradient = gradient.sign() + (gradient == 0)
-            p.grad = gradient.to(p.dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def __repr__(self) -> str:
-        factory = as_factory(self.factory, "params")
-        return (
-            f"testing.Trained({factory}, shapes={self.shapes!r}, steps={self.steps}, "
-            f"seed={self.seed}, ties={self.ties}, dtype={self.dtype})"
-        )
-
-
-def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset) -> None:
+def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_relora) -> None:
     """Assert that after a full reset a step without gradient moves nothing, wherever p is.
 
     The Parameters are redrawn before, as a restart does; then all moments are reset (ratio 1), and
@@ -118,7 +63,7 @@ def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset) -> No
 
 
 def assert_prune_keeps_its_share(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
 ) -> None:
     r"""Assert that a reset zeroes `ratio` of the entries of each moment, and leaves the others.
 
@@ -138,12 +83,12 @@ def assert_prune_keeps_its_share(
         >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
     """
     optimizer, params = case()
-    if not _is_known(optimizer, params):
+    if not is_known(optimizer, params):
         _count_moving(case, ratio, reset)
         return
-    before = _moments(optimizer, params)
+    before = moments_of(optimizer, params)
     report = reset(optimizer, params, ratio)
-    after = _moments(optimizer, params)
+    after = moments_of(optimizer, params)
     if len(before) != len(after):
         raise BrokenPromiseError(
             f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
@@ -165,7 +110,7 @@ def assert_prune_keeps_its_share(
 
 
 def assert_reset_leaves_the_rest(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
 ) -> None:
     """Assert that a reset of one Parameter's moments changes nothing else, now or later.
 
@@ -189,12 +134,12 @@ def assert_reset_leaves_the_rest(
         if not torch.equal(p, q):
             raise BrokenPromiseError("a reset changed a Parameter: it is of the optimizer's state")
     for p, q in zip(params[1:], same[1:], strict=True):
-        if not _equal(_states(optimizer, p), _states(twin, q)):
+        if not equal(states_of(optimizer, p), states_of(twin, q)):
             raise BrokenPromiseError("a reset changed the state of a Parameter that was not given")
-    if not _equal(_groups(optimizer), _groups(twin)):
+    if not equal(groups_of(optimizer), groups_of(twin)):
         raise BrokenPromiseError("a reset changed a group's hyperparameters")
-    for old, new in zip(_states(twin, same[0]), _states(optimizer, params[0]), strict=True):
-        if not _equal({"step": old.get("step")}, {"step": new.get("step")}):
+    for old, new in zip(states_of(twin, same[0]), states_of(optimizer, params[0]), strict=True):
+        if not equal({"step": old.get("step")}, {"step": new.get("step")}):
             raise BrokenPromiseError("a reset changed the count of steps")
     case.step_(optimizer, params, case.steps)
     case.step_(twin, same, case.steps)
@@ -202,7 +147,9 @@ def assert_reset_leaves_the_rest(
         raise BrokenPromiseError("after a reset, a step moved the other Parameters otherwise")
 
 
-def assert_next_step_is_bounded(case: Trained, *, ratio: float = 0.5, reset: Reset = reset) -> None:
+def assert_next_step_is_bounded(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+) -> None:
     """Assert that a step without gradient after a reset is no larger than four usual ones.
 
     A's gradient is zero while B is. Where a first moment outlives its second, such a step is as
@@ -236,7 +183,7 @@ def assert_next_step_is_bounded(case: Trained, *, ratio: float = 0.5, reset: Res
         )
 
 
-def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset) -> None:
+def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset_by_relora) -> None:
     """Assert that a reset of an optimizer without state makes none, and changes no later step.
 
     `optimizer.state` is a defaultdict: looking for `state[p]` makes an empty entry, after which
@@ -266,7 +213,7 @@ def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset) -
 
 
 def assert_reset_commutes_with_saving(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
 ) -> None:
     """Assert that to save, load and reset is to reset, save and load, and neither loses anything.
 
@@ -308,7 +255,9 @@ def assert_reset_commutes_with_saving(
             )
 
 
-def assert_nan_is_refused(case: Trained, *, ratio: float = 0.5, reset: Reset = reset) -> None:
+def assert_nan_is_refused(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+) -> None:
     """Assert that a reset of moments that hold NaN raises, and changes nothing.
 
     No entry is smaller than NaN: a threshold that is one empties the whole moment, silently.
@@ -325,18 +274,18 @@ def assert_nan_is_refused(case: Trained, *, ratio: float = 0.5, reset: Reset = r
         >>> assert_nan_is_refused(Trained(torch.optim.AdamW))
     """
     optimizer, params = case()
-    moments = _moments(optimizer, params) if _is_known(optimizer, params) else []
-    tensors = [t for s in _states(optimizer, params[-1]) for t in s.values() if _is_plain(t)]
+    moments = moments_of(optimizer, params) if is_known(optimizer, params) else []
+    tensors = [t for s in states_of(optimizer, params[-1]) for t in s.values() if is_plain(t)]
     if not moments or not tensors:
         return
     for tensor in tensors:
         if tensor.shape == params[-1].shape:
             tensor.view(-1)[0] = float("nan")
-    before = [_copied(state) for p in params for state in _states(optimizer, p)]
+    before = [copied(state) for p in params for state in states_of(optimizer, p)]
     try:
         reset(optimizer, params, ratio)
     except ValueError:
-        if not _equal([s for p in params for s in _states(optimizer, p)], before):
+        if not equal([s for p in params for s in states_of(optimizer, p)], before):
             raise BrokenPromiseError(
                 "a reset refused a NaN, and changed the state before"
             ) from None
@@ -344,7 +293,7 @@ def assert_nan_is_refused(case: Trained, *, ratio: float = 0.5, reset: Reset = r
     raise BrokenPromiseError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
 
 
-def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset) -> None:
+def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset_by_relora) -> None:
     """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
 
     Beyond that `torch.quantile` raises, and a reset that passes over what it cannot rank does
@@ -397,53 +346,3 @@ def _count_moving(case: Trained, ratio: float, reset: Reset) -> None:
 
 def _farthest(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:
     return max(float((p.detach() - b).abs().max()) for p, b in zip(params, before, strict=True))
-
-
-def _is_known(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:
-    try:
-        find_states(optimizer, params)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _moments(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
-    states = find_states(optimizer, params)
-    return [moment.values().clone() for state in states for moment in state.moments]
-
-
-def _states(optimizer: Optimizer, p: nn.Parameter) -> list[Mapping[str, Any]]:
-    return [one.state.get(p, {}) for one in inner_optimizers(optimizer)]
-
-
-def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) is Tensor and value.is_floating_point() and value.numel() > 0
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copied(entry) for key, entry in value.items()}
-    return value.clone() if type(value) is Tensor else value  # codes of other libraries stay
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two states are the same, NaN being itself."""
-    if one is other:
-        return True
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same = one.detach() == other.detach()
-        if one.is_floating_point():
-            same = same | (one.isnan() & other.isnan())
-        return one.shape == other.shape and bool(same.all())
-    return bool(one == other)

@@ -1,8 +1,8 @@
-"""What the kit needs to know of a module: its low-rank sites, and an input that fits."""
+"""What the kit needs to know of a low-rank module: its sites, and their exact values."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ class LowRankSite(Protocol):
 
 
 Sites = Callable[[nn.Module], Mapping[str, LowRankSite]]
-Inputs = Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
 
 
 def find_sites(model: nn.Module) -> dict[str, LowRankSite]:
@@ -88,6 +87,12 @@ def trained_scale(site: LowRankSite) -> nn.Parameter | None:
     return site.low_rank.lora_scale if isinstance(site, Site) else None
 
 
+def scale_of(site: LowRankSite) -> float:
+    """Return s as a number."""
+    s = site.scale
+    return float(s.detach()) if isinstance(s, Tensor) else s
+
+
 def exact_weight(site: LowRankSite) -> Tensor:
     """Return a copy of W in float64; of a W in two halves the value of both."""
     W = site.exact() if isinstance(site, Site) else site.weight
@@ -98,12 +103,6 @@ def exact_update(site: LowRankSite) -> Tensor:
     """Return s B A in W's shape and in float64, detached."""
     A, B = site.lora_A.detach().double(), site.lora_B.detach().double()
     return (scale_of(site) * (B @ A)).view(site.weight.shape)
-
-
-def scale_of(site: LowRankSite) -> float:
-    """Return s as a number."""
-    s = site.scale
-    return float(s.detach()) if isinstance(s, Tensor) else s
 
 
 def wide_copy(model: nn.Module) -> nn.Module:
@@ -117,77 +116,3 @@ def wide_copy(model: nn.Module) -> nn.Module:
     for site, value in zip(sites, exact, strict=True):
         site.weight.data.copy_(value)
     return twin
-
-
-def fitting(inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
-    """Return inputs in the dtype of the model's first parameter, integers as they are."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-
-
-def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
-    """Return random inputs for a model that begins with a layer whose input is known.
-
-    One that torch ships, has `in_features`, or is a `LowRankSite`.
-
-    They are a batch of 5 vectors, of 2 x 5 tokens, or of 2 images one larger than the kernel.
-
-    Raises:
-        ValueError: if it begins otherwise; give `inputs=` then.
-
-    Example:
-        >>> [x.shape for x in example_inputs(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))]
-        [torch.Size([5, 3])]
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        shapes = _shapes(module)[: None if module is model else 1]  # nested, it is given one
-        if shapes:
-            return tuple(torch.randn(shape, generator=generator) for shape in shapes)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return (torch.randint(module.num_embeddings, (2, 5), generator=generator),)
-        if isinstance(module, LowRankSite):
-            return (torch.randn(5, module.lora_A.shape[1], generator=generator),)
-    raise ValueError(
-        f"which inputs {type(model).__name__} takes is not known: give inputs=, a function of the "
-        "model that returns a tensor or a tuple of tensors"
-    )
-
-
-def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    if isinstance(getattr(module, "in_features", None), int):
-        return [(5, module.in_features)]  # type: ignore[list-item]
-    if isinstance(module, nn.Bilinear):
-        return [(5, module.in1_features), (5, module.in2_features)]
-    if isinstance(module, nn.MultiheadAttention):
-        return [(5, 2, module.embed_dim)] * 3
-    if isinstance(module, nn.RNNBase):
-        return [(5, 2, module.input_size)]
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return [(2, module.in_channels, *(size + 1 for size in module.kernel_size))]
-    return []
-
-
-def outputs(result: Any) -> list[Tensor]:
-    """Return the floating-point tensors of what a module returned, in order."""
-    return [t for t in _tensors(result) if t.is_floating_point()]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-def loss_of(result: Any, seed: int) -> Tensor:
-    """Return a random linear function of a module's outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros((), dtype=torch.float64)
-    for y in outputs(result):
-        total = total + (y.double() * torch.randn(y.shape, generator=generator).double()).sum()
-    return total

@@ -330,7 +330,7 @@ def unmoved(inner, restarts):
     """The authors': the dip is passed over before `every` steps, whatever the first restart is."""
 
     def factor(step):
-        return 1.0 if step < restarts.every else restarts.factor(step)
+        return 0.9**step * (1.0 if step < restarts.every else restarts.factor(step))
 
     return lr_scheduler.LambdaLR(inner.optimizer, factor)
 
@@ -339,7 +339,7 @@ def one_step_late(inner, restarts):
     """The authors': the merge runs one step after the rate's restart."""
     first = restarts.first or restarts.every
     early = Restarts(restarts.every, restarts.warmup, first=first - 1) if first > 1 else restarts
-    return lr_scheduler.LambdaLR(inner.optimizer, early.factor)
+    return lr_scheduler.LambdaLR(inner.optimizer, lambda step: 0.9**step * early.factor(step))
 
 
 class Forgetful(lr_scheduler.LRScheduler):
@@ -349,10 +349,10 @@ class Forgetful(lr_scheduler.LRScheduler):
         self.inner, self.restarts, self.optimizer = inner, restarts, inner.optimizer
         self.count, self.smooth = 0, [group["lr"] for group in inner.optimizer.param_groups]
 
-    def step(self):
+    def step(self, *metric):
         for group, lr in zip(self.optimizer.param_groups, self.smooth, strict=True):
             group["lr"] = lr
-        self.inner.step()
+        self.inner.step(*metric)
         self.count += 1
         self.smooth = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:

@@ -99,7 +99,7 @@ def test_layers_of_another_library_can_be_checked():
         testing.check_low_rank(peft_model, sites=peft_sites, inputs=lambda model: torch.randn(3, 5))
     report = str(caught.value)
     assert report.startswith("broken: a redraw depends on its key alone")
-    assert "held: a merge adds s B A to W, rounds once, and zeroes B (25 examples)" in report
+    assert "held: a merge adds s B A to W, rounds once, and zeroes B (40 examples)" in report
     assert "sites=peft_sites" in report
 
 

@@ -56,7 +56,7 @@ LAYERS = {
     planted.GlobalDraw: "a redraw depends on its key alone",
     planted.SameDraw: "a redraw depends on its key alone",
     planted.SpectralDraw: "a redraw depends on its key alone",
-    planted.CountIsNotSaved: "saving and loading commute",
+    planted.CountIsNotSaved: "a redraw depends on its key alone",  # saved, it draws the same again
     planted.TrainedBase: "its gradients are those",
 }
 
@@ -140,21 +140,31 @@ def test_an_optimizer_that_steps_copies_is_found():
 
 
 SCHEDULES = {
-    planted.Recursive: "the rate at each restart is zero",
+    planted.Recursive: "outside the ramps it is the smooth schedule's",
     planted.unmoved: "the rate at each restart is zero",
     planted.one_step_late: "the rate at each restart is zero",
-    planted.Forgetful: "it resumes exactly from any step",
 }
 
 
 @pytest.mark.parametrize("jagged", SCHEDULES, ids=lambda jagged: jagged.__name__)
 def test_a_bug_of_a_schedule_is_found(jagged):
-    options = {}
-    if jagged in (planted.unmoved, planted.one_step_late):
-        constant = torch.optim.lr_scheduler.ConstantLR
-        options["inner"] = testing.calls(constant, factor=st.just(1.0))
-    report = found(testing.check_schedule, jagged, **options)
+    exponential = testing.calls(torch.optim.lr_scheduler.ExponentialLR, gamma=st.just(0.9))
+    report = found(testing.check_schedule, jagged, inner=exponential)
     assert report.startswith(f"broken: {SCHEDULES[jagged]}")
+    assert_code_repeats_it(report)
+
+
+def test_a_schedule_that_fails_over_one_of_torch_s_is_found():
+    sequences = testing.calls(testing.warmup_then_cosine, milestone=st.integers(1, 9))
+    report = found(testing.check_schedule, planted.Recursive, inner=sequences)
+    assert "NotImplementedError" in report
+    assert "testing.warmup_then_cosine(optimizer, milestone=1)" in report
+    assert_code_repeats_it(report)
+
+
+def test_a_schedule_that_forgets_the_inner_one_s_state_is_found():
+    report = found(testing.check_schedule, planted.Forgetful)
+    assert report.startswith("broken: it resumes exactly from any step")
     assert_code_repeats_it(report)
 
 

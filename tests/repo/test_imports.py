@@ -20,11 +20,14 @@ LAYERS = {
         {"register"},
         {"sites"},
         {"restart", "serialization", "bases"},
-        {"__init__", "testing.calls", "testing.layers", "testing.algorithm"},
-        {"testing.subjects"},
-        {"testing.twin", "testing.histories", "testing.resets", "testing.jags"},
-        {"testing.promises", "testing.machine", "testing.strategies"},
-        {"testing.check"},
+        {"__init__", "testing.calls", "testing.layers", "testing.algorithm", "testing.curves"}
+        | {"testing.subjects", "testing.optimizer_state"},
+        {"testing.inputs", "testing.twin", "testing.trained", "testing.jags", "testing.runner"},
+        {"testing.histories", "testing.compare", "testing.resets", "testing.machine"},
+        {"testing.merges", "testing.redraws", "testing.lifetimes"}
+        | {"testing.modules", "testing.strategies"},
+        {"testing.module_battery", "testing.reset_battery", "testing.schedule_battery"}
+        | {"testing.restart_battery"},
         {"testing.ours", "testing.__init__"},
         {"testing.__main__"},
     ],

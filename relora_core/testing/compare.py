@@ -1,0 +1,77 @@
+"""Whether two models are the same: states, outputs, gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from relora_core.testing.inputs import loss_of, outputs
+from relora_core.testing.subjects import (
+    BrokenPromiseError,
+    LowRankSite,
+)
+
+_CLOSE = 1e-5  # of the largest value: float64 in all but what a module computes in float32 itself
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a model's state dict."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless two states are the same, bit for bit; `what` precedes the name that differs."""
+    for name in expected.keys() | actual.keys():
+        one, other = actual.get(name), expected.get(name)
+        if one is None or other is None or not torch.equal(one, other):
+            raise BrokenPromiseError(f"{what} {name!r}")
+
+
+def same_outputs(
+    one: Callable[..., object], other: Callable[..., object], inputs: list[Tensor], what: str
+) -> None:
+    """Raise unless two modules return the same, to a fraction of the largest value."""
+    with torch.no_grad():
+        pairs = list(zip(outputs(one(*inputs)), outputs(other(*inputs)), strict=True))
+    for actual, expected in pairs:
+        close(actual, expected, what)
+
+
+def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Raise unless two tensors are the same, to a fraction of the largest value."""
+    largest = float(torch.maximum(actual.abs().max(), expected.abs().max()))
+    error = float((actual - expected).abs().max())
+    if not error <= _CLOSE * largest:
+        raise BrokenPromiseError(f"{what}: by {error:.3g}, of {largest:.3g} at most")
+
+
+def gradients_of(result: object, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a random linear function of outputs, zero where there is none."""
+    loss = loss_of(result, seed=0)
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in of.items()}
+    found = torch.autograd.grad(loss, list(of.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(tensor) if g is None else g
+        for (name, tensor), g in zip(of.items(), found, strict=True)
+    }
+
+
+@contextmanager
+def disturbed(process: int) -> Iterator[None]:
+    """Let torch's global generator be that of a process that has used it in its own way."""
+    before = torch.random.get_rng_state()
+    torch.manual_seed(1000 + process)
+    torch.rand(process + 1)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before)
+
+
+def fill_B_(site: LowRankSite, seed: int) -> None:
+    """Set B to normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))

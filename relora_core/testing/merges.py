@@ -1,0 +1,242 @@
+"""What a module with low-rank sites computes, and what its merges promise."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from relora_core.sites import Site
+from relora_core.testing.compare import (
+    close,
+    fill_B_,
+    gradients_of,
+    same_outputs,
+    same_state,
+    state_of,
+)
+from relora_core.testing.subjects import (
+    BrokenPromiseError,
+    LowRankSite,
+    Sites,
+    exact_update,
+    exact_weight,
+    find_sites,
+    scale_of,
+    trained_scale,
+    wide_copy,
+)
+from relora_core.testing.twin import DenseTwin
+
+
+def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) -> None:
+    r"""Assert that the module computes with $W + s B A$ and with nothing else.
+
+    Args:
+        model: with low-rank sites; a copy in float64 is what is looked at.
+        inputs: of one call of it.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if an output is another than the dense twin's.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_is_dense(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
+    """
+    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    same_outputs(wide, DenseTwin(wide, sites), x, "the output is not that of W + s B A")
+
+
+def assert_gradients_are_dense(
+    model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
+) -> None:
+    """Assert that all gradients are those of the dense twin, and that W has none.
+
+    Those of A, B and whatever else is trained, and of the inputs: of a random linear function of
+    the outputs.
+
+    Args:
+        model: with low-rank sites.
+        inputs: of one call of it.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if one is another, or W is trained.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_gradients_are_dense(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
+    """
+    wide = wide_copy(model)
+    found = sites(wide)
+    for name, site in found.items():
+        if site.weight.requires_grad:
+            raise BrokenPromiseError(f"W of {name!r} is trained: freeze it (requires_grad_(False))")
+    x = [t.double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    twin = DenseTwin(wide, sites)
+    own: dict[str, Tensor] = {n: p for n, p in wide.named_parameters() if p.requires_grad}
+    for name, site in found.items():
+        own |= {f"{name}.lora_A": site.lora_A, f"{name}.lora_B": site.lora_B}
+        scale = trained_scale(site)
+        own |= {} if scale is None else {f"{name}.lora_scale": scale}
+    floats = {f"input {i}": t for i, t in enumerate(x) if t.requires_grad}
+    names = [n for n in twin.leaves if n in own and own[n].requires_grad]
+    actual = gradients_of(wide(*x), {**{n: own[n] for n in names}, **floats})
+    expected = gradients_of(twin(*x), {**{n: twin.leaves[n] for n in names}, **floats})
+    for name in (*names, *floats):
+        close(actual[name], expected[name], f"the gradient of {name!r} is not the dense one")
+
+
+def assert_merge_keeps_function(
+    model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
+) -> None:
+    """Assert that a merge of all sites changes no output.
+
+    Args:
+        model: with low-rank sites.
+        inputs: of one call of it.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if an output moves.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> layer = register_low_rank(nn.Linear(3, 2), rank=1)
+        >>> assert_merge_keeps_function(layer, torch.ones(1, 3))
+    """
+    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    merged = copy.deepcopy(wide)
+    for site in sites(merged).values():
+        site.merge_()
+    same_outputs(merged, wide, x, "a merge moved the output")
+
+
+def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> None:
+    """Assert that a merge makes of W the number nearest to W + s B A, and nothing else.
+
+    W may be half a unit of its last place away, and what a product in fp32 (or W's dtype, if that
+    is wider) may be. W stays the same Parameter, frozen; B becomes zero, or A does; nothing else of
+    the model changes.
+
+    Args:
+        model: with low-rank sites.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if not.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_merge_adds_update(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    merged = copy.deepcopy(model)
+    found = sites(merged)
+    expected = {n: exact_weight(s) + exact_update(s) for n, s in found.items()}
+    allowed = {n: _rounding(s) for n, s in found.items()}
+    bases = {n: (s.weight, s.weight.dtype) for n, s in found.items()}
+    written = {id(t) for s in found.values() for t in (s.weight, s.lora_A, s.lora_B)}
+    rest = {n: p for n, p in merged.named_parameters() if id(p) not in written}
+    before = {n: p.detach().clone() for n, p in rest.items()}
+    for site in found.values():
+        site.merge_()
+    for name, site in found.items():
+        W, dtype = bases[name]
+        if site.weight is not W or W.dtype != dtype or W.requires_grad or W.grad_fn:
+            raise BrokenPromiseError(
+                f"a merge must write into W, which stays a frozen Parameter: {name!r}"
+            )
+        error = (exact_weight(site) - expected[name]).abs()
+        if not bool((error <= allowed[name]).all()):
+            worst = int((error / allowed[name].clamp(min=1e-300)).argmax())
+            raise BrokenPromiseError(
+                f"a merge left W of {name!r} {error.flatten()[worst].item():.3g} away from "
+                f"W + s B A; rounding explains {allowed[name].flatten()[worst].item():.3g}"
+            )
+        if exact_update(site).any():
+            raise BrokenPromiseError(f"a merge must zero B, or s B A counts twice: {name!r}")
+    for name, p in rest.items():
+        if not torch.equal(p.detach(), before[name]):
+            raise BrokenPromiseError(f"a merge changed {name!r}, which is no W and no factor")
+
+
+def assert_merge_is_idempotent(model: nn.Module, *, sites: Sites = find_sites) -> None:
+    """Assert that merging twice is merging once, bit for bit.
+
+    Args:
+        model: with low-rank sites.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if the second merge changes anything.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_merge_is_idempotent(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    merged = copy.deepcopy(model)
+    for _ in range(2):
+        before = state_of(merged)
+        for site in sites(merged).values():
+            site.merge_()
+    same_state(state_of(merged), before, "a second merge changed")
+
+
+def assert_merges_add_up(
+    model: nn.Module, *, sites: Sites = find_sites, may_lose: float = 0.05
+) -> None:
+    r"""Assert that W keeps what ten small merges add to it.
+
+    $\lVert (W_{10} - W_0) - \sum_i s B_i A_i \rVert^2 \le$ `may_lose`$^2$
+    $\cdot \sum_i \lVert s B_i A_i \rVert^2$, with each $\lVert s B_i A_i \rVert$ a thousandth of
+    $\lVert W \rVert$. A W of 16 bits loses more than half: `split_bases_` keeps what it lacks.
+
+    Args:
+        model: with low-rank sites.
+        sites: finds the sites of layers of your own.
+        may_lose: the fraction that may be lost.
+
+    Raises:
+        BrokenPromiseError: if more is lost.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_merges_add_up(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    merged = copy.deepcopy(model)
+    for name, site in sites(merged).items():
+        first = exact_weight(site)
+        norm = float(first.norm()) or 1.0
+        total = torch.zeros_like(first)
+        for number in range(10):
+            fill_B_(site, seed=number)
+            size = float(exact_update(site).norm())
+            if not size:
+                break  # no A to speak of: another promise
+            with torch.no_grad():
+                site.lora_B.mul_(1e-3 * norm / size)
+            total += exact_update(site)
+            site.merge_()
+            site.redraw_()
+        added = 1e-3 * norm * math.sqrt(10)
+        lost = float((exact_weight(site) - first - total).norm()) / added
+        if not lost <= may_lose:
+            raise BrokenPromiseError(
+                f"ten small merges into W of {name!r} ({site.weight.dtype}) lost {lost:.0%} of "
+                "what they added: keep its fp32 value (split_bases_, or W in float32)"
+            )
+
+
+def _rounding(site: LowRankSite) -> Tensor:
+    """Return how far rounding may leave W from W + s B A, entry by entry."""
+    W, total = exact_weight(site), exact_weight(site) + exact_update(site)
+    A, B = site.lora_A.detach().double().abs(), site.lora_B.detach().double().abs()
+    summed = W.abs() + abs(scale_of(site)) * (B @ A).view(W.shape)
+    stored = site.weight.dtype
+    if isinstance(site, Site) and site.low_rank.split_from is not None:
+        stored = torch.float32
+    computed = torch.promote_types(stored, torch.float32)
+    unit = torch.finfo(computed).eps * summed * (A.shape[0] + 4)
+    last_place = torch.finfo(stored).eps * torch.maximum(W.abs(), total.abs()) / 2
+    return unit + last_place + torch.finfo(stored).smallest_normal

@@ -1,0 +1,173 @@
+"""What the kit draws of modules: layers, modules with low-rank sites, and their histories."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+from torch import nn
+
+from relora_core.bases import split_bases_
+from relora_core.register import register_low_rank
+from relora_core.sites import add_low_rank_, low_rank_sites
+from relora_core.testing.calls import Call
+from relora_core.testing.histories import EVENTS, Event
+from relora_core.testing.layers import (
+    NormalizedLinear,
+    Residual,
+    SelfAttention,
+    SelfBilinear,
+    TiedHead,
+    TransposedLinear,
+)
+
+# Small, prime, one, and far apart: a matrix of 1 x 31, say.
+_SIZES = st.sampled_from([1, 2, 3, 5, 7, 31])
+
+
+_ALPHAS = st.none() | st.sampled_from([1.0, 2.0, 0.5, 7.0])
+
+
+@st.composite
+def layers(draw: DrawFn, dtype: torch.dtype = torch.float32) -> Call:
+    """Draw a layer of any kind that may have a low-rank site, without one.
+
+    Linear, Embedding, Conv1d to 3d and transposed (groups, strides), Bilinear, attention's
+    `out_proj`, and layers that use their weight by operators of their own.
+
+    Args:
+        draw: hypothesis gives it.
+        dtype: of the weights.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(layers(), lambda call: call.function is nn.Linear)
+        nn.Linear(1, 1)
+    """
+    typed = {} if dtype == torch.float32 else {"dtype": dtype}
+    kind = draw(st.sampled_from(["linear", "embedding", "conv", "bilinear", "attention", "own"]))
+    if kind == "linear":
+        bias = {"bias": False} if draw(st.booleans()) else {}
+        return Call(nn.Linear, (draw(_SIZES), draw(_SIZES)), {**bias, **typed})
+    if kind == "embedding":
+        vocab, padding = draw(_SIZES), {"padding_idx": 0} if draw(st.booleans()) else {}
+        return Call(nn.Embedding, (max(2, vocab), draw(_SIZES)), {**padding, **typed})
+    if kind == "conv":
+        convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+        conv, groups = draw(st.sampled_from(convs)), draw(st.sampled_from([1, 2]))
+        channels = [groups * draw(st.sampled_from([1, 2, 3])) for _ in range(2)]
+        options = {"groups": groups} if groups > 1 else {}
+        return Call(conv, (*channels, draw(st.integers(1, 3))), {**options, **typed})
+    if kind == "bilinear":
+        return Call(SelfBilinear, (draw(st.sampled_from([1, 2, 5])), draw(_SIZES)), typed)
+    if kind == "attention":
+        return Call(SelfAttention, draw(st.sampled_from([(2, 1), (4, 2), (3, 3)])), typed)
+    own = draw(st.sampled_from([TransposedLinear, NormalizedLinear]))
+    return Call(own, (draw(_SIZES), draw(_SIZES)), typed)
+
+
+@st.composite
+def low_rank_modules(
+    draw: DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16)
+) -> Call:
+    """Draw modules with low-rank sites: single layers, stacks, nested ones, tied ones.
+
+    With any rank that fits, any scale, biases or none, seeds, a trained scale, dropout; a W of
+    bfloat16 is split (`split_bases_`), as one that keeps its value must be.
+
+    Args:
+        draw: hypothesis gives it.
+        dtypes: of the weights.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(low_rank_modules(), lambda call: "TiedHead" in repr(call))
+        relora.add_low_rank_(testing.TiedHead(2, 1), 'mix', rank=1)
+    """
+    dtype = draw(st.sampled_from(list(dtypes)))
+    targets: Any = "*"
+    typed = {} if dtype == torch.float32 else {"dtype": dtype}
+    form = draw(st.sampled_from(["single", "stack", "nested", "tied", "projections"]))
+    if form == "single":
+        model = draw(layers(dtype))
+    elif form == "tied":
+        model, targets = Call(TiedHead, (draw(st.integers(2, 7)), draw(_SIZES)), typed), "mix"
+    elif form == "projections":
+        heads = draw(st.integers(1, 2))
+        model, targets = Call(nn.MultiheadAttention, (2 * heads, heads), typed), None
+    else:
+        inner, hidden, out = (draw(_SIZES) for _ in range(3))
+        middle = Call(nn.Linear, (hidden, hidden), typed)
+        if form == "nested":
+            middle = Call(Residual, (Call(Residual, (middle,)), Call(nn.Tanh)))
+        first, last = Call(nn.Linear, (inner, hidden), typed), Call(nn.Linear, (hidden, out), typed)
+        model = Call(nn.Sequential, (first, Call(nn.Tanh), middle, last))
+    made = draw(with_sites(model, targets))
+    if form in ("stack", "nested") and draw(st.integers(0, 3)) == 3:
+        made.kwargs["dropout"] = 0.5
+    return Call(with_split_bases, (made,)) if dtype == torch.bfloat16 else made
+
+
+@st.composite
+def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") -> Call:
+    """Draw factories of a module with low-rank sites, of any rank that fits, scale and seed.
+
+    Args:
+        draw: hypothesis gives it.
+        make: of the module, without sites.
+        targets: as of `add_low_rank_`; a module that is itself a layer becomes a site for "*".
+            None: the projections of an attention.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(with_sites(Call(nn.Linear, (5, 5))), lambda call: call.kwargs["rank"] > 2)
+        relora.register_low_rank(nn.Linear(5, 5), rank=3)
+    """
+    whole = make()
+    function: Callable[..., Any] = register_low_rank
+    arguments: tuple[Any, ...] = (make,)
+    if targets is None:
+        arguments = (make, "in_proj_weight")
+    elif targets != "*" or whole._parameters.get("weight") is None:
+        function, arguments = add_low_rank_, (make, targets)
+    function(whole, *arguments[1:], rank=1)
+    largest = min(
+        min(site.lora_B.shape[0], site.lora_A.shape[1]) for _, site in low_rank_sites(whole)
+    )
+    options: dict[str, Any] = {"rank": draw(st.integers(1, largest))}
+    alpha, seed = draw(_ALPHAS), draw(st.sampled_from([0, 1, 2**63 - 1]))
+    if alpha is not None:
+        options["alpha"] = alpha
+    if seed:
+        options["seed"] = seed
+    if draw(st.integers(0, 3)) == 3:
+        options["trainable_scale"] = True
+    return Call(function, arguments, options)
+
+
+def with_split_bases(model: nn.Module) -> nn.Module:
+    """Return the model, after `split_bases_`.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> layer = with_split_bases(register_low_rank(nn.Linear(2, 2), rank=1))
+        >>> layer.parametrizations.weight.original.dtype
+        torch.bfloat16
+    """
+    split_bases_(model)
+    return model
+
+
+def histories(longest: int = 6) -> SearchStrategy[list[Event]]:
+    """Draw what a model has been through: events for `lived`, in any order.
+
+    Args:
+        longest: how many at most.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(histories(), lambda events: len(events) > 1)
+        ['fill', 'fill']
+    """
+    return st.lists(st.sampled_from(EVENTS), max_size=longest)

@@ -1,0 +1,137 @@
+"""What redraws promise: keyed draws, factors that learn, a rank that grows."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from relora_core.testing.compare import (
+    disturbed,
+    fill_B_,
+    gradients_of,
+)
+from relora_core.testing.subjects import (
+    BrokenPromiseError,
+    Sites,
+    exact_weight,
+    find_sites,
+    wide_copy,
+)
+
+
+def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> None:
+    """Assert that a redraw depends on nothing that processes may not have in common.
+
+    Copies of the model that have used torch's global generator differently draw the same A, bit
+    for bit; each draw is another than the one before and than that of another site; B is zero and
+    W stays.
+
+    Args:
+        model: with low-rank sites.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if not.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_redraw_is_keyed(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    draws: list[dict[str, Tensor]] = []
+    for process in range(2):
+        with disturbed(process):
+            drawn = copy.deepcopy(model)
+            found = sites(drawn)
+            bases = {name: exact_weight(site) for name, site in found.items()}
+            taken = [site.lora_A.detach().clone() for site in found.values()]
+            draws.append({})
+            for number in (1, 2):
+                for name, site in found.items():
+                    site.redraw_()
+                    A = site.lora_A.detach()
+                    if site.lora_B.any() or not torch.equal(exact_weight(site), bases[name]):
+                        raise BrokenPromiseError(f"a redraw must zero B and leave W: {name!r}")
+                    if any(A.shape == other.shape and torch.equal(A, other) for other in taken):
+                        raise BrokenPromiseError(
+                            f"redraw {number} of {name!r} gave an A that there was already: key it "
+                            "by the site's name and by the number of the restart"
+                        )
+                    taken.append(A.clone())
+                    draws[-1][f"{name} at redraw {number}"] = taken[-1]
+    for which, A in draws[0].items():
+        if not torch.equal(A, draws[1][which]):
+            raise BrokenPromiseError(
+                f"two processes that had used torch's global generator differently drew another A "
+                f"of {which}: draw from a generator of its own, seeded by (seed, name, restart)"
+            )
+
+
+def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) -> None:
+    """Assert that every site learns: B from the first step of each cycle on, A from the second.
+
+    As the model is, and after each of two restarts: that B has a gradient, and A once B has
+    followed it.
+
+    Args:
+        model: with low-rank sites, just made.
+        inputs: of one call of it.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if a factor has none.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_learns(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
+    """
+    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    found = {name: site for name, site in sites(wide).items() if site.lora_B.requires_grad}
+    for cycle in range(3):
+        for which in ("lora_B", "lora_A"):
+            factors = {name: getattr(site, which) for name, site in found.items()}
+            for name, gradient in gradients_of(wide(*x), factors).items():
+                if not gradient.any():
+                    when = f"after {cycle} restarts" if cycle else "at first"
+                    raise BrokenPromiseError(f"{which} of {name!r} has no gradient {when}")
+                with torch.no_grad():
+                    factors[name].sub_(gradient * (0.1 / gradient.norm()))
+        for site in found.values():
+            site.merge_()
+            site.redraw_()
+
+
+def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
+    r"""Assert that $r < \mathrm{rank}(W_k - W_0) \le k r$ after $k$ = 2 and 3 restarts.
+
+    The lower bound holds where W has a rank above r to give.
+
+    Args:
+        model: with low-rank sites.
+        sites: finds the sites of layers of your own.
+
+    Raises:
+        BrokenPromiseError: if not.
+
+    Example:
+        >>> from relora_core import register_low_rank
+        >>> assert_rank_grows(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    wide = wide_copy(model)
+    for name, site in sites(wide).items():
+        first, rank = exact_weight(site), site.lora_A.shape[0]
+        most = min(first.shape[0], first[0].numel())
+        for k in (1, 2, 3):
+            fill_B_(site, seed=k)
+            site.merge_()
+            site.redraw_()
+            change = (exact_weight(site) - first).flatten(1)
+            found = int(torch.linalg.matrix_rank(change, rtol=1e-6))
+            if found > k * rank:
+                raise BrokenPromiseError(
+                    f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}"
+                )
+            if k > 1 and found <= rank < most:
+                raise BrokenPromiseError(
+                    f"W of {name!r} has changed by rank {found} after {k} restarts, no more than "
+                    f"one of rank {rank} gives: A must be drawn anew"
+                )

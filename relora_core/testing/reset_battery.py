@@ -1,0 +1,118 @@
+"""The battery for optimizers and resets of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from relora_core.testing import resets
+from relora_core.testing.calls import Call, as_factory, code, written
+from relora_core.testing.resets import Reset, reset_by_relora
+from relora_core.testing.runner import CI, Battery, Held
+from relora_core.testing.strategies import ratios, trained
+from relora_core.testing.trained import OptimizerFactory, Trained
+
+# In words; the assertion; whether it takes a ratio.
+_PROMISES: list[tuple[str, Callable[..., None], bool]] = [
+    (
+        "a full reset leaves nothing by which a step could move",
+        resets.assert_full_reset_stands_still,
+        False,
+    ),
+    (
+        "a ratio zeroes its share, and keeps the bits of the rest",
+        resets.assert_prune_keeps_its_share,
+        True,
+    ),
+    ("a reset leaves all else", resets.assert_reset_leaves_the_rest, True),
+    ("the step after a reset is bounded", resets.assert_next_step_is_bounded, True),
+    (
+        "a reset before the first step does nothing",
+        resets.assert_reset_before_the_first_step,
+        False,
+    ),
+    ("a reset commutes with saving", resets.assert_reset_commutes_with_saving, True),
+    ("moments that hold NaN are refused", resets.assert_nan_is_refused, True),
+]
+
+
+def check_resettable(
+    make: OptimizerFactory | SearchStrategy[Call],
+    *,
+    reset: Reset = reset_by_relora,
+    prune_ratios: SearchStrategy[float] | None = None,
+    sizes: SearchStrategy[tuple[tuple[int, ...], ...]] | None = None,
+    profile: hypothesis.settings = CI,
+) -> list[Held]:
+    """Check everything that an optimizer and a reset of its moments promise.
+
+    That a full reset leaves nothing by which a step could move; that a ratio zeroes its share,
+    ties or none, beyond 2**24 entries too, and keeps the bits of the rest; that other Parameters,
+    groups and counts stay; that the next step is bounded; that a reset before the first step does
+    nothing; that it commutes with saving; that it refuses NaN.
+
+    Args:
+        make: your optimizer's factory, from a list of Parameters, or a strategy of factories (see
+            `calls`).
+        reset: of (optimizer, params, ratio), if it is not this library's.
+        prune_ratios: to draw from; `st.just(1.0)` for what can only be reset whole.
+        sizes: to draw the Parameters' shapes from.
+        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+
+    Returns:
+        What held, and on how many examples.
+
+    Raises:
+        BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
+            found, as code that runs.
+
+    Example:
+        >>> import torch
+        >>> make = lambda params: torch.optim.AdamW(params, lr=0.01)
+        >>> few = hypothesis.settings(CI, max_examples=2)
+        >>> held = check_resettable(make, prune_ratios=ratios(), profile=few)
+        >>> held[0].promise
+        'a full reset leaves nothing by which a step could move'
+    """
+    factories = make if isinstance(make, SearchStrategy) else st.just(make)
+    share = ratios() if prune_ratios is None else prune_ratios
+    battery = Battery(profile)
+    for words, assertion, takes_ratio in _PROMISES:
+        options = st.fixed_dictionaries({"ratio": share} if takes_ratio else {})
+        cases = st.tuples(trained(factories, sizes), options)
+        check = functools.partial(_check, assertion, reset)
+        battery.look(words, cases, check, functools.partial(_show, assertion, reset))
+    if prune_ratios is None and sizes is None:
+        once = Battery(hypothesis.settings(profile, max_examples=1), battery.held)
+        check_large = functools.partial(resets.assert_any_size_is_pruned, reset=reset)
+        words = "a ratio zeroes its share of more than 2**24 entries"
+        once.look(words, factories, check_large, functools.partial(_show_large, reset))
+    return battery.held
+
+
+def _check(
+    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, float]]
+) -> None:
+    case, options = drawn
+    assertion(case, **options, reset=reset)
+
+
+def _show(
+    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, float]]
+) -> str:
+    case, options = drawn
+    given = ["case", *(f"{key}={value!r}" for key, value in options.items()), *_given(reset)]
+    call = f"testing.{assertion.__name__}({', '.join(given)})"
+    return code([f"case = {case!r}", call], case.factory, reset)
+
+
+def _show_large(reset: Reset, factory: Any) -> str:
+    given = ", ".join([as_factory(factory, "params"), *_given(reset)])
+    return code([f"testing.assert_any_size_is_pruned({given})"], factory, reset)
+
+
+def _given(reset: Reset) -> list[str]:
+    return [] if reset is reset_by_relora else [f"reset={written(reset)}"]

@@ -1,0 +1,93 @@
+"""The battery for jagged schedules."""
+
+import functools
+from collections.abc import Callable
+
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from relora_core.schedule import Restarts
+from relora_core.testing import jags
+from relora_core.testing.calls import Call, code
+from relora_core.testing.jags import Jagged, Rates, Schedule
+from relora_core.testing.runner import CI, Battery, Held
+from relora_core.testing.strategies import clocks, schedules
+
+_PROMISES: list[tuple[str, Callable[..., None]]] = [
+    ("the rate at each restart is zero", jags.assert_zero_at_restarts),
+    ("outside the ramps it is the smooth schedule's", jags.assert_smooth_outside_ramps),
+    ("inside a ramp it lies between", jags.assert_ramps_lie_between),
+    ("it resumes exactly from any step", jags.assert_schedule_resumes),
+]
+
+
+def check_schedule(
+    jagged: Jagged,
+    *,
+    inner: Schedule | SearchStrategy[Call] | None = None,
+    restarts: Restarts | SearchStrategy[Restarts] | None = None,
+    profile: hypothesis.settings = CI,
+) -> list[Held]:
+    """Check everything that a jagged schedule promises.
+
+    That the rate is zero at each restart, the smooth schedule's outside the ramps and between them
+    inside, and that it resumes exactly from any step.
+
+    Args:
+        jagged: makes the schedule from a smooth one and the clock.
+        inner: makes the smooth schedule for an optimizer, or a strategy of such factories; every
+            scheduler that torch ships if None.
+        restarts: the clock, or a strategy of clocks; any if None.
+        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+
+    Returns:
+        What held, and on how many examples.
+
+    Raises:
+        BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
+            found, as code that runs.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> held = check_schedule(JaggedLR, profile=hypothesis.settings(CI, max_examples=2))
+        >>> held[0].promise
+        'the rate at each restart is zero'
+    """
+    inner = schedules() if inner is None else inner
+    restarts = clocks() if restarts is None else restarts
+    inners = inner if isinstance(inner, SearchStrategy) else st.just(inner)
+    times = restarts if isinstance(restarts, SearchStrategy) else st.just(restarts)
+    rates = st.builds(functools.partial(_rates, jagged), inners, times, st.integers(1, 30))
+    battery = Battery(profile)
+    for words, assertion in _PROMISES:
+        resumes = assertion is jags.assert_schedule_resumes
+        cases = rates.flatmap(_saved if resumes else _never_saved)
+        check = functools.partial(_check, assertion)
+        battery.look(words, cases, check, functools.partial(_show, assertion))
+    return battery.held
+
+
+def _rates(jagged: Jagged, inner: Schedule, restarts: Restarts, more: int) -> Rates:
+    """Return a run that goes past its first restart."""
+    return Rates(jagged, inner, restarts, restarts.full_until + restarts.anneal + more)
+
+
+def _never_saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
+    return st.just((case, {}))
+
+
+def _saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
+    return st.integers(0, case.steps).map(lambda at: (case, {"at": at}))
+
+
+def _check(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> None:
+    case, options = drawn
+    assertion(case, **options)
+
+
+def _show(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> str:
+    case, options = drawn
+    given = ["case", *(f"{key}={value}" for key, value in options.items())]
+    call = f"testing.{assertion.__name__}({', '.join(given)})"
+    return code([f"case = {case!r}", call], case.jagged, case.inner)
