@@ -3,6 +3,7 @@
 python docs/draw.py
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -53,6 +54,19 @@ def merged() -> str:
     for model, subject in order:
         both = (shares[model, subject].get(dtype, "") for dtype in ("fp32", "mixed"))
         lines.append(f"| {model} | {subject.removeprefix('linear ')} | {' | '.join(both)} |")
+    return "\n".join(lines)
+
+
+def promises() -> str:
+    """Return the table of what the kit's deep run looked at."""
+    file = DOCS / "results" / "testing" / "promises.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = ["| battery | promise | examples |", "| --- | --- | --- |"]
+    for record in records:
+        if "promise" in record:
+            shown = f"{record['examples']:,}"
+            lines.append(f"| {record['battery']} | {record['promise']} | {shown} |")
+    lines.append(f"| | in all | {records[-1]['examples']:,} |")
     return "\n".join(lines)
 
 
@@ -150,6 +164,7 @@ TABLES = {
     "merged": merged,
     "optimizers": optimizers,
     "projection": projection,
+    "promises": promises,
 }
 
 

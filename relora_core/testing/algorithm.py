@@ -27,6 +27,19 @@ class Algorithm1:
         weight_decay: of AdamW.
         betas: of AdamW.
         eps: of AdamW.
+        restarts: so far.
+        steps: so far.
+        m: AdamW's first moments, by key.
+        v: its second moments.
+
+    Example:
+        >>> def one():
+        ...     return {"1": torch.ones(1, 1), "2": torch.ones(1, 1)}
+        >>> biases = {"1": torch.zeros(1), "2": torch.zeros(1)}
+        >>> run = Algorithm1(one(), one(), one(), biases, 0.5, lambda name, k: torch.ones(1, 1))
+        >>> run.restart(ratio=0.99)
+        >>> run.W["1"], run.B["1"]
+        (tensor([[1.5000]]), tensor([[0.]]))
 
     Reference: https://arxiv.org/abs/2307.05695, Algorithm 1; https://arxiv.org/abs/1711.05101.
     """

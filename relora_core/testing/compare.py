@@ -28,6 +28,20 @@ def same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
             raise BrokenPromiseError(f"{what} {name!r}")
 
 
+@contextmanager
+def only_sites_change(
+    model: nn.Module, found: Mapping[str, LowRankSite], what: str
+) -> Iterator[None]:
+    """Raise if a Parameter that is no W, A or B of a site is another at the end of the block."""
+    own = {id(t) for site in found.values() for t in (site.weight, site.lora_A, site.lora_B)}
+    rest = {name: p for name, p in model.named_parameters() if id(p) not in own}
+    before = {name: p.detach().clone() for name, p in rest.items()}
+    yield
+    for name, p in rest.items():
+        if not torch.equal(p.detach(), before[name]):
+            raise BrokenPromiseError(f"{what} changed {name!r}, which is no W and no factor")
+
+
 def same_outputs(
     one: Callable[..., object], other: Callable[..., object], inputs: list[Tensor], what: str
 ) -> None:

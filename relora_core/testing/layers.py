@@ -78,10 +78,18 @@ class TransposedLinear(nn.Module):
 class NormalizedLinear(nn.Linear):
     """A linear layer that divides each row of its weight by the row's norm.
 
+    Args:
+        inner: size of the input.
+        out: size of the output.
+        dtype: of the weights.
+
     Example:
         >>> NormalizedLinear(3, 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
+
+    def __init__(self, inner: int, out: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(inner, out, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return x W'ᵀ + b."""

@@ -75,6 +75,12 @@ class RestartMachine(RuleBasedStateMachine):
     Attributes:
         restart: of (model, optimizer, ratio).
         jagged: makes the schedule from a smooth one and the clock.
+
+    Example:
+        >>> import hypothesis
+        >>> from hypothesis.stateful import run_state_machine_as_test
+        >>> few = hypothesis.settings(max_examples=2, deadline=None)
+        >>> run_state_machine_as_test(RestartMachine, settings=few)
     """
 
     restart: ClassVar[Restart] = staticmethod(restart_by_relora)

@@ -24,6 +24,12 @@ def moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]
     return [moment.values().clone() for state in states for moment in state.moments]
 
 
+def factors_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+    """Return copies of the statistics that entries share."""
+    states = find_states(optimizer, params)
+    return [factor.clone() for state in states for factor in state.factors]
+
+
 def states_of(optimizer: Optimizer, p: nn.Parameter) -> list[Mapping[str, Any]]:
     """Return what each optimizer inside keeps of a Parameter; nothing is made by looking."""
     return [one.state.get(p, {}) for one in inner_optimizers(optimizer)]

@@ -9,6 +9,7 @@ from relora_core.testing.compare import (
     disturbed,
     fill_B_,
     gradients_of,
+    only_sites_change,
 )
 from relora_core.testing.subjects import (
     BrokenPromiseError,
@@ -23,8 +24,8 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
     """Assert that a redraw depends on nothing that processes may not have in common.
 
     Copies of the model that have used torch's global generator differently draw the same A, bit
-    for bit; each draw is another than the one before and than that of another site; B is zero and
-    W stays.
+    for bit; each draw is another than the one before and than that of another site; B is zero;
+    W and all else stay.
 
     Args:
         model: with low-rank sites.
@@ -47,7 +48,8 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
             draws.append({})
             for number in (1, 2):
                 for name, site in found.items():
-                    site.redraw_()
+                    with only_sites_change(drawn, found, "a redraw"):
+                        site.redraw_()
                     A = site.lora_A.detach()
                     if site.lora_B.any() or not torch.equal(exact_weight(site), bases[name]):
                         raise BrokenPromiseError(f"a redraw must zero B and leave W: {name!r}")

@@ -11,15 +11,14 @@ from relora_core.reset import ResetReport, reset_optimizer_
 from relora_core.testing.optimizer_state import (
     copied,
     equal,
+    factors_of,
     groups_of,
     is_known,
     is_plain,
     moments_of,
     states_of,
 )
-from relora_core.testing.subjects import (
-    BrokenPromiseError,
-)
+from relora_core.testing.subjects import BrokenPromiseError
 from relora_core.testing.trained import OptimizerFactory, Trained
 
 Reset = Callable[[Optimizer, list[nn.Parameter], float], object]
@@ -53,6 +52,7 @@ def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_rel
         for p in params:
             p.copy_(torch.randn(p.shape, generator=generator))
     reset(optimizer, params, 1.0)
+    factors = factors_of(optimizer, params) if is_known(optimizer, params) else []
     moved = [int(mask.sum()) for mask in _moved_without_gradient(optimizer, params)]
     if any(moved):
         raise BrokenPromiseError(
@@ -60,6 +60,8 @@ def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_rel
             f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
             "parameters, which a redraw did not reach)"
         )
+    if any(bool(factor.any()) for factor in factors):
+        raise BrokenPromiseError("a full reset left statistics that entries of a moment share")
 
 
 def assert_prune_keeps_its_share(

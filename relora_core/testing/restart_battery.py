@@ -1,6 +1,7 @@
 """The battery for whole restarts: a machine against Algorithm 1."""
 
 import hypothesis
+import torch
 from hypothesis.stateful import run_state_machine_as_test
 
 from relora_core.testing.calls import code, written
@@ -49,10 +50,14 @@ def check_restart(
     Machine.restart, Machine.jagged = staticmethod(restart), staticmethod(jagged)
     battery = Battery(profile)
     promise = "a training is Algorithm 1, whatever interrupts it"
+    generator = torch.random.get_rng_state()
     with battery.telling(promise, lambda error: _show(restart, jagged, error)):
         # The steps of the shortest run are among the notes that it makes then.
         noted = hypothesis.settings(profile, verbosity=hypothesis.Verbosity.normal)
-        run_state_machine_as_test(Machine, settings=noted)
+        try:
+            run_state_machine_as_test(Machine, settings=noted)
+        finally:
+            torch.random.set_rng_state(generator)
     return [Held(promise, begun)]
 
 

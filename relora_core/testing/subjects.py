@@ -40,7 +40,7 @@ class LowRankSite(Protocol):
 
     @property
     def scale(self) -> float | Tensor:
-        """S."""
+        """The scale s."""
 
     def merge_(self) -> None:
         """W += s B A, and B is zeroed."""

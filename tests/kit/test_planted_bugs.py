@@ -1,6 +1,10 @@
 """The kit finds every bug that is planted, with the smallest case as code that runs; no other."""
 
+import importlib
+import re
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,3 +186,24 @@ def test_a_bug_of_a_whole_restart_is_found(restart):
     report = found(testing.check_restart, restart)
     assert report.startswith("broken: a training is Algorithm 1, whatever interrupts it")
     assert_code_repeats_it(report)
+
+
+def test_the_page_shows_what_its_example_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    files = dict(re.findall(r"```python file=(\S+)\n(.*?)```", page, re.DOTALL))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    test = importlib.import_module("test_my_layer").test_my_layer
+    report = found(test)
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert shown == report + "\n"
+    assert_code_repeats_it(report)
+
+    repaired = files["my_layer.py"].replace("+= self.lora_B", "+= self.scale * self.lora_B")
+    (tmp_path / "my_layer.py").write_text(repaired)
+    for name in ("my_layer", "test_my_layer"):
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    report = found(importlib.import_module("test_my_layer").test_my_layer)
+    assert report.startswith("broken: a redraw depends on its key alone")
