@@ -5,6 +5,7 @@ python docs/draw.py
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,11 +62,15 @@ def promises() -> str:
     """Return the table of what the kit's deep run looked at."""
     file = DOCS / "results" / "testing" / "promises.jsonl"
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = ["| battery | promise | examples |", "| --- | --- | --- |"]
+    batteries: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
     for record in records:
         if "promise" in record:
-            shown = f"{record['examples']:,}"
-            lines.append(f"| {record['battery']} | {record['promise']} | {shown} |")
+            batteries.setdefault(record["promise"], []).append(record["battery"])
+            counts[record["promise"]] += record["examples"]
+    lines = ["| promise | over | examples |", "| --- | --- | --- |"]
+    for promise, over in batteries.items():
+        lines.append(f"| {promise} | {', '.join(over)} | {counts[promise]:,} |")
     lines.append(f"| | in all | {records[-1]['examples']:,} |")
     return "\n".join(lines)
 

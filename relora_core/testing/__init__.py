@@ -6,29 +6,22 @@ assertions and strategies that they are made of are here as well. Needs hypothes
 """
 
 from relora_core.testing.algorithm import Algorithm1
-from relora_core.testing.calls import Call
 from relora_core.testing.curves import (
     constant_times_exponential,
     inverse_time,
     nineteen_twentieths,
     warmup_then_cosine,
 )
-from relora_core.testing.histories import EVENTS, lived
+from relora_core.testing.expressions import Call
+from relora_core.testing.history import EVENTS, lived
 from relora_core.testing.inputs import example_inputs, given_inputs
 from relora_core.testing.jags import (
     Rates,
-    assert_ramps_lie_between,
+    assert_ramps_rise,
+    assert_rate_is_told,
     assert_schedule_resumes,
     assert_smooth_outside_ramps,
     assert_zero_at_restarts,
-)
-from relora_core.testing.layers import (
-    NormalizedLinear,
-    Residual,
-    SelfAttention,
-    SelfBilinear,
-    TiedHead,
-    TransposedLinear,
 )
 from relora_core.testing.lifetimes import (
     assert_copies_are_independent,
@@ -71,6 +64,14 @@ from relora_core.testing.resets import (
 from relora_core.testing.restart_battery import check_restart
 from relora_core.testing.runner import CI, DEEP, Held
 from relora_core.testing.schedule_battery import check_schedule
+from relora_core.testing.small_layers import (
+    NormalizedLinear,
+    Residual,
+    SelfAttention,
+    SelfBilinear,
+    TiedHead,
+    TransposedLinear,
+)
 from relora_core.testing.strategies import (
     calls,
     clocks,
@@ -81,7 +82,7 @@ from relora_core.testing.strategies import (
     trained,
 )
 from relora_core.testing.subjects import BrokenPromiseError, LowRankSite, find_sites
-from relora_core.testing.trained import Trained
+from relora_core.testing.training import Trained
 
 __all__ = [
     "CI",
@@ -114,8 +115,9 @@ __all__ = [
     "assert_nan_is_refused",
     "assert_next_step_is_bounded",
     "assert_prune_keeps_its_share",
-    "assert_ramps_lie_between",
+    "assert_ramps_rise",
     "assert_rank_grows",
+    "assert_rate_is_told",
     "assert_redraw_is_keyed",
     "assert_removal_cancels",
     "assert_reset_before_the_first_step",

@@ -30,11 +30,16 @@ def same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
 
 @contextmanager
 def only_sites_change(
-    model: nn.Module, found: Mapping[str, LowRankSite], what: str
+    model: nn.Module, found: Mapping[str, LowRankSite], what: str, *, buffers: bool
 ) -> Iterator[None]:
-    """Raise if a Parameter that is no W, A or B of a site is another at the end of the block."""
+    """Raise if a Parameter that is no W, A or B of a site is another at the end of the block.
+
+    Or a buffer, if `buffers`: a redraw may count in one.
+    """
     own = {id(t) for site in found.values() for t in (site.weight, site.lora_A, site.lora_B)}
-    rest = {name: p for name, p in model.named_parameters() if id(p) not in own}
+    rest: dict[str, Tensor] = dict(model.named_parameters())
+    rest |= dict(model.named_buffers()) if buffers else {}
+    rest = {name: p for name, p in rest.items() if id(p) not in own}
     before = {name: p.detach().clone() for name, p in rest.items()}
     yield
     for name, p in rest.items():
@@ -52,11 +57,24 @@ def same_outputs(
         close(actual, expected, what)
 
 
-def close(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raise unless two tensors are the same, to a fraction of the largest value."""
-    largest = float(torch.maximum(actual.abs().max(), expected.abs().max()))
-    error = float((actual - expected).abs().max())
-    if not error <= _CLOSE * largest:
+def close(actual: Tensor, expected: Tensor, what: str, *, beside: float = 0.0) -> None:
+    """Raise unless two tensors are the same, to a fraction of the largest value.
+
+    Args:
+        actual: one.
+        expected: the other. What is infinite or NaN must be so in both.
+        what: begins the message.
+        beside: how large values are that these were computed with, which leave their rounding.
+    """
+    finite = expected.isfinite()
+    if not torch.equal(actual.isfinite(), finite):
+        raise BrokenPromiseError(f"{what}: one is finite where the other is not")
+    if not finite.any():
+        return
+    one, other = actual[finite], expected[finite]
+    largest = float(torch.maximum(one.abs().max(), other.abs().max()))
+    error = float((one - other).abs().max())
+    if not error <= _CLOSE * largest + 1e-9 * beside:
         raise BrokenPromiseError(f"{what}: by {error:.3g}, of {largest:.3g} at most")
 
 

@@ -66,15 +66,26 @@ def given_inputs(
         inputs: makes them from the model; `example_inputs` if None.
         seed: of torch's global generator for `inputs`, or of the examples.
 
+    Raises:
+        ValueError: if the model begins with no layer whose input is known.
+        TypeError: if `inputs` returns anything else than tensors.
+
     Example:
         >>> given_inputs(nn.Linear(2, 1), lambda model: torch.ones(1, model.in_features))
         (tensor([[1., 1.]]),)
     """
     if inputs is None:
         return fitting(example_inputs(model, seed=seed), model)
-    torch.manual_seed(seed)
-    given = inputs(model)
-    return fitting((given,) if isinstance(given, Tensor) else tuple(given), model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        given = inputs(model)
+    given = (given,) if isinstance(given, Tensor) else given
+    if not isinstance(given, tuple) or not all(isinstance(x, Tensor) for x in given):
+        raise TypeError(
+            "inputs must return a tensor or a tuple of tensors, the arguments of one call; got "
+            f"{type(given).__name__}: for any other, let the factory wrap the module"
+        )
+    return fitting(given, model)
 
 
 def fitting(inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:

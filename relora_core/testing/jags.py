@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from relora_core.schedule import Restarts
-from relora_core.testing.calls import as_factory, written
+from relora_core.testing.expressions import as_factory, written
 from relora_core.testing.subjects import BrokenPromiseError
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -44,11 +44,14 @@ class Rates:
         """Return the rate of each group at each step, without a restart."""
         return self._walked(self.inner(_optimizer()), self.steps)
 
-    def of_jagged(self, *, saved_at: int | None = None) -> list[list[float]]:
-        """Return the rate of each group at each step, once saved and loaded if asked."""
+    def of_jagged(self, *, saved_at: int | None = None, told: bool = False) -> list[list[float]]:
+        """Return the rate of each group at each step, once saved and loaded if asked.
+
+        With `told` it is what `get_last_lr()` says.
+        """
         schedule = self.jagged(self.inner(_optimizer()), self.restarts)
         if saved_at is None:
-            return self._walked(schedule, self.steps)
+            return self._walked(schedule, self.steps, told=told)
         before = self._walked(schedule, saved_at)
         state = copy.deepcopy((schedule.state_dict(), schedule.optimizer.state_dict()))
         fresh = self.jagged(self.inner(_optimizer()), self.restarts)
@@ -57,15 +60,18 @@ class Rates:
         after = self._walked(fresh, self.steps - saved_at)
         return [one + other for one, other in zip(before, after, strict=True)]
 
-    def _walked(self, schedule: LRScheduler, steps: int) -> list[list[float]]:
+    def _walked(
+        self, schedule: LRScheduler, steps: int, *, told: bool = False
+    ) -> list[list[float]]:
         groups = schedule.optimizer.param_groups
         rates: list[list[float]] = [[] for _ in groups]
         metric = (1.0,) if isinstance(self.inner(_optimizer()), ReduceLROnPlateau) else ()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
             for _ in range(steps):
-                for group, own in zip(groups, rates, strict=True):
-                    own.append(float(group["lr"]))
+                said = schedule.get_last_lr() if told else [group["lr"] for group in groups]
+                for rate, own in zip(said, rates, strict=True):
+                    own.append(float(rate))
                 schedule.optimizer.step()
                 schedule.step(*metric)
         return rates
@@ -120,29 +126,65 @@ def assert_smooth_outside_ramps(case: Rates) -> None:
                 )
 
 
-def assert_ramps_lie_between(case: Rates) -> None:
-    """Assert that in a ramp the rate lies between zero and the smooth rates around it.
+def assert_ramps_rise(case: Rates) -> None:
+    """Assert that a ramp lies between zero and the smooth rates around it, and rises to its end.
+
+    After a restart the rate's share of the smooth one grows with each step of the warm-up, to the
+    last.
 
     Args:
         case: the run.
 
     Raises:
-        BrokenPromiseError: if it is negative, or larger than the smooth schedule is anywhere in the
-            ramp.
+        BrokenPromiseError: if it is negative, larger than the smooth schedule is anywhere in the
+            ramp, or does not rise.
 
     Example:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-        >>> assert_ramps_lie_between(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
+        >>> assert_ramps_rise(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
     """
+    clock = case.restarts
     for rates, smooth in zip(case.of_jagged(), case.of_inner(), strict=True):
         for step, rate in enumerate(rates):
-            reach = case.restarts.warmup + case.restarts.anneal
+            reach = clock.warmup + clock.anneal
             largest = max(smooth[max(0, step - reach) : step + reach + 1])
             if not 0 <= rate <= largest * (1 + 1e-12):
                 raise BrokenPromiseError(
                     f"the rate at step {step} is {rate:g}; around it the smooth schedule's is "
                     f"{largest:g} at most"
+                )
+            warming = any(clock.at(step - since) for since in range(1, clock.warmup + 1))
+            if warming and smooth[step - 1] > 0 and smooth[step] > 0:
+                before, share = rates[step - 1] / smooth[step - 1], rate / smooth[step]
+                if not before < share:
+                    raise BrokenPromiseError(
+                        f"after the restart, the rate's share of the smooth one goes from "
+                        f"{before:g} to {share:g} at step {step}: it must rise until the end of "
+                        "the warm-up"
+                    )
+
+
+def assert_rate_is_told(case: Rates) -> None:
+    """Assert that `get_last_lr()` is the rate of each group, at every step.
+
+    Args:
+        case: the run.
+
+    Raises:
+        BrokenPromiseError: if it is another.
+
+    Example:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        >>> assert_rate_is_told(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
+    """
+    told = case.of_jagged(told=True)
+    for rates, own in zip(case.of_jagged(), told, strict=True):
+        for step, (rate, said) in enumerate(zip(rates, own, strict=True)):
+            if rate != said:
+                raise BrokenPromiseError(
+                    f"at step {step} get_last_lr() says {said:g}, and the rate is {rate:g}"
                 )
 
 

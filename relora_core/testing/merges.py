@@ -85,8 +85,10 @@ def assert_gradients_are_dense(
     names = [n for n in twin.leaves if n in own and own[n].requires_grad]
     actual = gradients_of(wide(*x), {**{n: own[n] for n in names}, **floats})
     expected = gradients_of(twin(*x), {**{n: twin.leaves[n] for n in names}, **floats})
+    largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
     for name in (*names, *floats):
-        close(actual[name], expected[name], f"the gradient of {name!r} is not the dense one")
+        what = f"the gradient of {name!r} is not the dense one"
+        close(actual[name], expected[name], what, beside=largest)
 
 
 def assert_merge_keeps_function(
@@ -137,7 +139,7 @@ def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> 
     expected = {n: exact_weight(s) + exact_update(s) for n, s in found.items()}
     allowed = {n: _rounding(s) for n, s in found.items()}
     bases = {n: (s.weight, s.weight.dtype) for n, s in found.items()}
-    with only_sites_change(merged, found, "a merge"):
+    with only_sites_change(merged, found, "a merge", buffers=True):
         for site in found.values():
             site.merge_()
     for name, site in found.items():

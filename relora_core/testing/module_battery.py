@@ -1,7 +1,7 @@
 """The battery for modules with low-rank weights."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 
-from relora_core.sites import low_rank_sites
+from relora_core.low_rank import LowRank
+from relora_core.sites import add_low_rank_, low_rank_sites
 from relora_core.testing import lifetimes, merges, redraws
-from relora_core.testing.calls import Call, as_factory, code, written
-from relora_core.testing.histories import Event, lived
-from relora_core.testing.inputs import Inputs, given_inputs
-from relora_core.testing.modules import histories, with_sites
+from relora_core.testing.expressions import Call, as_factory, code, written
+from relora_core.testing.history import Event, lived
+from relora_core.testing.inputs import Inputs, given_inputs, outputs
+from relora_core.testing.modules import histories, is_layer, with_sites
 from relora_core.testing.runner import CI, Battery, Held
-from relora_core.testing.subjects import Sites, find_sites, has_sites
+from relora_core.testing.subjects import LowRankSite, Sites, find_sites, has_sites
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check_low_rank(
     inputs: Inputs | None = None,
     sites: Sites = find_sites,
     may_lose: float = 0.05,
+    skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
     """Check everything that a module with low-rank weights promises.
@@ -90,7 +92,8 @@ def check_low_rank(
         inputs: of one call, for the module: a tensor or a tuple of them; `example_inputs` if None.
         sites: finds the sites of layers of your own, see `LowRankSite`.
         may_lose: the fraction that ten small merges may lose. A W of 16 bits that is not split
-            loses more than half: 1 says that you know.
+            loses about all: `math.inf` accepts it.
+        skip: promises that are not looked at.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
@@ -99,6 +102,9 @@ def check_low_rank(
     Raises:
         BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
+        TypeError: if `make` makes no module, or one that is a site but for a name.
+        ValueError: if `make` makes one module only, the model has no place for a site, or its
+            inputs are not known.
 
     Example:
         >>> held = check_low_rank(lambda: nn.Linear(3, 2), profile=hypothesis.settings(
@@ -106,10 +112,14 @@ def check_low_rank(
         >>> [one.promise for one in held][:2]
         ['it computes with W + s B A', 'its gradients are those of W + s B A']
     """
-    factories = make if isinstance(make, SearchStrategy) else st.just(make)
-    factories = factories.flatmap(lambda one: _sited(one, targets, sites))
+    if isinstance(make, SearchStrategy):
+        factories = make.flatmap(lambda one: _sited(one, targets, sites))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            _try(make, targets, inputs, sites)
+        factories = _sited(make, targets, sites)
     subject = _Subject(inputs, sites, may_lose)
-    battery = Battery(profile)
+    battery = Battery(profile, [promise.words for promise in _PROMISES], skip)
     for promise in _PROMISES:
         events = st.just([]) if promise.new else histories()
         cases = st.builds(_Case, factories, events, st.integers(0, 3))
@@ -124,14 +134,15 @@ class _Subject:
     sites: Sites
     may_lose: float
 
-    def check(self, promise: _Promise, case: _Case) -> None:
+    def check(self, promise: _Promise, case: _Case) -> bool:
         known: dict[str, Any] = {"inputs": self.inputs, "sites": self.sites}
         model = lived(case.make, case.events, seed=case.seed, **known)
         if promise.ours and not any(low_rank_sites(model)):
-            return
+            return False
         factory = [case.make] if promise.factory else []
         x = given_inputs(model, self.inputs, seed=case.seed) if promise.inputs else ()
         promise.assertion(model, *factory, *x, **self._options(promise))
+        return True
 
     def show(self, promise: _Promise, case: _Case) -> str:
         """Return the code that does what `check` does."""
@@ -162,9 +173,46 @@ def _sited(
     make: Callable[[], nn.Module], targets: str | list[str], sites: Sites
 ) -> SearchStrategy[Callable[[], nn.Module]]:
     """Return factories of the module with sites: its own, or drawn ones at `targets`."""
-    generator = torch.random.get_rng_state()
-    model = make()
-    torch.random.set_rng_state(generator)
+    with torch.random.fork_rng(devices=[]):
+        model = make()
+    _refuse_a_near_miss(model, sites)
     if sites is not find_sites or has_sites(model):
         return st.just(make)
     return with_sites(make if isinstance(make, Call) else Call(make), targets)
+
+
+def _try(
+    make: Callable[[], nn.Module], targets: str | list[str], inputs: Inputs | None, sites: Sites
+) -> None:
+    """Raise what is the caller's slip, and no broken promise."""
+    if not callable(make) or isinstance(make, nn.Module):
+        raise TypeError(
+            "make is a factory: a function of no arguments that returns a new module; got "
+            f"{type(make).__name__}"
+        )
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make returned no nn.Module; got {type(model).__name__}")
+    if make() is model:
+        raise ValueError("make returned the same module twice: it must make a new one each time")
+    _refuse_a_near_miss(model, sites)
+    if sites is find_sites and not has_sites(model) and not is_layer(model):
+        add_low_rank_(model, targets, rank=1)
+    with torch.no_grad():
+        found = outputs(model.eval()(*given_inputs(model, inputs)))
+    if not found:
+        raise TypeError("the module returns no floating-point tensor (nor a tuple or dict of them)")
+
+
+def _refuse_a_near_miss(model: nn.Module, sites: Sites) -> None:
+    """Raise if a module looks like a site and is none: its merge would never be looked at."""
+    marks = ("weight", "lora_A", "lora_B", "scale", "merge_", "redraw_")
+    for name, module in model.named_modules():
+        has = [mark for mark in marks if hasattr(module, mark)]
+        own = isinstance(module, LowRankSite | LowRank)
+        if sites is find_sites and {"lora_A", "lora_B"} & set(has) and not own:
+            raise TypeError(
+                f"{type(module).__name__} {name!r} has {', '.join(has)}, but to be looked at as a "
+                f"low-rank layer it lacks {', '.join(mark for mark in marks if mark not in has)}: "
+                "add it, or give sites= (see LowRankSite)"
+            )

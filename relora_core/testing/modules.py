@@ -11,9 +11,9 @@ from torch import nn
 from relora_core.bases import split_bases_
 from relora_core.register import register_low_rank
 from relora_core.sites import add_low_rank_, low_rank_sites
-from relora_core.testing.calls import Call
-from relora_core.testing.histories import EVENTS, Event
-from relora_core.testing.layers import (
+from relora_core.testing.expressions import Call
+from relora_core.testing.history import EVENTS, Event
+from relora_core.testing.small_layers import (
     NormalizedLinear,
     Residual,
     SelfAttention,
@@ -124,12 +124,13 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
         >>> find(with_sites(Call(nn.Linear, (5, 5))), lambda call: call.kwargs["rank"] > 2)
         relora.register_low_rank(nn.Linear(5, 5), rank=3)
     """
-    whole = make()
+    with torch.random.fork_rng(devices=[]):
+        whole = make()
     function: Callable[..., Any] = register_low_rank
     arguments: tuple[Any, ...] = (make,)
     if targets is None:
         arguments = (make, "in_proj_weight")
-    elif targets != "*" or whole._parameters.get("weight") is None:
+    elif targets != "*" or not is_layer(whole):
         function, arguments = add_low_rank_, (make, targets)
     function(whole, *arguments[1:], rank=1)
     largest = min(
@@ -144,6 +145,12 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
     if draw(st.integers(0, 3)) == 3:
         options["trainable_scale"] = True
     return Call(function, arguments, options)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module has itself a weight that may be a site."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim > 1
 
 
 def with_split_bases(model: nn.Module) -> nn.Module:

@@ -24,10 +24,25 @@ def moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]
     return [moment.values().clone() for state in states for moment in state.moments]
 
 
+def first_moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+    """Return copies of the values of each Parameter's first moment."""
+    states = find_states(optimizer, params)
+    return [state.moments[0].values().clone() for state in states if state.moments]
+
+
 def factors_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
     """Return copies of the statistics that entries share."""
     states = find_states(optimizer, params)
     return [factor.clone() for state in states for factor in state.factors]
+
+
+def scalars_of(optimizer: Optimizer, p: nn.Parameter) -> list[dict[str, Any]]:
+    """Return copies of what each optimizer inside counts of a Parameter: all but larger tensors."""
+    return [
+        {k: copied(v) for k, v in state.items() if not isinstance(v, Tensor) or v.numel() == 1}
+        for state in states_of(optimizer, p)
+        if p.numel() > 1
+    ]
 
 
 def states_of(optimizer: Optimizer, p: nn.Parameter) -> list[Mapping[str, Any]]:

@@ -1,7 +1,7 @@
 """The battery for optimizers and resets of them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import hypothesis
@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from relora_core.testing import resets
-from relora_core.testing.calls import Call, as_factory, code, written
+from relora_core.testing.expressions import Call, as_factory, code, written
 from relora_core.testing.resets import Reset, reset_by_relora
 from relora_core.testing.runner import CI, Battery, Held
 from relora_core.testing.strategies import ratios, trained
-from relora_core.testing.trained import OptimizerFactory, Trained
+from relora_core.testing.training import OptimizerFactory, Trained
 
+_ANY_SIZE = "a ratio zeroes its share of more than 2**24 entries"
 # In words; the assertion; whether it takes a ratio.
 _PROMISES: list[tuple[str, Callable[..., None], bool]] = [
     (
@@ -29,11 +30,7 @@ _PROMISES: list[tuple[str, Callable[..., None], bool]] = [
     ),
     ("a reset leaves all else", resets.assert_reset_leaves_the_rest, True),
     ("the step after a reset is bounded", resets.assert_next_step_is_bounded, True),
-    (
-        "a reset before the first step does nothing",
-        resets.assert_reset_before_the_first_step,
-        False,
-    ),
+    ("a reset before the first step does nothing", resets.assert_reset_before_the_first_step, True),
     ("a reset commutes with saving", resets.assert_reset_commutes_with_saving, True),
     ("moments that hold NaN are refused", resets.assert_nan_is_refused, True),
 ]
@@ -45,6 +42,9 @@ def check_resettable(
     reset: Reset = reset_by_relora,
     prune_ratios: SearchStrategy[float] | None = None,
     sizes: SearchStrategy[tuple[tuple[int, ...], ...]] | None = None,
+    by_magnitude: bool = True,
+    keeps_counts: bool = True,
+    skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
     """Check everything that an optimizer and a reset of its moments promise.
@@ -59,7 +59,11 @@ def check_resettable(
             `calls`).
         reset: of (optimizer, params, ratio), if it is not this library's.
         prune_ratios: to draw from; `st.just(1.0)` for what can only be reset whole.
-        sizes: to draw the Parameters' shapes from.
+        sizes: to draw the Parameters' shapes from; then none of more than 2**24 entries is made.
+        by_magnitude: whether the smallest entries must go; False for a reset that chooses
+            otherwise.
+        keeps_counts: whether counts of steps must stay; False for a reset that begins them anew.
+        skip: promises that are not looked at.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
@@ -79,38 +83,54 @@ def check_resettable(
     """
     factories = make if isinstance(make, SearchStrategy) else st.just(make)
     share = ratios() if prune_ratios is None else prune_ratios
-    battery = Battery(profile)
+    rules: dict[Callable[..., None], dict[str, bool]] = {
+        resets.assert_prune_keeps_its_share: {"by_magnitude": by_magnitude},
+        resets.assert_reset_leaves_the_rest: {"keeps_counts": keeps_counts},
+    }
+    battery = Battery(profile, [*(words for words, *_ in _PROMISES), _ANY_SIZE], skip)
     for words, assertion, takes_ratio in _PROMISES:
-        options = st.fixed_dictionaries({"ratio": share} if takes_ratio else {})
+        fixed = {key: st.just(value) for key, value in rules.get(assertion, {}).items()}
+        options = st.fixed_dictionaries({**({"ratio": share} if takes_ratio else {}), **fixed})
         cases = st.tuples(trained(factories, sizes), options)
         check = functools.partial(_check, assertion, reset)
         battery.look(words, cases, check, functools.partial(_show, assertion, reset))
-    if prune_ratios is None and sizes is None:
-        once = Battery(hypothesis.settings(profile, max_examples=1), battery.held)
-        check_large = functools.partial(resets.assert_any_size_is_pruned, reset=reset)
-        words = "a ratio zeroes its share of more than 2**24 entries"
-        once.look(words, factories, check_large, functools.partial(_show_large, reset))
+    if sizes is None:
+        once = hypothesis.settings(profile, max_examples=1)
+        large = st.tuples(factories, share.filter(lambda ratio: ratio >= 0.5))
+        check_large = functools.partial(_check_large, reset)
+        battery = Battery(once, [_ANY_SIZE], [p for p in skip if p == _ANY_SIZE], battery.held)
+        battery.look(_ANY_SIZE, large, check_large, functools.partial(_show_large, reset))
     return battery.held
 
 
 def _check(
-    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, float]]
-) -> None:
+    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, Any]]
+) -> bool:
     case, options = drawn
+    if assertion is resets.assert_nan_is_refused and not resets.can_hold_nan(case):
+        return False
     assertion(case, **options, reset=reset)
+    return True
 
 
 def _show(
-    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, float]]
+    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, Any]]
 ) -> str:
     case, options = drawn
-    given = ["case", *(f"{key}={value!r}" for key, value in options.items()), *_given(reset)]
+    given = ["case", *(f"{k}={v!r}" for k, v in options.items() if v is not True), *_given(reset)]
     call = f"testing.{assertion.__name__}({', '.join(given)})"
     return code([f"case = {case!r}", call], case.factory, reset)
 
 
-def _show_large(reset: Reset, factory: Any) -> str:
-    given = ", ".join([as_factory(factory, "params"), *_given(reset)])
+def _check_large(reset: Reset, drawn: tuple[OptimizerFactory, float]) -> bool:
+    factory, ratio = drawn
+    resets.assert_any_size_is_pruned(factory, ratio=ratio, reset=reset)
+    return True
+
+
+def _show_large(reset: Reset, drawn: tuple[Any, float]) -> str:
+    factory, ratio = drawn
+    given = ", ".join([as_factory(factory, "params"), f"ratio={ratio!r}", *_given(reset)])
     return code([f"testing.assert_any_size_is_pruned({given})"], factory, reset)
 
 

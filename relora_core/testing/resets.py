@@ -12,14 +12,16 @@ from relora_core.testing.optimizer_state import (
     copied,
     equal,
     factors_of,
+    first_moments_of,
     groups_of,
     is_known,
     is_plain,
     moments_of,
+    scalars_of,
     states_of,
 )
 from relora_core.testing.subjects import BrokenPromiseError
-from relora_core.testing.trained import OptimizerFactory, Trained
+from relora_core.testing.training import OptimizerFactory, Trained
 
 Reset = Callable[[Optimizer, list[nn.Parameter], float], object]
 
@@ -58,25 +60,32 @@ def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_rel
         raise BrokenPromiseError(
             f"after a full reset, a step with zero gradients moved {sum(moved)} of "
             f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
-            "parameters, which a redraw did not reach)"
+            "parameters, which a redraw did not reach; or it decays what has no gradient: then "
+            "make it without)"
         )
     if any(bool(factor.any()) for factor in factors):
         raise BrokenPromiseError("a full reset left statistics that entries of a moment share")
 
 
 def assert_prune_keeps_its_share(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained,
+    *,
+    ratio: float = 0.5,
+    reset: Reset = reset_by_relora,
+    by_magnitude: bool = True,
 ) -> None:
     r"""Assert that a reset zeroes `ratio` of the entries of each moment, and leaves the others.
 
     Counted by value, to within one entry of $ratio \cdot n$, ties or none; what is not zero has the
-    bits that it had. Where the optimizer's state is not known to this library (`declare_moments`),
-    the entries that a step without gradient moves are counted instead.
+    bits that it had. Of a Parameter's first moment the smallest go. Where the optimizer's state is
+    not known to this library (`declare_moments`), the entries that a step without gradient moves
+    are counted instead.
 
     Args:
         case: the optimizer.
         ratio: from 0 to 1.
         reset: of (optimizer, params, ratio).
+        by_magnitude: whether the smallest must go; False for a reset that chooses otherwise.
 
     Raises:
         BrokenPromiseError: if more or fewer are zeroed, others change, or the report is untrue.
@@ -88,9 +97,10 @@ def assert_prune_keeps_its_share(
     if not is_known(optimizer, params):
         _count_moving(case, ratio, reset)
         return
-    before = moments_of(optimizer, params)
+    before, first = moments_of(optimizer, params), first_moments_of(optimizer, params)
     report = reset(optimizer, params, ratio)
     after = moments_of(optimizer, params)
+    leading = list(zip(first, first_moments_of(optimizer, params), strict=False))
     if len(before) != len(after):
         raise BrokenPromiseError(
             f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
@@ -104,6 +114,13 @@ def assert_prune_keeps_its_share(
             )
         if bool(((new != old) & (new != 0)).any()):
             raise BrokenPromiseError("a reset changed a moment's entry that it did not zero")
+    for old, new in leading if by_magnitude else []:
+        gone, kept = old[new == 0].abs(), old[new != 0].abs()
+        if gone.numel() and kept.numel() and gone.max() > kept.min():
+            raise BrokenPromiseError(
+                f"a reset zeroed an entry of the first moment of magnitude {gone.max():.3g}, and "
+                f"kept one of {kept.min():.3g}"
+            )
     if isinstance(report, ResetReport) and before:
         counts = sum(int((new == 0).sum()) for new in after)
         already = sum(int((old == 0).sum()) for old in before)
@@ -112,7 +129,11 @@ def assert_prune_keeps_its_share(
 
 
 def assert_reset_leaves_the_rest(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained,
+    *,
+    ratio: float = 0.5,
+    reset: Reset = reset_by_relora,
+    keeps_counts: bool = True,
 ) -> None:
     """Assert that a reset of one Parameter's moments changes nothing else, now or later.
 
@@ -123,6 +144,7 @@ def assert_reset_leaves_the_rest(
         case: the optimizer.
         ratio: from 0 to 1.
         reset: of (optimizer, params, ratio).
+        keeps_counts: whether the Parameter's own counts must stay.
 
     Raises:
         BrokenPromiseError: if one changes.
@@ -140,9 +162,8 @@ def assert_reset_leaves_the_rest(
             raise BrokenPromiseError("a reset changed the state of a Parameter that was not given")
     if not equal(groups_of(optimizer), groups_of(twin)):
         raise BrokenPromiseError("a reset changed a group's hyperparameters")
-    for old, new in zip(states_of(twin, same[0]), states_of(optimizer, params[0]), strict=True):
-        if not equal({"step": old.get("step")}, {"step": new.get("step")}):
-            raise BrokenPromiseError("a reset changed the count of steps")
+    if keeps_counts and not equal(scalars_of(optimizer, params[0]), scalars_of(twin, same[0])):
+        raise BrokenPromiseError("a reset changed the count of steps, or another number")
     case.step_(optimizer, params, case.steps)
     case.step_(twin, same, case.steps)
     if not all(torch.equal(p, q) for p, q in zip(params[1:], same[1:], strict=True)):
@@ -185,7 +206,9 @@ def assert_next_step_is_bounded(
         )
 
 
-def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset_by_relora) -> None:
+def assert_reset_before_the_first_step(
+    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+) -> None:
     """Assert that a reset of an optimizer without state makes none, and changes no later step.
 
     `optimizer.state` is a defaultdict: looking for `state[p]` makes an empty entry, after which
@@ -193,6 +216,7 @@ def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset_by
 
     Args:
         case: the optimizer; its steps are taken after the reset.
+        ratio: from 0 to 1.
         reset: of (optimizer, params, ratio).
 
     Raises:
@@ -203,7 +227,7 @@ def assert_reset_before_the_first_step(case: Trained, *, reset: Reset = reset_by
     """
     begun = Trained(case.factory, case.shapes, 0, case.seed, case.ties, case.dtype)
     (optimizer, params), (twin, same) = begun(), begun()
-    reset(optimizer, params, 0.5 if _can_prune(case, reset) else 1.0)
+    reset(optimizer, params, ratio)
     for one, other in zip(inner_optimizers(optimizer), inner_optimizers(twin), strict=True):
         if len(one.state) != len(other.state):
             raise BrokenPromiseError("a reset before the first step made entries of the state")
@@ -257,6 +281,14 @@ def assert_reset_commutes_with_saving(
             )
 
 
+def can_hold_nan(case: Trained) -> bool:
+    """Whether the last Parameter has moments that are ordinary tensors, and known."""
+    optimizer, params = case()
+    known = is_known(optimizer, params) and moments_of(optimizer, params[-1:])
+    states = states_of(optimizer, params[-1])
+    return bool(known) and any(is_plain(value) for state in states for value in state.values())
+
+
 def assert_nan_is_refused(
     case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
 ) -> None:
@@ -271,15 +303,15 @@ def assert_nan_is_refused(
 
     Raises:
         BrokenPromiseError: if it does not raise a ValueError, or the state changes.
+        ValueError: if the optimizer keeps no moment that could hold one.
 
     Example:
         >>> assert_nan_is_refused(Trained(torch.optim.AdamW))
     """
+    if not can_hold_nan(case):
+        raise ValueError("the last Parameter has no moments that are known and ordinary tensors")
     optimizer, params = case()
-    moments = moments_of(optimizer, params) if is_known(optimizer, params) else []
     tensors = [t for s in states_of(optimizer, params[-1]) for t in s.values() if is_plain(t)]
-    if not moments or not tensors:
-        return
     for tensor in tensors:
         if tensor.shape == params[-1].shape:
             tensor.view(-1)[0] = float("nan")
@@ -295,7 +327,9 @@ def assert_nan_is_refused(
     raise BrokenPromiseError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
 
 
-def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset_by_relora) -> None:
+def assert_any_size_is_pruned(
+    factory: OptimizerFactory, *, ratio: float = 0.9, reset: Reset = reset_by_relora
+) -> None:
     """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
 
     Beyond that `torch.quantile` raises, and a reset that passes over what it cannot rank does
@@ -303,6 +337,7 @@ def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset
 
     Args:
         factory: makes the optimizer from a list of Parameters.
+        ratio: from 0 to 1.
         reset: of (optimizer, params, ratio).
 
     Raises:
@@ -313,17 +348,8 @@ def assert_any_size_is_pruned(factory: OptimizerFactory, *, reset: Reset = reset
         >>> assert_any_size_is_pruned(partial(torch.optim.SGD, momentum=0.9))
     """
     large = ((2**12, 2**12 + 1),)
-    assert_prune_keeps_its_share(Trained(factory, shapes=large, steps=1), ratio=0.9, reset=reset)
-
-
-def _can_prune(case: Trained, reset: Reset) -> bool:
-    """Whether the reset takes a ratio below 1: it may refuse one for factored statistics."""
-    optimizer, params = case()
-    try:
-        reset(optimizer, params, 0.5)
-    except ValueError:
-        return False
-    return True
+    case = Trained(factory, shapes=large, steps=1)
+    assert_prune_keeps_its_share(case, ratio=ratio, reset=reset, by_magnitude=False)
 
 
 def _moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -336,13 +362,16 @@ def _moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]
 
 
 def _count_moving(case: Trained, ratio: float, reset: Reset) -> None:
-    optimizer, params = case()
+    (optimizer, params), (twin, same) = case(), case()
     reset(optimizer, params, ratio)
-    for p, moved in zip(params, _moved_without_gradient(optimizer, params), strict=True):
-        if int(moved.sum()) > p.numel() * (1 - ratio) + 1:
+    moved = _moved_without_gradient(optimizer, params)
+    usual = _moved_without_gradient(twin, same)
+    for p, now, before in zip(params, moved, usual, strict=True):
+        most, least = p.numel() * (1 - ratio) + 1, int(before.sum()) - p.numel() * ratio - 1
+        if not least <= int(now.sum()) <= most:
             raise BrokenPromiseError(
                 f"after a reset of ratio {ratio:g}, a step with zero gradients moved "
-                f"{int(moved.sum())} of {p.numel()} entries"
+                f"{int(now.sum())} of {p.numel()} entries; without it, {int(before.sum())}"
             )
 
 

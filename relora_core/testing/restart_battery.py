@@ -1,10 +1,12 @@
 """The battery for whole restarts: a machine against Algorithm 1."""
 
+import functools
+
 import hypothesis
 import torch
 from hypothesis.stateful import run_state_machine_as_test
 
-from relora_core.testing.calls import code, written
+from relora_core.testing.expressions import code, written
 from relora_core.testing.jags import Jagged
 from relora_core.testing.machine import Restart, RestartMachine, restart_by_relora
 from relora_core.testing.runner import CI, Battery, Held
@@ -48,16 +50,12 @@ def check_restart(
             begun += 1
 
     Machine.restart, Machine.jagged = staticmethod(restart), staticmethod(jagged)
-    battery = Battery(profile)
     promise = "a training is Algorithm 1, whatever interrupts it"
-    generator = torch.random.get_rng_state()
-    with battery.telling(promise, lambda error: _show(restart, jagged, error)):
+    told = Battery(profile, [promise]).telling(promise, functools.partial(_show, restart, jagged))
+    with torch.random.fork_rng(devices=[]), told:
         # The steps of the shortest run are among the notes that it makes then.
         noted = hypothesis.settings(profile, verbosity=hypothesis.Verbosity.normal)
-        try:
-            run_state_machine_as_test(Machine, settings=noted)
-        finally:
-            torch.random.set_rng_state(generator)
+        run_state_machine_as_test(Machine, settings=noted)
     return [Held(promise, begun)]
 
 

@@ -1,7 +1,7 @@
 """The battery for jagged schedules."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import hypothesis
 from hypothesis import strategies as st
@@ -9,15 +9,17 @@ from hypothesis.strategies import SearchStrategy
 
 from relora_core.schedule import Restarts
 from relora_core.testing import jags
-from relora_core.testing.calls import Call, code
+from relora_core.testing.expressions import Call, code
 from relora_core.testing.jags import Jagged, Rates, Schedule
 from relora_core.testing.runner import CI, Battery, Held
 from relora_core.testing.strategies import clocks, schedules
 
+_MORE = 12  # steps past the second restart
 _PROMISES: list[tuple[str, Callable[..., None]]] = [
     ("the rate at each restart is zero", jags.assert_zero_at_restarts),
     ("outside the ramps it is the smooth schedule's", jags.assert_smooth_outside_ramps),
-    ("inside a ramp it lies between", jags.assert_ramps_lie_between),
+    ("inside a ramp it lies between, and rises from each restart", jags.assert_ramps_rise),
+    ("it tells the rate that it sets", jags.assert_rate_is_told),
     ("it resumes exactly from any step", jags.assert_schedule_resumes),
 ]
 
@@ -27,6 +29,7 @@ def check_schedule(
     *,
     inner: Schedule | SearchStrategy[Call] | None = None,
     restarts: Restarts | SearchStrategy[Restarts] | None = None,
+    skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
     """Check everything that a jagged schedule promises.
@@ -37,8 +40,9 @@ def check_schedule(
     Args:
         jagged: makes the schedule from a smooth one and the clock.
         inner: makes the smooth schedule for an optimizer, or a strategy of such factories; every
-            scheduler that torch ships if None.
+            scheduler that torch ships if None. Runs go past the second restart.
         restarts: the clock, or a strategy of clocks; any if None.
+        skip: promises that are not looked at.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
@@ -54,12 +58,13 @@ def check_schedule(
         >>> held[0].promise
         'the rate at each restart is zero'
     """
-    inner = schedules() if inner is None else inner
     restarts = clocks() if restarts is None else restarts
+    longest = _steps(restarts, _MORE) if isinstance(restarts, Restarts) else 60
+    inner = schedules(longest) if inner is None else inner
     inners = inner if isinstance(inner, SearchStrategy) else st.just(inner)
     times = restarts if isinstance(restarts, SearchStrategy) else st.just(restarts)
-    rates = st.builds(functools.partial(_rates, jagged), inners, times, st.integers(1, 30))
-    battery = Battery(profile)
+    rates = st.builds(functools.partial(_rates, jagged), inners, times, st.integers(1, _MORE))
+    battery = Battery(profile, [words for words, _ in _PROMISES], skip)
     for words, assertion in _PROMISES:
         resumes = assertion is jags.assert_schedule_resumes
         cases = rates.flatmap(_saved if resumes else _never_saved)
@@ -69,8 +74,12 @@ def check_schedule(
 
 
 def _rates(jagged: Jagged, inner: Schedule, restarts: Restarts, more: int) -> Rates:
-    """Return a run that goes past its first restart."""
-    return Rates(jagged, inner, restarts, restarts.full_until + restarts.anneal + more)
+    return Rates(jagged, inner, restarts, _steps(restarts, more))
+
+
+def _steps(restarts: Restarts, more: int) -> int:
+    """Return how many steps go `more` steps past the second restart."""
+    return restarts.full_until + restarts.anneal + restarts.every + more
 
 
 def _never_saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
@@ -81,9 +90,10 @@ def _saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
     return st.integers(0, case.steps).map(lambda at: (case, {"at": at}))
 
 
-def _check(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> None:
+def _check(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> bool:
     case, options = drawn
     assertion(case, **options)
+    return True
 
 
 def _show(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> str:

@@ -10,14 +10,14 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch.optim import lr_scheduler
 
 from relora_core.schedule import Restarts
-from relora_core.testing.calls import Call
 from relora_core.testing.curves import (
     constant_times_exponential,
     inverse_time,
     nineteen_twentieths,
     warmup_then_cosine,
 )
-from relora_core.testing.trained import Trained
+from relora_core.testing.expressions import Call
+from relora_core.testing.training import Trained
 
 
 def calls(
@@ -117,15 +117,18 @@ def clocks(draw: DrawFn, longest: int = 12) -> Restarts:
     return Restarts(every, warmup, first=first, anneal=anneal)
 
 
-def schedules() -> SearchStrategy[Call]:
+def schedules(longest: int = 60) -> SearchStrategy[Call]:
     """Draw factories of every scheduler that torch ships, from an optimizer.
+
+    Args:
+        longest: how many steps they must last.
 
     Example:
         >>> from hypothesis import find
         >>> find(schedules(), lambda call: call.function is lr_scheduler.StepLR)
         torch.optim.lr_scheduler.StepLR(step_size=1, gamma=0.1)
     """
-    whole = st.integers(1, 30)
+    whole, enough = st.integers(1, 30), st.integers(longest + 1, longest + 30)
     rate = st.sampled_from([0.1, 0.5, 0.95])
     return st.one_of(
         calls(lr_scheduler.ConstantLR, factor=rate, total_iters=whole),
@@ -141,7 +144,7 @@ def schedules() -> SearchStrategy[Call]:
         calls(lr_scheduler.CosineAnnealingLR, T_max=whole),
         calls(lr_scheduler.CosineAnnealingWarmRestarts, T_0=whole),
         calls(lr_scheduler.CyclicLR, base_lr=st.just(0.1), max_lr=rate, step_size_up=whole),
-        calls(lr_scheduler.OneCycleLR, max_lr=rate, total_steps=st.integers(61, 90)),
+        calls(lr_scheduler.OneCycleLR, max_lr=rate, total_steps=enough),
         calls(lr_scheduler.ReduceLROnPlateau, patience=st.integers(0, 3), factor=rate),
         calls(lr_scheduler.LambdaLR, lr_lambda=st.just(inverse_time)),
         calls(lr_scheduler.MultiplicativeLR, lr_lambda=st.just(nineteen_twentieths)),

@@ -15,6 +15,7 @@ from relora_core.testing.subjects import Sites, trained_scale
 
 @dataclass(frozen=True)
 class _Term:
+    site: str
     W: str
     B: str | None
     lora_A: Tensor
@@ -31,6 +32,13 @@ class DenseTwin:
     Args:
         model: in float64.
         sites: finds its sites.
+
+    Attributes:
+        leaves: what has a gradient, by name: factors, trained scales, and all else that is trained.
+        whole: W + s B A of the last call, by site.
+
+    Raises:
+        TypeError: if W or B of a layer of your own is a view.
     """
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
@@ -48,17 +56,25 @@ class DenseTwin:
         for site in found.values():
             if isinstance(site, Site):
                 remove_low_rank(site.module, site.tensor_name, merge=False)
-        #: what has a gradient, by name
         self.leaves = {n: f.detach().clone().requires_grad_() for n, f in factors.items()}
         known = {id(tensor) for tensor in (*bases.values(), *factors.values())}
-        names = {id(p): name for name, p in self._plain.named_parameters()}
+        names = {id(t): name for name, t in self._tensors().items()}
         self.leaves |= {
             name: p
             for name, p in self._plain.named_parameters()
             if p.requires_grad and id(p) not in known
         }
+        for name, site in found.items():
+            own = [] if isinstance(site, Site) else [factors[f"{name}.lora_B"]]
+            if any(id(tensor) not in names for tensor in (bases[name], *own)):
+                raise TypeError(
+                    f"W and B of {name!r} must be Parameters or buffers of the model themselves, "
+                    "the same objects each time; no views of them, such as a transpose"
+                )
+        self.whole: dict[str, Tensor] = {}
         self._terms = [
             _Term(
+                name,
                 names[id(W)],
                 names.get(id(factors[f"{name}.lora_B"])),
                 self.leaves[f"{name}.lora_A"],
@@ -70,11 +86,14 @@ class DenseTwin:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Return what the model returns for `inputs`."""
-        own = dict(self._plain.named_parameters())
+        own = self._tensors()
         replaced: dict[str, Tensor] = {}
         for term in self._terms:
             W, update = own[term.W].detach(), term.scale * (term.lora_B @ term.lora_A)
-            replaced[term.W] = W + update.view(W.shape)
+            self.whole[term.site] = replaced[term.W] = W + update.view(W.shape)
             if term.B is not None:
                 replaced[term.B] = torch.zeros_like(own[term.B])
         return functional_call(self._plain, replaced, inputs)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self._plain.named_parameters()), **dict(self._plain.named_buffers())}

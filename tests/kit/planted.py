@@ -358,6 +358,9 @@ class Forgetful(lr_scheduler.LRScheduler):
         for group in self.optimizer.param_groups:
             group["lr"] *= self.restarts.factor(self.count)
 
+    def get_last_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
     def state_dict(self):
         return {"count": self.count, "smooth": self.smooth}
 

@@ -58,7 +58,7 @@ def test_every_optimizer_of_the_table_can_be_reset(name):
         sizes=st.just(row.shapes),
         profile=FEW,
     )
-    assert len(held) == 7
+    assert len(held) == (7 if row.moments else 6)  # NaN is looked for in moments
 
 
 class Projections(nn.Module):
@@ -132,8 +132,8 @@ class TestCommand:
         assert main(["--only", *names, "--examples", "3", "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert "       3  JaggedCosine: the rate at each restart is zero\n" in said
-        assert said.endswith("      48  examples, no promise broken\n")
-        assert out.read_text().splitlines()[-1] == '{"examples": 48, "broken": 0}'
+        assert said.endswith("      51  examples, no promise broken\n")
+        assert out.read_text().splitlines()[-1] == '{"examples": 51, "broken": 0}'
 
     def test_says_what_is_broken_and_writes_nothing(self, tmp_path, capsys, monkeypatch):
         def breaks(profile):

@@ -54,26 +54,32 @@ LAYERS = {
     planted.MergeThroughHalf: "a merge keeps the function",
     planted.MergeInGraph: "its gradients are those",
     planted.MergeRaises: "it computes with W + s B A",
-    planted.SixteenBits: "a merge adds s B A to W, rounds once",
+    planted.SixteenBits: ("a merge adds s B A to W, rounds once", "small merges are not lost"),
     planted.SixteenBitsRoundedOnce: "small merges are not lost",
     planted.DeadScale: "a merge adds s B A to W, rounds once",
     planted.GlobalDraw: "a redraw depends on its key alone",
     planted.SameDraw: "a redraw depends on its key alone",
     planted.SpectralDraw: "a redraw depends on its key alone",
-    planted.CountIsNotSaved: "a redraw depends on its key alone",  # saved, it draws the same again
+    # Loaded, it draws again what it had: which promise sees it first depends on what is drawn.
+    planted.CountIsNotSaved: (
+        "a redraw depends on its key alone",
+        "the rank grows with each restart",
+        "saving and loading commute with restarts",
+    ),
     planted.TrainedBase: "its gradients are those",
 }
 
 
 def test_a_sound_layer_of_the_user_s_keeps_every_promise():
     held = testing.check_low_rank(layers(planted.Layer))
-    assert len(held) == 12
+    assert len(held) == 11  # not that ours can be removed
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_a_bug_of_a_layer_is_found(layer):
     report = found(testing.check_low_rank, layers(layer))
-    assert report.startswith(f"broken: {LAYERS[layer]}")
+    promises = LAYERS[layer]
+    assert report.removeprefix("broken: ").startswith(promises)
     assert f"from tests.kit.planted import {layer.__name__}" in report
     assert_code_repeats_it(report)
 

@@ -20,10 +20,16 @@ LAYERS = {
         {"register"},
         {"sites"},
         {"restart", "serialization", "bases"},
-        {"__init__", "testing.calls", "testing.layers", "testing.algorithm", "testing.curves"}
+        {
+            "__init__",
+            "testing.expressions",
+            "testing.small_layers",
+            "testing.algorithm",
+            "testing.curves",
+        }
         | {"testing.subjects", "testing.optimizer_state"},
-        {"testing.inputs", "testing.twin", "testing.trained", "testing.jags", "testing.runner"},
-        {"testing.histories", "testing.compare", "testing.resets", "testing.machine"},
+        {"testing.inputs", "testing.twin", "testing.training", "testing.jags", "testing.runner"},
+        {"testing.history", "testing.compare", "testing.resets", "testing.machine"},
         {"testing.merges", "testing.redraws", "testing.lifetimes"}
         | {"testing.modules", "testing.strategies"},
         {"testing.module_battery", "testing.reset_battery", "testing.schedule_battery"}

@@ -45,12 +45,15 @@ def lived(
         >>> lived(make, ["fill", "merge", "redraw"]).parametrizations.weight[0].restart
         1
     """
-    torch.manual_seed(seed)
-    model = make()
-    for number, event in enumerate(events):
+    events = list(events)
+    for event in events:
         if event not in EVENTS:
             raise ValueError(f"an event is one of {', '.join(EVENTS)}; got {event!r}")
-        model = _after(model, event, make, 10 * seed + number, inputs, sites)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+        for number, event in enumerate(events):
+            model = _after(model, event, make, 10 * seed + number, inputs, sites)
     return model
 
 
@@ -72,9 +75,11 @@ def _after(
     if event == "move":
         _move_(model)
     elif event == "forward":
+        modes = [(module, module.training) for module in model.modules()]
         with torch.no_grad():
             model.eval()(*given_inputs(model, inputs, seed=seed))
-        model.train()
+        for module, training in modes:
+            module.training = training
     elif event == "step":
         trained = [p for p in model.parameters() if p.requires_grad]
         loss = loss_of(model(*given_inputs(model, inputs, seed=seed)), seed)

@@ -3,21 +3,29 @@
 import ast
 import functools
 import inspect
+import re
+import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-_SHORT = {"torch.nn": "nn", "torch.optim": "torch.optim", "relora_core": "relora"}
+_SHORT = {
+    "torch.nn": "nn",
+    "torch.optim": "torch.optim",
+    "relora_core": "relora",
+    "relora_core.testing": "testing",
+}
 _IMPORTS = {
     "nn": "from torch import nn",
     "relora": "import relora_core as relora",
     "testing": "from relora_core import testing",
     "torch": "import torch",
+    "functools": "import functools",
 }
 
 
@@ -64,15 +72,22 @@ def _made(value: Any) -> Any:
 def written(value: Any, *first: str) -> str:
     """Return the expression of a value; of a call, with `first` before its own arguments."""
     if isinstance(value, Call):
-        named = [f"{key}={written(entry)}" for key, entry in value.kwargs.items()]
-        return (
-            f"{name_of(value.function)}({', '.join([*first, *map(written, value.args), *named])})"
-        )
+        return _call(name_of(value.function), first, value.args, value.kwargs)
+    if isinstance(value, functools.partial):
+        inner = (name_of(value.func), *map(written, value.args))
+        return _call("functools.partial", inner, (), value.keywords)
     if callable(value) and not isinstance(value, nn.Module):
         return name_of(value)
-    if isinstance(value, tuple) and type(value) is tuple:
+    if type(value) is tuple:
         return f"({', '.join(map(written, value))}{',' if len(value) == 1 else ''})"
     return repr(value)
+
+
+def _call(
+    name: str, first: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str:
+    named = [f"{key}={written(entry)}" for key, entry in kwargs.items()]
+    return f"{name}({', '.join([*first, *map(written, args), *named])})"
 
 
 def as_factory(value: Any, *arguments: str) -> str:
@@ -84,36 +99,29 @@ def as_factory(value: Any, *arguments: str) -> str:
 
 def name_of(function: Callable[..., Any]) -> str:
     """Return by which name a counterexample calls a function or class."""
+    if isinstance(function, functools.partial):
+        return written(function)
     name = getattr(function, "__qualname__", type(function).__name__)
-    if name.endswith("<lambda>"):
-        return "make"
+    if name.endswith("<lambda>") and isinstance(function, FunctionType):
+        return f"lambda_{function.__code__.co_firstlineno}_{_column(function)}"
     name = name.rpartition("<locals>.")[2]
     module = getattr(function, "__module__", "")
     for package, short in _SHORT.items():
-        if getattr(inspect.importlib.import_module(package), name, None) is function:  # type: ignore[attr-defined]
+        if getattr(sys.modules[package], name, None) is function:
             return f"{short}.{name}"
-    if module.startswith("torch."):
-        return f"{module}.{name}"
-    return f"testing.{name}" if module.startswith(__package__ or "") else name
+    return f"{module}.{name}" if module.startswith("torch.") else name
 
 
 def code(lines: list[str], *mentioned: Any) -> str:
     """Return a program: imports and definitions of what is mentioned, and then `lines`."""
-    text = "\n".join(lines)
-    definitions: list[str] = []
-    imports = set()
-    for function in dict.fromkeys(f for value in mentioned for f in _functions(value)):
-        own = name_of(function)
-        if "." in own and own.partition(".")[0] in _IMPORTS:
-            continue
-        local = "<" in getattr(function, "__qualname__", "<") or function.__module__ == "__main__"
-        if local:
-            definitions.append(_source(function, own))
-        else:
-            imports.add(f"from {function.__module__} import {own.partition('.')[0]}")
-    body = "\n".join([*definitions, text])
-    known = [line for name, line in _IMPORTS.items() if f"{name}." in body]
-    return "\n".join([*sorted([*known, *imports]), "", body])
+    imports: set[str] = set()
+    definitions: dict[str, str] = {}
+    for value in mentioned:
+        for function in _functions(value):
+            _define(name_of(function), function, imports, definitions)
+    body = "\n".join([*definitions.values(), *lines])
+    imports |= {line for name, line in _IMPORTS.items() if re.search(rf"\b{name}\.", body)}
+    return "\n".join([*sorted(imports), "", body])
 
 
 def _functions(value: Any) -> Iterator[Any]:
@@ -125,6 +133,38 @@ def _functions(value: Any) -> Iterator[Any]:
         yield from _functions(value.func)
     elif callable(value) and not isinstance(value, torch.dtype | nn.Module):
         yield value
+
+
+def _define(name: str, value: Any, imports: set[str], definitions: dict[str, str]) -> None:
+    """Add what binds `name` to `value`: an import, or a definition and all that it needs."""
+    if name in definitions or name.partition(".")[0] in _IMPORTS:
+        return
+    if isinstance(value, ModuleType):
+        imports.add(f"import {value.__name__}" + f" as {name}" * (value.__name__ != name))
+        return
+    qualified = getattr(value, "__qualname__", None)
+    module = getattr(value, "__module__", None)
+    if qualified is None or module is None:
+        definitions[name] = f"{name} = {written(value)}"
+    elif "<" not in qualified and module != "__main__":
+        top = qualified.partition(".")[0]
+        imports.add(f"from {module} import {top}" + f" as {name}" * (name not in (top, qualified)))
+    else:
+        definitions[name] = ""  # its place comes after those of what it needs
+        source = _source(value, name)
+        for needed, found in _needed(value, source).items():
+            _define(needed, found, imports, definitions)
+        del definitions[name]
+        definitions[name] = source
+
+
+def _needed(value: Any, source: str) -> dict[str, Any]:
+    """Return what a definition's names mean, of those that are no builtins."""
+    known = dict(vars(sys.modules[value.__module__]))
+    if isinstance(value, FunctionType):
+        known |= inspect.getclosurevars(value).nonlocals
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return {name: known[name] for name in sorted(names) if name in known}
 
 
 def _source(function: Any, name: str) -> str:
@@ -148,3 +188,8 @@ def _lambda(function: FunctionType) -> str | None:
         if isinstance(node, ast.Lambda) and (node.body.lineno, node.body.col_offset) in begins:
             return ast.get_source_segment(text, node)
     return None
+
+
+def _column(function: FunctionType) -> int:
+    columns = [column for _, _, column, _ in function.__code__.co_positions() if column]
+    return min(columns, default=0)

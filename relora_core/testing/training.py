@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from relora_core.moments import inner_optimizers
-from relora_core.testing.calls import as_factory
+from relora_core.testing.expressions import as_factory
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
