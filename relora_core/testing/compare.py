@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.testing.inputs import loss_of, outputs
-from relora_core.testing.subjects import (
-    BrokenPromiseError,
-    LowRankSite,
-)
+from relora_core.testing.subjects import BrokenPromiseError, LowRankSite
 
 _CLOSE = 1e-5  # of the largest value: float64 in all but what a module computes in float32 itself
 
@@ -22,7 +19,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Raise unless two states are the same, bit for bit; `what` precedes the name that differs."""
-    for name in expected.keys() | actual.keys():
+    for name in sorted(expected.keys() | actual.keys()):
         one, other = actual.get(name), expected.get(name)
         if one is None or other is None or not torch.equal(one, other):
             raise BrokenPromiseError(f"{what} {name!r}")
@@ -93,17 +90,7 @@ def gradients_of(result: object, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @contextmanager
 def disturbed(process: int) -> Iterator[None]:
     """Let torch's global generator be that of a process that has used it in its own way."""
-    before = torch.random.get_rng_state()
-    torch.manual_seed(1000 + process)
-    torch.rand(process + 1)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 + process)
+        torch.rand(process + 1)
         yield
-    finally:
-        torch.random.set_rng_state(before)
-
-
-def fill_B_(site: LowRankSite, seed: int) -> None:
-    """Set B to normal numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))

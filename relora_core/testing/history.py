@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from relora_core.testing.inputs import Inputs, given_inputs, loss_of
-from relora_core.testing.subjects import Sites, find_sites
+from relora_core.testing.subjects import Sites, fill_B_, find_sites
 
 Event = Literal["fill", "step", "merge", "redraw", "forward", "save", "copy", "move"]
 EVENTS: tuple[Event, ...] = get_args(Event)
@@ -95,9 +95,7 @@ def _after(
             elif event == "redraw":
                 site.redraw_()
             else:
-                generator = torch.Generator().manual_seed(seed)
-                with torch.no_grad():
-                    site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))
+                fill_B_(site, seed)
     return model
 
 

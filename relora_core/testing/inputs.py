@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_core.testing.subjects import (
-    LowRankSite,
-)
+from relora_core.testing.subjects import LowRankSite
 
 Inputs = Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
 

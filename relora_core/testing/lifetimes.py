@@ -9,22 +9,9 @@ from torch import Tensor, nn
 from relora_core.register import register_low_rank, remove_low_rank
 from relora_core.serialization import merged_state_dict
 from relora_core.sites import low_rank_sites
-from relora_core.testing.compare import (
-    disturbed,
-    same_outputs,
-    same_state,
-    state_of,
-)
-from relora_core.testing.inputs import (
-    fitting,
-    outputs,
-)
-from relora_core.testing.subjects import (
-    BrokenPromiseError,
-    Sites,
-    find_sites,
-    wide_copy,
-)
+from relora_core.testing.compare import disturbed, same_outputs, same_state, state_of
+from relora_core.testing.inputs import fitting, outputs
+from relora_core.testing.subjects import BrokenPromiseError, Sites, find_sites, wide_copy
 
 
 def assert_saves_and_loads(

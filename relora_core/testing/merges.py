@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from relora_core.sites import Site
 from relora_core.testing.compare import (
     close,
-    fill_B_,
     gradients_of,
     only_sites_change,
     same_outputs,
@@ -22,6 +21,7 @@ from relora_core.testing.subjects import (
     Sites,
     exact_update,
     exact_weight,
+    fill_B_,
     find_sites,
     scale_of,
     trained_scale,

@@ -107,8 +107,8 @@ def check_low_rank(
             inputs are not known.
 
     Example:
-        >>> held = check_low_rank(lambda: nn.Linear(3, 2), profile=hypothesis.settings(
-        ...     CI, max_examples=2))
+        >>> few = hypothesis.settings(CI, max_examples=2)
+        >>> held = check_low_rank(lambda: nn.Linear(3, 2), profile=few)
         >>> [one.promise for one in held][:2]
         ['it computes with W + s B A', 'its gradients are those of W + s B A']
     """

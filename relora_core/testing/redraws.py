@@ -5,17 +5,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from relora_core.testing.compare import (
-    disturbed,
-    fill_B_,
-    gradients_of,
-    only_sites_change,
-)
+from relora_core.testing.compare import disturbed, gradients_of, only_sites_change
 from relora_core.testing.subjects import (
     BrokenPromiseError,
     Sites,
     exact_update,
     exact_weight,
+    fill_B_,
     find_sites,
     wide_copy,
 )

@@ -105,6 +105,13 @@ def exact_update(site: LowRankSite) -> Tensor:
     return (scale_of(site) * (B @ A)).view(site.weight.shape)
 
 
+def fill_B_(site: LowRankSite, seed: int) -> None:
+    """Set B to normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))
+
+
 def wide_copy(model: nn.Module) -> nn.Module:
     """Return a copy in float64 and in `eval` mode, where rounding does not hide a wrong rule."""
     twin = copy.deepcopy(model)
