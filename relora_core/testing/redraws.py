@@ -13,6 +13,7 @@ from relora_core.testing.subjects import (
     exact_weight,
     fill_B_,
     find_sites,
+    trained_scale,
     wide_copy,
 )
 from relora_core.testing.twin import DenseTwin
@@ -43,6 +44,9 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
             found = sites(drawn)
             bases = {name: exact_weight(site) for name, site in found.items()}
             taken = [site.lora_A.detach().clone() for site in found.values()]
+            for scale in map(trained_scale, found.values()):
+                if scale is not None:
+                    scale.detach().mul_(2)  # so that one that is taken back is seen
             draws.append({})
             for number in (1, 2):
                 for name, site in found.items():

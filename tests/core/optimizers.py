@@ -1,7 +1,9 @@
 """The table of optimizers: what each keeps, and which promises cannot be kept for it, and why."""
 
 import importlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -237,6 +239,17 @@ def stepped(
         set_gradients(model, step)
         take_step(optimizer)
     return optimizer, model
+
+
+@contextmanager
+def quiet_and_eager() -> Iterator[None]:
+    """Take torchao's compiled step as written: what is compiled is not ours."""
+    with warnings.catch_warnings():
+        for library in ("torchao", "bitsandbytes", "triton"):
+            warnings.filterwarnings("ignore", module=library)
+        torch.compiler.set_stance("force_eager")
+        yield
+        torch.compiler.set_stance("default")
 
 
 def value_of(state: Mapping[str, object], key: str) -> Tensor:

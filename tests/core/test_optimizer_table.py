@@ -17,6 +17,7 @@ import relora_core as relora
 from tests.core.optimizers import (
     OPTIMIZERS,
     made,
+    quiet_and_eager,
     raw,
     set_gradients,
     stepped,
@@ -48,13 +49,8 @@ def rows(promise, **where):
 
 @pytest.fixture(autouse=True)
 def _quiet_and_eager():
-    """Take torchao's compiled step as written: what is compiled is not ours."""
-    with warnings.catch_warnings():
-        for library in ("torchao", "bitsandbytes", "triton"):
-            warnings.filterwarnings("ignore", module=library)
-        torch.compiler.set_stance("force_eager")
+    with quiet_and_eager():
         yield
-        torch.compiler.set_stance("default")
 
 
 def everything(optimizer, model):

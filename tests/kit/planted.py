@@ -4,7 +4,6 @@ Each broken one is a bug of public ReLoRA or LoRA code as it stood in 2026, in a
 """
 
 import copy
-import hashlib
 import warnings
 
 import torch
@@ -342,30 +341,63 @@ def one_step_late(inner, restarts):
     return lr_scheduler.LambdaLR(inner.optimizer, lambda step: 0.9**step * early.factor(step))
 
 
-class Forgetful(lr_scheduler.LRScheduler):
-    """A wrapper whose state lacks the inner one's."""
+class Scaled(lr_scheduler.LRScheduler):
+    """A wrapper that is sound but for its state, which it has none of."""
+
+    ramp = staticmethod(lambda restarts, step: restarts.factor(step))
 
     def __init__(self, inner, restarts):
         self.inner, self.restarts, self.optimizer = inner, restarts, inner.optimizer
-        self.count, self.smooth = 0, [group["lr"] for group in inner.optimizer.param_groups]
+        self.count, self.smooth = 0, self.rates()
 
     def step(self, *metric):
         for group, lr in zip(self.optimizer.param_groups, self.smooth, strict=True):
             group["lr"] = lr
         self.inner.step(*metric)
         self.count += 1
-        self.smooth = [group["lr"] for group in self.optimizer.param_groups]
+        self.smooth = self.rates()
         for group in self.optimizer.param_groups:
-            group["lr"] *= self.restarts.factor(self.count)
+            group["lr"] *= self.ramp(self.restarts, self.count)
+
+    def rates(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def get_last_lr(self):
-        return [group["lr"] for group in self.optimizer.param_groups]
+        return self.rates()
+
+
+class Forgetful(Scaled):
+    """A wrapper whose state lacks the inner one's."""
 
     def state_dict(self):
         return {"count": self.count, "smooth": self.smooth}
 
     def load_state_dict(self, state):
         self.__dict__.update(state)
+
+
+class OneStepShort(Scaled):
+    """The rate is back before the warm-up's end."""
+
+    @staticmethod
+    def ramp(restarts, step):
+        factor = restarts.factor(step)
+        return 1.0 if restarts.warmup > 1 and factor == 1 - 1 / restarts.warmup else factor
+
+
+class NeverBack(Scaled):
+    """The first restart's zero stays."""
+
+    @staticmethod
+    def ramp(restarts, step):
+        return 0.0 if restarts.count(step) else 1.0
+
+
+class TellsAnother(Scaled):
+    """`get_last_lr` is of something else."""
+
+    def get_last_lr(self):
+        return [123.0]
 
 
 # Whole restarts: of (model, optimizer, ratio).
@@ -415,8 +447,3 @@ def drawn_from_the_global_generator(model, optimizer, ratio):
     for _, site in low_rank_sites(model):
         nn.init.kaiming_uniform_(site.lora_A)
     return report
-
-
-def digest(text):
-    """A number from a text, for seeds."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

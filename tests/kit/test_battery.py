@@ -1,7 +1,6 @@
 """Every promise of the kit, over all of our own layers, optimizers, schedules and restarts."""
 
 import importlib
-import warnings
 
 import hypothesis
 import pytest
@@ -13,7 +12,7 @@ import relora_core as relora
 from relora_core import testing
 from relora_core.testing.__main__ import main
 from relora_core.testing.ours import BATTERIES
-from tests.core.optimizers import OPTIMIZERS
+from tests.core.optimizers import OPTIMIZERS, quiet_and_eager
 from tests.core.test_low_rank import ByOperators
 
 
@@ -26,18 +25,6 @@ FEW = hypothesis.settings(testing.CI, max_examples=4)
 ROWS = {name: row for name, row in OPTIMIZERS.items() if "reset" not in row.refused}
 
 
-@pytest.fixture
-def _quiet_and_eager():
-    """Take torchao's compiled step as written: what is compiled is not ours."""
-    with warnings.catch_warnings():
-        for library in ("torchao", "bitsandbytes", "triton"):
-            warnings.filterwarnings("ignore", module=library)
-        torch.compiler.set_stance("force_eager")
-        yield
-        torch.compiler.set_stance("default")
-
-
-@pytest.mark.usefixtures("_quiet_and_eager")
 @pytest.mark.parametrize("name", ROWS)
 def test_every_optimizer_of_the_table_can_be_reset(name):
     row = ROWS[name]
@@ -52,12 +39,13 @@ def test_every_optimizer_of_the_table_can_be_reset(name):
         pytest.skip(f"torch {torch.__version__} has no {kind}")
     options = {key: st.just(value) for key, value in {"lr": 0.01, **row.options}.items()}
     ratios = st.just(1.0) if "prune" in row.refused else testing.ratios()
-    held = testing.check_resettable(
-        testing.calls(function, **options),
-        prune_ratios=ratios,
-        sizes=st.just(row.shapes),
-        profile=FEW,
-    )
+    with quiet_and_eager():
+        held = testing.check_resettable(
+            testing.calls(function, **options),
+            prune_ratios=ratios,
+            sizes=st.just(row.shapes),
+            profile=FEW,
+        )
     assert len(held) == (7 if row.moments else 6)  # NaN is looked for in moments
 
 

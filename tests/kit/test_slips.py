@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim import lr_scheduler
 
 import relora_core as relora
 from relora_core import testing
@@ -181,56 +180,16 @@ class TestOfNobody:
         assert "moments that hold NaN are refused" not in {one.promise for one in held}
 
 
-class Scaled(lr_scheduler.LRScheduler):
-    """A sound wrapper of a ramp that is given."""
-
-    ramp = staticmethod(lambda restarts, step: restarts.factor(step))
-
-    def __init__(self, inner, restarts):
-        self.inner, self.restarts, self.optimizer = inner, restarts, inner.optimizer
-        self.count, self.smooth = 0, [group["lr"] for group in self.optimizer.param_groups]
-
-    def step(self, *metric):
-        for group, lr in zip(self.optimizer.param_groups, self.smooth, strict=True):
-            group["lr"] = lr
-        self.inner.step(*metric)
-        self.count += 1
-        self.smooth = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] *= self.ramp(self.restarts, self.count)
-
-    def get_last_lr(self):
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-
-class OneStepShort(Scaled):
-    @staticmethod
-    def ramp(restarts, step):
-        factor = restarts.factor(step)
-        return 1.0 if restarts.warmup > 1 and factor == 1 - 1 / restarts.warmup else factor
-
-
-class NeverBack(Scaled):
-    @staticmethod
-    def ramp(restarts, step):
-        return 0.0 if restarts.count(step) else 1.0
-
-
-class TellsAnother(Scaled):
-    def get_last_lr(self):
-        return [123.0]
-
-
 RAMPS = {
-    OneStepShort: "inside a ramp it lies between, and rises from each restart",
-    NeverBack: "outside the ramps it is the smooth schedule's",
-    TellsAnother: "it tells the rate that it sets",
+    planted.OneStepShort: "inside a ramp it lies between, and rises from each restart",
+    planted.NeverBack: "outside the ramps it is the smooth schedule's",
+    planted.TellsAnother: "it tells the rate that it sets",
 }
 
 
 class TestOfASchedule:
     def test_a_sound_one_raises_no_alarm(self):
-        testing.check_schedule(Scaled, skip=["it resumes exactly from any step"])
+        testing.check_schedule(planted.Scaled, skip=["it resumes exactly from any step"])
 
     @pytest.mark.parametrize("jagged", RAMPS, ids=lambda jagged: jagged.__name__)
     @pytest.mark.parametrize("restarts", [None, relora.Restarts(200, 50)], ids=["any", "long"])
@@ -328,6 +287,6 @@ class TestTheProgram:
         assert_code_repeats_it(report)
 
     def test_of_our_own_restart_under_another_schedule(self):
-        report = found(testing.check_restart, jagged=NeverBack)
+        report = found(testing.check_restart, jagged=planted.NeverBack)
         assert "import restart_by_relora" in report
         assert_code_repeats_it(report)
