@@ -82,6 +82,13 @@ class MergeInGraph(Layer):
         nn.init.zeros_(self.lora_B)
 
 
+class MergeIsNotCalled(Layer):
+    """Lightning-ReLoRA's merge: named, and not called."""
+
+    def merge_(self):
+        super().merge_  # noqa: B018 - the bug
+
+
 class MergeRaises(Layer):
     """The authors' 8-bit merge: a slip of the pen."""
 

@@ -53,6 +53,7 @@ LAYERS = {
     planted.MergeKeepsB: "a merge keeps the function",
     planted.MergeThroughHalf: "a merge keeps the function",
     planted.MergeInGraph: "its gradients are those",
+    planted.MergeIsNotCalled: "a merge adds s B A to W, rounds once, and zeroes B",
     planted.MergeRaises: "it computes with W + s B A",
     planted.SixteenBits: ("a merge adds s B A to W, rounds once", "small merges are not lost"),
     planted.SixteenBitsRoundedOnce: "small merges are not lost",
