@@ -1,5 +1,6 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
+from relora_core.adapters import load_adapters, save_adapters
 from relora_core.bases import split_bases_
 from relora_core.layouts import declare_moments
 from relora_core.low_rank import LowRank
@@ -26,6 +27,7 @@ __all__ = [
     "clean_name",
     "declare_moments",
     "is_low_rank",
+    "load_adapters",
     "low_rank_sites",
     "magnitude_prune_",
     "merge_",
@@ -36,6 +38,7 @@ __all__ = [
     "remove_low_rank",
     "reset_optimizer_",
     "restart_",
+    "save_adapters",
     "save_merged",
     "split_bases_",
 ]

@@ -303,6 +303,22 @@ BREAKAGES = {
         ),
         "tests/faults/test_disk.py",
     ),
+    "an adapter's scale is not compared": (
+        *(
+            "relora_core/adapters.py",
+            "lora_scale is None and not math",
+            "lora_scale is None and 0 and not math",
+        ),
+        "tests/core/test_adapters.py",
+    ),
+    "an embedding's factors as a linear's": (
+        *("relora_core/adapters.py", "W, embeds=True)", "W)"),
+        "tests/core/test_adapters.py",
+    ),
+    "an adapter forgets the count of restarts": (
+        *("relora_core/adapters.py", "            if name in keys:", "            if False:"),
+        "tests/core/test_adapters.py",
+    ),
     "long wavelengths are not scaled": (
         *("reference_trainer/model.py", "(share + (1 - share) / self.factor)", "share"),
         "tests/trainer/test_pretrained.py",

@@ -19,7 +19,7 @@ LAYERS = {
         {"optimizer"},
         {"register"},
         {"sites"},
-        {"restart", "serialization", "bases"},
+        {"restart", "serialization", "bases", "adapters"},
         {
             "__init__",
             "testing.expressions",
