@@ -17,8 +17,8 @@ from relora_core.testing.subjects import BrokenPromiseError
 _EXAMPLES = """examples:
   python -m relora_core.testing
       every battery as in CI, in seconds
-  python -m relora_core.testing --examples 2500 --out promises.jsonl
-      2500 new examples of each promise, over 120,000 in all, in about half an hour
+  python -m relora_core.testing --examples 2100 --out promises.jsonl
+      2100 new examples of each promise, over 100,000 in all, in about half an hour
   python -m relora_core.testing --only JaggedCosine --examples 1000
       one battery
 """

@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
 #: Seconds: the same examples every time.
 CI = hypothesis.settings(max_examples=40, derandomize=True, stateful_step_count=15, **_COMMON)
 #: Minutes: new examples every time.
-DEEP = hypothesis.settings(max_examples=2500, stateful_step_count=40, **_COMMON)
+DEEP = hypothesis.settings(max_examples=2100, stateful_step_count=40, **_COMMON)
 
 Case = TypeVar("Case")
 

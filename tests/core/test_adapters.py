@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -101,6 +102,36 @@ class TestPeft:
         adapted = {n for n, _ in theirs.named_parameters() if "lora_A" in n}
         assert adapted == {"base_model.model.0.lora_A.default.weight"}
 
+    def test_tells_modules_apart_whose_names_end_alike(self, tmp_path):
+        def learned_chain():
+            torch.manual_seed(2)
+            options = {"rank": 3, "rank_pattern": {"proj": 2}, "trainable_scale": True}
+            return relora.add_low_rank_(Chain(), "*proj", **options)
+
+        model = learned_chain()
+        randomize_(model)
+        with torch.no_grad():
+            for scale, (_, site) in zip((1.5, 5.0), relora.low_rank_sites(model), strict=True):
+                site.low_rank.lora_scale.fill_(scale)
+        relora.save_adapters(model, tmp_path, base=tmp_path)
+        x = torch.randn(3, 4)
+        torch.manual_seed(2)
+        theirs = peft.PeftModel.from_pretrained(Chain(), tmp_path)
+        torch.testing.assert_close(theirs(x), model(x))
+        other = learned_chain()
+        relora.load_adapters(other, tmp_path)
+        assert same(state(other), state(model))
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.proj(self.enc.proj(x).tanh())
+
 
 class TestBack:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -123,13 +154,13 @@ class TestBack:
         assert same(state(other), state(model))
 
     def test_a_trained_scale_goes_along(self, tmp_path):
-        model = learned(trainable_scale=True)
+        model = learned(trainable_scale=True).double()
         with torch.no_grad():
             for _, site in relora.low_rank_sites(model):
-                site.low_rank.lora_scale.mul_(1.5)
-        other = made(trainable_scale=True)
+                site.low_rank.lora_scale.mul_(math.pi)
+        other = made(trainable_scale=True).double()
         relora.load_adapters(other, relora.save_adapters(model, tmp_path))
-        torch.testing.assert_close(other(TOKENS), model(TOKENS))
+        assert same(state(other), state(model))
 
     def test_saving_changes_nothing_and_replaces_whole_files(self, tmp_path):
         model = learned()
@@ -159,6 +190,15 @@ def count(tensors):
     tensors["base_model.model.layers.1.lora_A.weight"] = torch.zeros(3, 6, dtype=torch.int64)
 
 
+def spoil(tensors):
+    tensors["base_model.model.layers.1.lora_A.weight"][0, 0] = math.nan
+
+
+def enlarge(tensors):
+    name = "base_model.model.layers.1.lora_A.weight"
+    tensors[name] = tensors[name].double() * 1e300
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -166,7 +206,9 @@ class TestRefusals:
             (drop, "lacks .*conv.lora_B.weight"),
             (add, "has .*head.lora_A.weight"),
             (widen, r"layers.1 needs factors of shapes .*\(3, 6\).*got .*\(4, 6\)"),
-            (count, "not floating point"),
+            (count, "must be finite and floating point"),
+            (spoil, "must be finite and floating point"),
+            (enlarge, "does not fit into torch.float32"),
         ],
     )
     def test_of_tensors_that_do_not_fit_change_nothing(self, tmp_path, change, message):
@@ -180,12 +222,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"peft_type": "LOHA"}, "no LoRA adapter"),
-            ({"lora_alpha": "6"}, "no LoRA adapter"),
-            ({"lora_alpha": float("nan")}, "no LoRA adapter"),
+            ({"peft_type": "LOHA"}, "peft_type is 'LOHA', not LORA"),
+            ({"lora_alpha": "6"}, "an alpha must be a number; got '6'"),
+            ({"lora_alpha": True}, "an alpha must be a number; got True"),
+            ({"lora_alpha": math.nan}, "an alpha must be finite"),
+            ({"lora_alpha": 10**400}, "OverflowError"),
             ({"lora_alpha": 7}, "has the scale"),
-            ({"use_dora": True}, "use_dora has no meaning"),
-            ({"alpha_pattern": 3}, "no adapter's configuration"),
+            ({"use_dora": True}, "use_dora make of it another thing"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights make of it another thing"),
+            ({"alpha_pattern": 3}, "no LoRA adapter's configuration"),
+            ({"alpha_pattern": {"(": 1}}, "no LoRA adapter's configuration"),
         ],
     )
     def test_of_a_configuration_change_nothing(self, tmp_path, change, message):
@@ -195,13 +241,54 @@ class TestRefusals:
         self.refused(tmp_path, message)
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-    @pytest.mark.parametrize("damage", [None, b"", b"{", b"\xff" * 64, b"[" * 100_000])
+    @pytest.mark.parametrize(
+        "damage",
+        [None, b"", b"{", b"null", b"[]", b"\xff" * 64, b"[" * 100_000],
+        ids=["absent", "empty", "cut", "null", "a list", "noise", "deep"],
+    )
     def test_of_damaged_files_change_nothing(self, tmp_path, name, damage):
         relora.save_adapters(learned(), tmp_path)
         (tmp_path / name).unlink()
         if damage is not None:
             (tmp_path / name).write_bytes(damage)
-        self.refused(tmp_path, f"{name} is no adapter's")
+        self.refused(tmp_path, f"{name} is no (LoRA )?adapter's")
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            {"seed": -1, "restart": 0, "scale": 2.0},
+            {"seed": 10**30, "restart": 0, "scale": 2.0},
+            {"seed": 0, "restart": 1.5, "scale": 2.0},
+            {"seed": 0, "restart": math.inf, "scale": 2.0},
+            {"seed": 0, "restart": 0, "scale": math.nan},
+            {"seed": 0},
+            3,
+        ],
+    )
+    def test_of_damaged_keys_change_nothing(self, tmp_path, key):
+        relora.save_adapters(learned(), tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        save_file(load_file(file), file, metadata={"relora": json.dumps({"embed": key})})
+        self.refused(tmp_path, "is damaged")
+
+    def test_of_gathered_parameters_change_nothing(self, tmp_path):
+        """As of a block of an FSDP2 model in the middle of its forward pass."""
+        relora.save_adapters(learned(), tmp_path)
+        model = made()
+        next(relora.low_rank_sites(model))[1].low_rank.most_dims = 1
+        before = state(model)
+        with pytest.raises(ValueError, match="are gathered"):
+            relora.load_adapters(model, tmp_path)
+        assert same(state(model), before)
+
+    @pytest.mark.parametrize("which", ["lora_A", "lora_B", "lora_scale"])
+    def test_of_what_is_not_finite_write_nothing(self, tmp_path, which):
+        model = learned(trainable_scale=True)
+        with torch.no_grad():
+            getattr(dict(relora.low_rank_sites(model))["conv"].low_rank, which).fill_(math.inf)
+        with pytest.raises(ValueError, match="conv: a factor or the scale is not finite"):
+            relora.save_adapters(model, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
 
     def refused(self, directory, message):
         model = made()
@@ -214,12 +301,19 @@ class TestRefusals:
         ("make", "tensor_name"),
         [
             (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight"),
+            (lambda: nn.MultiheadAttention(4, 2).out_proj, "weight"),
             (lambda: nn.Conv2d(4, 4, 2, groups=2), "weight"),
+            (lambda: nn.Conv2d(4, 4, 2, dilation=2), "weight"),
+            (lambda: nn.Conv2d(4, 4, 2, padding=1, padding_mode="circular"), "weight"),
             (lambda: nn.Bilinear(2, 2, 3), "weight"),
+            (None, "weight"),
         ],
     )
     def test_of_what_has_no_place_there_write_nothing(self, tmp_path, make, tensor_name):
-        model = relora.register_low_rank(make(), tensor_name, rank=1)
+        if make is None:
+            model = relora.register_low_rank(nn.Linear(3, 2), rank=1)  # no name within a model
+        else:
+            model = nn.Sequential(relora.register_low_rank(make(), tensor_name, rank=1))
         with pytest.raises(ValueError, match="PEFT's format holds adapters of the weight of"):
             relora.save_adapters(model, tmp_path / "none")
         assert not (tmp_path / "none").exists()

@@ -69,7 +69,33 @@ def test_it_is_saved_and_loaded_over_uneven_shards(tmp_path, world_size):
     for result in results:
         assert result.keys() == expected.keys()
         assert all(torch.equal(result[key], expected[key]) for key in expected)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        files = [Path(tmp_path / which / name).read_bytes() for which in ("single", "many")]
-        assert files[0] == files[1]
-    assert load_file(tmp_path / "many" / "adapter_model.safetensors")
+    one, many = (tmp_path / which for which in ("single", "many"))
+    config = "adapter_config.json"
+    assert (one / config).read_bytes() == (many / config).read_bytes()
+    tensors, others = (load_file(path / "adapter_model.safetensors") for path in (one, many))
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def load_where_one_lacks_the_file(rank, world_size, directory):
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = low_rank(seed=4)
+    fully_shard(model, mesh=mesh)
+    before = {name: full(site.lora_A) for name, site in relora.low_rank_sites(model)}
+    with pytest.raises(RuntimeError, match=r"refuses: .* is no LoRA adapter's configuration"):
+        relora.load_adapters(model, Path(directory) / "absent" if rank else directory)
+    return {
+        f"{name}/{which}": tensor
+        for name, site in relora.low_rank_sites(model)
+        for which, tensor in (("before", before[name]), ("after", full(site.lora_A)))
+    }
+
+
+def test_it_is_loaded_by_all_or_by_none(tmp_path):
+    model = low_rank(seed=3)
+    learn_(model)
+    relora.save_adapters(model, tmp_path / "single")
+    run = load_where_one_lacks_the_file
+    for result in on_processes(run, 2, tmp_path / "ranks", tmp_path / "single"):
+        for name in ("mlp.0", "mlp.2"):
+            assert torch.equal(result[f"{name}/after"], result[f"{name}/before"])

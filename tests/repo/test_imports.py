@@ -10,7 +10,16 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        {"_sharding", "schedule", "two_paths", "merged", "embedding", "layouts", "randomness"}
+        {
+            "_sharding",
+            "peft_format",
+            "schedule",
+            "two_paths",
+            "merged",
+            "embedding",
+            "layouts",
+            "randomness",
+        }
         | {"low_bits"},
         {"linear", "selection", "quantized", "roll_call", "tensor_parallel"},
         {"lazy_weight", "pruning", "update"},
