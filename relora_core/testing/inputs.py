@@ -41,6 +41,7 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    # mypy does not see that the attribute asked for is the one that is an int.
     if isinstance(getattr(module, "in_features", None), int):
         return [(5, module.in_features)]  # type: ignore[list-item]
     if isinstance(module, nn.Bilinear):

@@ -269,6 +269,7 @@ class RestartMachine(RuleBasedStateMachine):
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator))
         options = {"rank": self.settings.rank, "alpha": self.settings.alpha}
+        # To mypy each value may be an int or a float.
         add_low_rank_(model, "*", **options, seed=self.settings.seed)  # type: ignore[arg-type]
         return model
 

@@ -34,13 +34,19 @@ def program(report):
     return "\n".join(line[4:] for line in lines)
 
 
-def assert_code_repeats_it(report):
-    """Assert that the code in a report, run by itself, breaks the same promise."""
+def assert_code_repeats_it(report, *, figures=True):
+    """Assert that the code in a report, run by itself, raises what the report says.
+
+    To the last figure, unless the bug itself depends on torch's global generator.
+    """
     said = report.splitlines()[1].strip()
     with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the bug raises
         exec(compile(program(report), "counterexample", "exec"), {"__name__": "counterexample"})
     again = "".join(traceback.format_exception_only(caught.value))
-    assert said.partition(": ")[2] in again or said in again
+    if not figures:
+        said, again = (re.sub(r"\d[\d.e+-]*", "#", text) for text in (said, again))
+    assert said
+    assert said.rstrip(": ") in again
 
 
 def layers(planted_layer):
@@ -192,7 +198,8 @@ RESTARTS = [
 def test_a_bug_of_a_whole_restart_is_found(restart):
     report = found(testing.check_restart, restart)
     assert report.startswith("broken: a training is Algorithm 1, whatever interrupts it")
-    assert_code_repeats_it(report)
+    drawn = restart is planted.drawn_from_the_global_generator
+    assert_code_repeats_it(report, figures=not drawn)
 
 
 def test_the_page_shows_what_its_example_says(tmp_path, monkeypatch):
