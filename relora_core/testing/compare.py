@@ -1,6 +1,6 @@
 """Whether two models are the same: states, outputs, gradients."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,7 +45,7 @@ def only_sites_change(
 
 
 def same_outputs(
-    one: Callable[..., object], other: Callable[..., object], inputs: list[Tensor], what: str
+    one: Callable[..., object], other: Callable[..., object], inputs: Sequence[Tensor], what: str
 ) -> None:
     """Raise unless two modules return the same, to a fraction of the largest value."""
     with torch.no_grad():

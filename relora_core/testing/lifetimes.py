@@ -127,10 +127,10 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
                 f"register and remove changed {name!r}, or put another in its place"
             )
 
-    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    wide = wide_copy(model)
     merged = copy.deepcopy(wide)
     state = {name: tensor.clone() for name, tensor in merged_state_dict(merged).items()}
-    for site, _ in [(site, None) for _, site in low_rank_sites(merged)]:
+    for _, site in list(low_rank_sites(merged)):
         remove_low_rank(site.module, site.tensor_name)
-    same_outputs(merged, wide, x, "removing the merged sites moved the output")
+    same_outputs(merged, wide, fitting(inputs, wide), "removing the merged sites moved the output")
     same_state(state_of(merged), state, "merged_state_dict is not the merged module's state:")

@@ -268,9 +268,8 @@ class RestartMachine(RuleBasedStateMachine):
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator))
-        options = {"rank": self.settings.rank, "alpha": self.settings.alpha}
-        # To mypy each value may be an int or a float.
-        add_low_rank_(model, "*", **options, seed=self.settings.seed)  # type: ignore[arg-type]
+        settings = self.settings
+        add_low_rank_(model, "*", rank=settings.rank, alpha=settings.alpha, seed=settings.seed)
         return model
 
     def _reference(self) -> Algorithm1:
@@ -284,9 +283,7 @@ class RestartMachine(RuleBasedStateMachine):
             name: site.module.get_parameter("bias").detach().clone() for name, site in sites.items()
         }
         scale = self.settings.alpha / self.settings.rank
-        return Algorithm1(
-            own("weight"), own("lora_A"), own("lora_B"), biases, scale, lambda n, k: draws(n, k)
-        )
+        return Algorithm1(own("weight"), own("lora_A"), own("lora_B"), biases, scale, draws)
 
     def _draws(self) -> Callable[[str, int], Tensor]:
         """Return the draws of a model that does nothing but draw."""

@@ -15,6 +15,7 @@ from relora_core.testing.compare import (
     same_state,
     state_of,
 )
+from relora_core.testing.inputs import fitting
 from relora_core.testing.subjects import (
     BrokenPromiseError,
     LowRankSite,
@@ -45,7 +46,8 @@ def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
         >>> from relora_core import register_low_rank
         >>> assert_is_dense(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """
-    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    wide = wide_copy(model)
+    x = fitting(inputs, wide)
     same_outputs(wide, DenseTwin(wide, sites), x, "the output is not that of W + s B A")
 
 
@@ -74,14 +76,14 @@ def assert_gradients_are_dense(
     for name, site in found.items():
         if site.weight.requires_grad:
             raise BrokenPromiseError(f"W of {name!r} is trained: freeze it (requires_grad_(False))")
-    x = [t.double().requires_grad_() if t.is_floating_point() else t for t in inputs]
+    x = [t.detach().clone() for t in fitting(inputs, wide)]
     twin = DenseTwin(wide, sites)
     own: dict[str, Tensor] = {n: p for n, p in wide.named_parameters() if p.requires_grad}
     for name, site in found.items():
         own |= {f"{name}.lora_A": site.lora_A, f"{name}.lora_B": site.lora_B}
         scale = trained_scale(site)
         own |= {} if scale is None else {f"{name}.lora_scale": scale}
-    floats = {f"input {i}": t for i, t in enumerate(x) if t.requires_grad}
+    floats = {f"input {i}": t.requires_grad_() for i, t in enumerate(x) if t.is_floating_point()}
     names = [n for n in twin.leaves if n in own and own[n].requires_grad]
     actual = gradients_of(wide(*x), {**{n: own[n] for n in names}, **floats})
     expected = gradients_of(twin(*x), {**{n: twin.leaves[n] for n in names}, **floats})
@@ -109,11 +111,11 @@ def assert_merge_keeps_function(
         >>> layer = register_low_rank(nn.Linear(3, 2), rank=1)
         >>> assert_merge_keeps_function(layer, torch.ones(1, 3))
     """
-    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    wide = wide_copy(model)
     merged = copy.deepcopy(wide)
     for site in sites(merged).values():
         site.merge_()
-    same_outputs(merged, wide, x, "a merge moved the output")
+    same_outputs(merged, wide, fitting(inputs, wide), "a merge moved the output")
 
 
 def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.testing.compare import disturbed, gradients_of, only_sites_change
+from relora_core.testing.inputs import fitting
 from relora_core.testing.subjects import (
     BrokenPromiseError,
     Sites,
@@ -89,7 +90,8 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
         >>> from relora_core import register_low_rank
         >>> assert_learns(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """
-    wide, x = wide_copy(model), [t.double() if t.is_floating_point() else t for t in inputs]
+    wide = wide_copy(model)
+    x = fitting(inputs, wide)
     found = {name: site for name, site in sites(wide).items() if site.lora_B.requires_grad}
     for cycle in range(3):
         for which in ("lora_B", "lora_A"):

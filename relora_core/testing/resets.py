@@ -1,5 +1,6 @@
 """What a reset of an optimizer's moments promises, an assertion each."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -225,7 +226,7 @@ def assert_reset_before_the_first_step(
     Example:
         >>> assert_reset_before_the_first_step(Trained(torch.optim.AdamW))
     """
-    begun = Trained(case.factory, case.shapes, 0, case.seed, case.ties, case.dtype)
+    begun = dataclasses.replace(case, steps=0)
     (optimizer, params), (twin, same) = begun(), begun()
     reset(optimizer, params, ratio)
     for one, other in zip(inner_optimizers(optimizer), inner_optimizers(twin), strict=True):
@@ -261,9 +262,8 @@ def assert_reset_commutes_with_saving(
         optimizer, params = case()
         if order == "reset, then saved":
             reset(optimizer, params, ratio)
-        if "saved" in order and order != "never saved":
-            begun = Trained(case.factory, case.shapes, 0, case.seed, case.ties, case.dtype)
-            fresh, others = begun()
+        if order != "never saved":
+            fresh, others = dataclasses.replace(case, steps=0)()
             with torch.no_grad():
                 for p, q in zip(others, params, strict=True):
                     p.copy_(q)

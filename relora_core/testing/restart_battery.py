@@ -54,7 +54,8 @@ def check_restart(
     told = Battery(profile, [promise]).telling(promise, functools.partial(_show, restart, jagged))
     with torch.random.fork_rng(devices=[]), told:
         # The steps of the shortest run are among the notes that it makes then.
-        noted = hypothesis.settings(profile, verbosity=hypothesis.Verbosity.normal)
+        normal = hypothesis.Verbosity.normal
+        noted = hypothesis.settings(profile, verbosity=normal, print_blob=False)
         run_state_machine_as_test(Machine, settings=noted)
     return [Held(promise, begun)]
 

@@ -68,6 +68,12 @@ BROKEN = [
 ]
 
 
+def test_inputs_in_float64_are_left_alone():
+    x = X.double()
+    testing.assert_gradients_are_dense(planted.Layer(inner=7), x)
+    assert not x.requires_grad
+
+
 @pytest.mark.parametrize(("assertion", "layer", "message"), BROKEN)
 def test_it_tells_sound_from_broken(assertion, layer, message):
     options = {"inner": 7, "out": 8, "rank": 2, "alpha": 4.0}

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import subprocess
+import sys
 
 import hypothesis
 import pytest
@@ -39,6 +41,29 @@ class Tied(nn.Module):
 class Nothing(nn.Linear):
     def forward(self, x):
         return None
+
+
+class TestOfTheEnvironment:
+    def test_no_profile_depends_on_where_it_is_imported(self):
+        """Hypothesis has another default profile where CI is set."""
+        program = "from relora_core import testing; print(testing.CI, testing.DEEP)"
+        said = {
+            subprocess.run(
+                [sys.executable, "-c", program],
+                env=environment,
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+            for environment in ({}, {"CI": "true"})
+        }
+        assert len(said) == 1
+
+    def test_a_profile_that_prints_blobs_leaves_the_program_alone(self):
+        blobs = hypothesis.settings(testing.CI, print_blob=True)
+        with pytest.raises(testing.BrokenPromiseError) as caught:
+            testing.check_restart(planted.unpruned, profile=blobs)
+        assert_code_repeats_it(str(caught.value))
 
 
 class TestOfTheCaller:
