@@ -201,8 +201,11 @@ class ParallelConfig:
     __pydantic_config__ = STRICT
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "'auto': cuda where there is one")
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "of the computation ('auto': bf16 on cuda); weights are kept in fp32"
+    precision: Literal["auto", "fp32", "bf16", "pure-bf16"] = option(
+        "auto",
+        "of the computation ('auto': bf16 on cuda); weights are kept in fp32, but 'pure-bf16' "
+        "keeps those that are trained, and their moments, in bf16 (half the memory; small steps "
+        "are rounded away)",
     )
     compile: bool = option(False, "compile each block")
     checkpoint_activations: bool = option(False, "recompute each block in backward")

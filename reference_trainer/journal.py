@@ -12,6 +12,7 @@ from tqdm import tqdm
 import relora_core as relora
 from reference_trainer.config import Config
 from reference_trainer.metrics import Metrics
+from reference_trainer.peak import PeakMemory
 from reference_trainer.rank import RankMeter, spread
 from reference_trainer.stage import Stage
 from reference_trainer.world import World
@@ -39,6 +40,7 @@ class Journal:
         self._means: deque[float] = deque(maxlen=20)
         self._seconds = 0.0
         self._began = 0.0
+        self._peak = PeakMemory(world.device)
         self._meter = None
         if stage.restarts is not None and config.log.rank_sites:
             file = config.directory / "first-weights.safetensors"
@@ -95,6 +97,7 @@ class Journal:
             loss=mean,
             gradient_norm=norm.item(),
             tokens_per_second=speed,
+            peak_memory=self.world.largest(self._peak.bytes()),
             **{f"lr_{name}": rate for name, rate in rates.items()},
         )
         restarts = self.stage.restarts

@@ -15,10 +15,10 @@ from reference_trainer.world import World
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of the computation; parameters are stored in fp32."""
+    """Return the dtype of the computation."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def build(
@@ -35,7 +35,8 @@ def build(
 
     Args:
         shape: of the model.
-        config: precision, compilation and activation checkpointing.
+        config: precision, compilation and activation checkpointing; weights are kept in fp32,
+            under "pure-bf16" those that are trained in bf16.
         world: the processes.
         prepare_: what to do to the bare model first, on the meta device; it returns the parameters
             that stay whole on every process, outside FSDP2.
@@ -45,6 +46,10 @@ def build(
     with torch.device("meta"):
         model = Llama(shape)
     whole = set(prepare_(model))
+    if config.precision == "pure-bf16":  # a frozen W stays in fp32, or merges into it would be lost
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
     layers = model.model.layers
     for index, block in enumerate(layers):
         if config.checkpoint_activations:

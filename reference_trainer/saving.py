@@ -32,7 +32,8 @@ class Saver:
 
     `save` copies what is to be written into the host's memory, and returns. Writing, checksums, the
     manifest and the removal of what need not stay follow while the training goes on, over a process
-    group of their own. Every process calls everything alike.
+    group of their own. Where the training waits for it, nothing is copied, and a process needs no
+    more memory than it has. Every process calls everything alike.
 
     Args:
         directory: of all the run's checkpoints; it exists.
@@ -65,8 +66,10 @@ class Saver:
         position: Position,
         tensors: Mapping[str, Tensor],
         states: Mapping[str, Mapping[str, Tensor]],
+        *,
+        copied: bool,
     ) -> None:
-        """Copy what a checkpoint holds, and begin to write it.
+        """Begin to write a checkpoint.
 
         Waits first until the one before is complete. The name is new for each step, so nothing
         complete is written over.
@@ -75,6 +78,8 @@ class Saver:
             position: where the run stands.
             tensors: the model's state by name, sharded or not.
             states: the optimizer's, by parameter and key.
+            copied: whether what is written is copied first; otherwise nothing may change it before
+                `wait` has returned.
 
         Raises:
             SharedError: if the one before could not be written.
@@ -82,9 +87,11 @@ class Saver:
         if self._pending is not None:
             self.wait()
         text = json.dumps(asdict(position))  # now: a schedule goes on
-        self._copy(named(tensors, states))
+        state = named(tensors, states)
+        self._copies = self._copied(state) if copied else {}
         target = self._directory / f"step-{position.step:08d}"
-        self._pending = self._thread.submit(self._write, target, text)
+        written = self._copies if copied else state
+        self._pending = self._thread.submit(self._write, target, text, written)
 
     @property
     def failed(self) -> bool:
@@ -108,18 +115,18 @@ class Saver:
         self._thread.shutdown()  # what has begun is still completed
 
     @torch.no_grad()
-    def _copy(self, state: dict[str, Any]) -> None:
+    def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self._copies.items()}:
-            self._copies = {}  # another phase's, whose memory goes first
-            self._copies = BlockingAsyncStager().stage(state)
-            return
+            copies: dict[str, Any] = BlockingAsyncStager().stage(state)
+            return copies
         for name, tensor in state.items():  # into memory that is there already
             copy = self._copies[name]
             if isinstance(tensor, DTensor):
                 copy, tensor = copy.to_local(), tensor.to_local()
             copy.copy_(tensor)
+        return self._copies
 
-    def _write(self, target: Path, position: str) -> Path:
+    def _write(self, target: Path, position: str, state: dict[str, Any]) -> Path:
         world = self._world
         before = complete(self._directory)[-1:]
         goes_on = f"goes on from {before[0].name}" if before else "begins again"
@@ -129,7 +136,7 @@ class Saver:
             writer = StreamedWriter(target)
             try:
                 dcp_save(
-                    self._copies,
+                    state,
                     storage_writer=writer,
                     no_dist=world.alone,
                     process_group=world.group,

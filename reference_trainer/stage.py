@@ -216,7 +216,7 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
     return position.step
 
 
-def save(stage: Stage, step: int, saver: Saver, world: World) -> None:
+def save(stage: Stage, step: int, saver: Saver, world: World, *, copied: bool) -> None:
     """Begin to write a checkpoint of the stage before the run's `step`.
 
     Args:
@@ -224,13 +224,14 @@ def save(stage: Stage, step: int, saver: Saver, world: World) -> None:
         step: the next one to run.
         saver: what writes.
         world: the processes.
+        copied: whether the training goes on meanwhile.
     """
     state = stage.optimizer.state
     states = {name: dict(state[p]) for name, p in stage.parameters.items() if p in state}
     shapes = {n: {k: list(t.shape) for k, t in state.items()} for n, state in states.items()}
     schedule = stage.schedule.state_dict()
     position = checkpoint.Position(step, stage.phase.name, schedule, shapes, saver.fixed)
-    saver.save(position, stage.tensors(world), states)
+    saver.save(position, stage.tensors(world), states, copied=copied)
 
 
 def _groups(

@@ -101,7 +101,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     Args:
         file: to make.
-        tensors: on the CPU, by name.
+        tensors: by name; those of another device are copied one at a time.
         metadata: texts by name.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -115,7 +115,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     with _Stream(file) as stream:
         stream.write(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for tensor in tensors.values():
-            stream.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return stream.checksum
 
 

@@ -141,7 +141,7 @@ def train_stage(
         if last:
             journal.end()
         if ends or save_now or done % config.checkpoint.every == 0:
-            save(stage, done, saver, world)
+            save(stage, done, saver, world, copied=not ends)
         if ends:
             latest = saver.wait()
         if given_up:

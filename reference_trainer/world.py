@@ -69,6 +69,12 @@ class World:
         dist.all_reduce(value, group=self.group)
         return value.item() / self.size
 
+    def largest(self, value: int) -> int:
+        """Return the largest of the processes' values."""
+        own = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(own, dist.ReduceOp.MAX, group=self.group)
+        return int(own)
+
     def any(self, *flags: Tensor | bool) -> list[bool]:
         """Return whether each flag is set on any process; waits for the device."""
         own = [torch.as_tensor(flag, device=self.device).float() for flag in flags]

@@ -62,7 +62,7 @@ def measure_checkpoints(
             nonlocal step
             began = now(world.device)
             if saves:
-                save(stage, step, saver, world)
+                save(stage, step, saver, world, copied=True)
             for _ in range(every):
                 forward_backward(stage.model, tokens, 1, world)
                 clip_grad_norm_(stage.parameters.values(), config.optim.clip)

@@ -56,6 +56,7 @@ LAYERS = {
             "bench.__init__",
             "bench.memory",
             "streamed",
+            "peak",
         },
         {"config", "files", "flops", "bench.arms", "bench.results"},
         {"metrics", "bench.picture", "bench.projection"},

@@ -20,6 +20,7 @@ from reference_trainer.files import locked
 from reference_trainer.metrics import read
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
+from tests.distributed.processes import full
 from tests.trainer.conftest import SOURCES, losses, records
 from tests.trainer.test_command_line import lines_of
 
@@ -133,7 +134,7 @@ def test_what_stays_trainable_keeps_its_optimizer_state_across_the_hand_off(tiny
             assert float(state["step"]) == 6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
 def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
     import relora_core as relora
     from tests.reference import ulp
@@ -149,9 +150,9 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
             before = stage.model(tokens)
             relora.restart_(stage.model, stage.optimizer)
             after = stage.model(tokens)
-        assert before.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        assert before.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
         apart = (after - before).abs().max() / ulp(before.abs().max())
-        assert apart <= (2 if precision == "bf16" else 0)
+        assert apart <= (0 if precision == "fp32" else 2)
 
 
 def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
@@ -197,6 +198,43 @@ def rewound(name, step):
 
 
 EVERY_CHECKPOINT = ("--checkpoint.keep", "9")
+
+
+@pytest.mark.parametrize("layout", ["shard", "replicate"])
+def test_pure_bf16_keeps_what_is_trained_in_16_bits_and_no_more(tiny, layout):
+    import relora_core as relora
+
+    chosen = ("--parallel.precision", "pure-bf16", "--parallel.layout", layout)
+    train(*tiny, *chosen, *EVERY_CHECKPOINT)
+    (file,) = (RUN / "checkpoints/step-00000006").glob("shard-*")
+    at_hand_off = {n: t for n, t in load_file(file).items() if not n.endswith(".step")}
+    assert {value.dtype for value in at_hand_off.values()} == {torch.bfloat16}
+    exported = load_file(RUN / "export/model.safetensors")
+    for stage, _ in stage_at("relora"):
+        for name, p in stage.parameters.items():
+            kept = (p, *(t for t in stage.optimizer.state[p].values() if t.ndim))
+            assert {t.dtype for t in kept} == {torch.bfloat16}, name
+            assert torch.isfinite(p.full_tensor()).all()
+        for name, site in relora.low_rank_sites(stage.model):
+            exact, first = full(site.exact()), at_hand_off[f"model.{name}.weight"].float()
+            assert exact.dtype == exported[f"{name}.weight"].dtype == torch.float32
+            assert 0 < (exact - first).abs().max() < 0.1  # merges have added to what it was
+            assert not torch.equal(exact.bfloat16().float(), exact)
+    again = rewound("first-run", 12)
+    train("--resume", "--name", again.name)
+    for name, tensor in load_file(again / "export/model.safetensors").items():
+        assert torch.equal(tensor, exported[name]), name
+
+
+def test_a_checkpoint_that_the_run_waits_for_is_not_copied(tiny, monkeypatch):
+    monkeypatch.setattr("reference_trainer.saving.BlockingAsyncStager", None)
+    train(*tiny, "--checkpoint.every", "1000")
+    assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
+        "step-00000006",
+        "step-00000020",
+    ]
+    with pytest.raises(TypeError):  # one that it does not wait for is
+        train(*tiny, "--name", "other")
 
 
 def test_bases_in_halves_resume_to_the_same_bits(tiny):
@@ -251,7 +289,7 @@ def test_a_record_at_the_step_of_a_checkpoint_is_kept_once(tiny, at):
             shutil.rmtree(later)
     train("--resume")
     again = [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"]
-    untimed = ("tokens_per_second", "seconds")
+    untimed = ("tokens_per_second", "seconds", "peak_memory")
     for records_ in (whole, again):
         for record in records_:
             for key in untimed:

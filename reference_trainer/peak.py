@@ -1,0 +1,36 @@
+"""The most memory that this process has held."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """The peak since it was made: of the GPU's allocated memory, or of this process's resident one.
+
+    Where there is no /proc (macOS) a process's peak is that of its whole life.
+
+    Args:
+        device: on which the process computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif _FORGET.exists():
+            _FORGET.write_text("5")  # resets the peak: see proc(5)
+
+    def bytes(self) -> int:
+        """Return it, in bytes."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        if _STATUS.exists():
+            lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+            return 1024 * int(lines["VmHWM"].removesuffix("kB"))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
