@@ -129,7 +129,7 @@ def main() -> None:
         raise SystemExit(f"{run} exists already: remove it")
     given.evidence.mkdir(parents=True, exist_ok=True)
     run.parent.mkdir(exist_ok=True)
-    tokenizer = run.with_suffix(".tokenizer.json")
+    tokenizer = run.parent / f"{run.name}.tokenizer.json"
     train_tokenizer(tokenizer, given.vocab)
     options = {"name": run.name, "model.preset": given.preset, "data.tokenizer": str(tokenizer)}
     arguments = [part for k, v in {**options, **OPTIONS}.items() for part in (f"--{k}", v)]

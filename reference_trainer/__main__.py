@@ -18,6 +18,7 @@ from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
 from reference_trainer.report import draw, learned
+from reference_trainer.study import run as trials
 from reference_trainer.train import train
 from reference_trainer.world import open_world, world_size
 
@@ -125,6 +126,11 @@ def _parser() -> _Parser:
     run.add_arguments(one)
     one.set_defaults(run=lambda arguments: _say(*run.bench(arguments)))
 
+    one = command("study", "train the paper's arms side by side at sizes for a CPU")
+    one.epilog = trials.EXAMPLES
+    trials.add_arguments(one)
+    one.set_defaults(run=_study)
+
     one = command("report", "draw a run's picture from its metrics, also while it runs")
     one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
     one.add_argument("--out", type=Path, help="the PNG to write (default: report.png in the run)")
@@ -175,6 +181,11 @@ def _export(arguments: argparse.Namespace) -> None:
     with open_world(config.parallel) as world:
         target = export(config, world)
     _say(f"model: {target}")
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    for line in trials.study(arguments):
+        _say(line)
 
 
 def _report(arguments: argparse.Namespace) -> None:

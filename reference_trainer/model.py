@@ -114,9 +114,11 @@ class LlamaShape:
         return self.hidden_size // self.heads
 
 
-# (hidden, intermediate, layers, heads). 3m is ours, for bytes on a laptop; the others are the
-# shapes of the ReLoRA paper's code, https://github.com/Guitaricet/relora/tree/main/configs.
+# (hidden, intermediate, layers, heads). 1m to 3m are ours, for bytes on a laptop; the others are
+# the shapes of the ReLoRA paper's code, https://github.com/Guitaricet/relora/tree/main/configs.
 PRESETS = {
+    "1m": (128, 352, 5, 4),
+    "2m": (192, 512, 4, 6),
     "3m": (256, 688, 4, 4),
     "9m": (128, 352, 4, 4),
     "60m": (512, 1376, 8, 8),

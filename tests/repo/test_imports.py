@@ -57,17 +57,18 @@ LAYERS = {
             "bench.memory",
             "streamed",
             "peak",
+            "study.__init__",
         },
-        {"config", "files", "flops", "bench.arms", "bench.results"},
-        {"metrics", "bench.picture", "bench.projection"},
+        {"config", "files", "flops", "bench.arms", "bench.results", "study.trial"},
+        {"metrics", "bench.picture", "bench.projection", "study.plans"},
         {"options", "world", "documents", "tokenizer", "sealed"},
         {"prepare", "parallel", "checkpoint", "rank", "report"},
         {"data", "saving", "pretrained", "bench.subjects"},
         {"stage"},
-        {"begin", "evaluate", "journal", "export", "bench.measure"},
+        {"begin", "evaluate", "journal", "export", "bench.measure", "study.train"},
         {"train", "bench.restarts", "bench.layouts"},
         {"bench.communication", "bench.tracker", "bench.checkpoints"},
-        {"bench.run"},
+        {"bench.run", "study.run"},
         {"__main__"},
     ],
 }
@@ -77,7 +78,8 @@ MODULES = [
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
 USES_THE_CORE = {"stage", "journal", "train", "export", "bench.arms", "bench.restarts"} | {
-    "bench.communication"
+    "bench.communication",
+    "study.train",
 }
 
 

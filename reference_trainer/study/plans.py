@@ -1,0 +1,117 @@
+"""Which trials answer which question, each arm's learning rate tuned by the same budget."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reference_trainer.errors import UserError
+from reference_trainer.study.trial import Arm, Trial
+
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
+RATES = (2e-3, 4e-3, 8e-3)
+MULTIPLES = (8.0, 16.0, 32.0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is.
+
+    Args:
+        model: a preset.
+        rank: at most a 48th of its width.
+        steps: of every trial.
+        cycles: of ReLoRA's.
+    """
+
+    model: str
+    rank: int
+    steps: int = 6000
+    cycles: int = 4
+
+
+SCALES = {scale.model: scale for scale in (Scale("1m", rank=2), Scale("2m", rank=4))}
+
+
+def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return three learning rates of full rank, and of each other arm three of its factors'."""
+    trials = [_trial(scale, Arm("full rank", lr), TUNING_SEED) for lr in RATES]
+    if not all(_found(records, trial) for trial in trials):
+        return trials
+    lr = best(records, "full rank")["lr"]
+    return trials + [
+        _trial(scale, replace(arm, lr=lr, lr_multiple=multiple), TUNING_SEED)
+        for arm in _tuned(scale)
+        for multiple in MULTIPLES
+    ]
+
+
+def arms(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return the four arms of the paper from every seed."""
+    chosen = [*_tuned(scale)[1:], Arm("full rank", 0.0), _tuned(scale)[0]]
+    best = [_at_its_best(scale, records, arm) for arm in chosen]
+    return [_trial(scale, arm, seed) for seed in SEEDS for arm in best]
+
+
+def ablation(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return LoRA without warm start, with one more of ReLoRA's other components at a time."""
+    lora = _at_its_best(scale, records, _tuned(scale)[0])
+    restarts = replace(lora, cycles=scale.cycles)
+    chosen = [
+        replace(restarts, name="LoRA, restarts", prune_ratio=None, rewarm=0.0),
+        replace(restarts, name="LoRA, restarts, reset", rewarm=0.0),
+        replace(restarts, name="LoRA, restarts, reset, jagged"),
+    ]
+    return [_trial(scale, arm, seed) for seed in SEEDS for arm in chosen]
+
+
+def sweeps(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return ReLoRA with other prune ratios, periods and ranks, beside LoRA of those ranks."""
+    _, lora, relora = (_at_its_best(scale, records, arm) for arm in _tuned(scale))
+    chosen = [
+        replace(relora, name=f"ReLoRA, prune {ratio:g}", prune_ratio=ratio)
+        for ratio in (0.0, 0.8, 0.9, 1.0)
+    ]
+    chosen += [
+        replace(relora, name=f"ReLoRA, {cycles} cycles", cycles=cycles) for cycles in (2, 8, 16)
+    ]
+    chosen += [
+        replace(arm, name=f"{name} of rank {rank}", rank=rank)
+        for rank in (scale.rank // 2, 2 * scale.rank, 4 * scale.rank)
+        for arm, name in ((lora, "LoRA"), (relora, "ReLoRA"))
+    ]
+    return [_trial(scale, arm, seed) for seed in SEEDS[:2] for arm in chosen]
+
+
+Plan = Callable[[Scale, Sequence[dict[str, Any]]], list[Trial]]
+PLANS: dict[str, Plan] = {"tune": tune, "arms": arms, "ablation": ablation, "sweeps": sweeps}
+
+
+def best(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
+    """Return the tuning trial of the arm with the lowest held-out loss at the end.
+
+    Raises:
+        UserError: if there is none.
+    """
+    found = [r for r in records if r["arm"] == arm and r["seed"] == TUNING_SEED]
+    if not found:
+        raise UserError(f"no trial has tuned {arm!r}: run the plan 'tune' first, into this file")
+    return min(found, key=lambda record: (record["diverged"], record["curve"][-1][1]))
+
+
+def _tuned(scale: Scale) -> list[Arm]:
+    lora = Arm("LoRA", 0.0, warm_start=0.0, rank=scale.rank)
+    warm = replace(lora, name="LoRA + warm start")
+    return [lora, warm, replace(warm, name="ReLoRA + warm start", cycles=scale.cycles)]
+
+
+def _at_its_best(scale: Scale, records: Sequence[dict[str, Any]], arm: Arm) -> Arm:
+    found = best([r for r in records if r["steps"] == scale.steps], arm.name)
+    return replace(arm, lr=found["lr"], lr_multiple=found["lr_multiple"])
+
+
+def _trial(scale: Scale, arm: Arm, seed: int) -> Trial:
+    return Trial(scale.model, arm, seed, scale.steps)
+
+
+def _found(records: Sequence[dict[str, Any]], trial: Trial) -> bool:
+    return any(trial.is_of(record) for record in records)

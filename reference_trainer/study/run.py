@@ -1,0 +1,104 @@
+"""The command `study`: the trials of a plan that are not on file yet, one after the other."""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reference_trainer.config import DataConfig
+from reference_trainer.environment import environment
+from reference_trainer.errors import UserError, one_line
+from reference_trainer.files import fresh_directory
+from reference_trainer.prepare import prepare, read_index, verify_data
+from reference_trainer.study.plans import PLANS, SCALES
+from reference_trainer.study.train import run
+
+EXAMPLES = """examples:
+  python -m reference_trainer study --model 1m --plan tune
+      three learning rates for every arm of the paper, on this Python's standard library
+  python -m reference_trainer study --model 1m --plan arms
+      full rank, LoRA, LoRA and ReLoRA after a warm start, at their best rates, from three seeds
+  python -m reference_trainer study --model 1m --plan sweeps --dry-run
+      which trials that would be
+
+A trial that is in the file already is not run again: interrupt it whenever you like.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("--model", default="1m", choices=SCALES, help="shape (default: 1m)")
+    add("--plan", default="tune", choices=PLANS, help="which trials (default: tune)")
+    add("--threads", type=int, default=1, help="of the computation (default: 1)")
+    add("--eager", action="store_true", help="do not compile steps (without a C++ compiler)")
+    add("--data", type=Path, default=Path("runs/study/data"), help="prepared bytes, made if absent")
+    add("--out", type=Path, help="JSON lines to add to (default: runs/study/MODEL.jsonl)")
+    add("--dry-run", action="store_true", help="say which trials, and stop")
+
+
+def study(arguments: argparse.Namespace) -> Iterator[str]:
+    """Run the command; iterate over what it prints.
+
+    Raises:
+        UserError: if something given is wrong.
+    """
+    scale, plan = SCALES[arguments.model], PLANS[arguments.plan]
+    out = arguments.out or Path(f"runs/study/{arguments.model}.jsonl")
+    if arguments.threads < 1:
+        raise UserError(f"--threads is at least 1; got {arguments.threads}")
+    if not arguments.eager and shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError("no C++ compiler is found to compile steps with: give --eager")
+    records = read(out)
+    left = [t for t in plan(scale, records) if not any(map(t.is_of, records))]
+    if arguments.dry_run:
+        yield from (f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}" for t in left)
+        yield f"trials of {arguments.plan} that can be planned now: {len(left)} of them to run"
+        return
+    data = _prepared(arguments.data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    checksums = read_index(data).checksums
+    while left:
+        record = run(left[0], data, compiled=not arguments.eager)
+        known = {**environment(torch.device("cpu")), "compiled": not arguments.eager}
+        records.append({**record, **known, "data": checksums})
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        end = record["curve"][-1][1]
+        yield f"{record['model']} {record['arm']}, seed {record['seed']}: {end:.4f} held out"
+        left = [t for t in plan(scale, records) if not any(map(t.is_of, records))]
+    yield f"every trial of {arguments.plan} is in {out}"
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the records of a file; none if it is absent.
+
+    Raises:
+        UserError: if it holds anything else.
+    """
+    if not file.exists():
+        return []
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from None
+    if any(record.get("event") != "trial" for record in records):
+        raise UserError(f"{file} holds something else than trials: give --out another name")
+    return records
+
+
+def _prepared(directory: Path) -> Path:
+    if directory.exists():
+        verify_data(directory)
+    else:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with fresh_directory(directory) as made:
+            prepare(DataConfig(), made)
+    if read_index(directory).vocab_size != 256:
+        raise UserError(f"{directory} is not of bytes: prepare it without a tokenizer")
+    return directory
