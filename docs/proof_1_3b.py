@@ -125,16 +125,17 @@ def main() -> None:
     parser.add_argument("--evidence", type=Path, default=EVIDENCE)
     given = parser.parse_args()
     run = Path("runs") / f"proof-{given.preset}"
-    if run.exists():
-        raise SystemExit(f"{run} exists already: remove it")
     given.evidence.mkdir(parents=True, exist_ok=True)
     run.parent.mkdir(exist_ok=True)
     tokenizer = run.parent / f"{run.name}.tokenizer.json"
-    train_tokenizer(tokenizer, given.vocab)
     options = {"name": run.name, "model.preset": given.preset, "data.tokenizer": str(tokenizer)}
     arguments = [part for k, v in {**options, **OPTIONS}.items() for part in (f"--{k}", v)]
     log = given.evidence / "log.txt"
-    log.write_text("")
+    if run.exists():  # interrupted before
+        arguments = ["--resume", "--name", run.name]
+    else:
+        train_tokenizer(tokenizer, given.vocab)
+        log.write_text("")
     killed(launched(arguments, log), run / "metrics.jsonl", KILLED_AT, log)
     if launched(["--resume", "--name", run.name], log).wait():
         raise SystemExit(f"it did not end well: see {log}")
