@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, step_seconds
+from reference_trainer.estimate.gpus import GPUS
+from reference_trainer.estimate.run import KEPT_FREE, Row, advice, table
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
+from reference_trainer.metrics import read
 from reference_trainer.model import PRESETS, preset
 from relora_core import layouts
 
@@ -164,8 +167,56 @@ def _short(path: str) -> str:
     return f"{package}: {names.get(name, name)}"
 
 
+def estimates() -> str:
+    """Return the tables of `estimate`, of a file each."""
+    blocks = []
+    for file in sorted(DOCS.glob("results/estimate/estimate-*.jsonl")):
+        first, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        known = [f"{first['model']}, {first['world_size']} x {first['gpu']}"]
+        known += [f"{key} {first[key]}" for key in ("sequences", "length", "rank")]
+        known += [first["precision"], first["optimizer"], f"torch {first['torch']}"]
+        found = [Row(**{k: v for k, v in row.items() if k != "event"}) for row in rows]
+        said = advice(found, (1 - KEPT_FREE) * GPUS[first["gpu"]][0])
+        blocks += [", ".join(known), table(found), "\n".join(said)]
+    return "\n\n".join(blocks)
+
+
+def proof() -> str:
+    """Return the table of the 1.3B run on a CPU."""
+    directory = DOCS / "results/1.3b"
+    records = read(directory / "metrics.jsonl")
+    loaded = json.loads((directory / "loaded.json").read_text(encoding="utf-8"))
+    evaluations = {(r["step"], r["phase"]): r for r in records if r["event"] == "evaluation"}
+    steps = [r for r in records if r["event"] == "step"]
+    ranks = [(r.get("restart") or r["cycles"], r["ranks"]) for r in records if r.get("ranks")]
+    start = records[0]
+    lines = [
+        f"{start['device']}, {start['processes']} processes of {start['threads']} thread, "
+        f"torch {start['torch']}, seed {start['seed']}, {start['date'][:10]}",
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
+    for (step, phase), record in evaluations.items():
+        lines.append(f"| held-out loss at step {step}, {phase} | {record['held_out_loss']:.4f} |")
+    lines.append(
+        f"| the same of the export in transformers' {loaded['class']} "
+        f"({loaded['parameters']:,} parameters) | {loaded['held_out_loss']:.4f} |"
+    )
+    for phase in ("warm-start", "relora"):
+        peak = max(r["peak_memory"] for r in steps if r["phase"] == phase)
+        lines.append(f"| peak memory of a process, {phase} | {peak / 2**30:.1f} GiB |")
+    for cycles, found in ranks:
+        shown = ", ".join(f"{name.removeprefix('model.layers.')} {r}" for name, r in found.items())
+        bound = start["rank"] * cycles
+        lines.append(f"| rank of the update, cycle {cycles} (bound {bound}) | {shown} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "estimates": estimates,
     "floors": floors,
+    "proof": proof,
     "merged": merged,
     "optimizers": optimizers,
     "projection": projection,

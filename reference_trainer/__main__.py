@@ -14,6 +14,7 @@ from reference_trainer import options
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
+from reference_trainer.estimate import run as needs
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
@@ -125,6 +126,11 @@ def _parser() -> _Parser:
     one.epilog = run.EXAMPLES
     run.add_arguments(one)
     one.set_defaults(run=lambda arguments: _say(*run.bench(arguments)))
+
+    one = command("estimate", "say what a run would need and how fast it would be, without a GPU")
+    one.epilog = needs.EXAMPLES
+    needs.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _say(*needs.estimate(arguments)))
 
     one = command("study", "train the paper's arms side by side at sizes for a CPU")
     one.epilog = trials.EXAMPLES

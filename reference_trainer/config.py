@@ -31,6 +31,9 @@ def require(holds: bool, rule: str, **values: object) -> None:
         raise UserError(f"{rule}; got {', '.join(shown)}")
 
 
+Precision = Literal["auto", "fp32", "bf16", "pure-bf16"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The Llama to train."""
@@ -201,7 +204,7 @@ class ParallelConfig:
     __pydantic_config__ = STRICT
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "'auto': cuda where there is one")
-    precision: Literal["auto", "fp32", "bf16", "pure-bf16"] = option(
+    precision: Precision = option(
         "auto",
         "of the computation ('auto': bf16 on cuda); weights are kept in fp32, but 'pure-bf16' "
         "keeps those that are trained, and their moments, in bf16 (half the memory; small steps "

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # gives torch 2.8 their fake forms
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reference_trainer.config import Config, ParallelConfig, ReLoRAConfig, phases
+from reference_trainer.config import Config, ParallelConfig, Precision, ReLoRAConfig, phases
 from reference_trainer.model import LlamaShape
 from reference_trainer.stage import Stage, build_model, staged
 from reference_trainer.world import World, lay_world
@@ -82,9 +83,10 @@ def laid_out(
     *,
     rank: int,
     recompute: bool = False,
+    precision: Precision = "bf16",
     memory: AbstractContextManager[object] | None = None,
 ) -> Stage:
-    """Return a stage of the model, computed in bf16, without values.
+    """Return a stage of the model, without values.
 
     Args:
         layout: how.
@@ -92,12 +94,29 @@ def laid_out(
         world: what `world_of` returned for the layout.
         rank: of its sites.
         recompute: checkpoint the activations of each block.
+        precision: of weights and computation.
         memory: what gives out memory: a FakeTensorMode for none at all.
     """
-    parallel = ParallelConfig("cpu", "bf16", checkpoint_activations=recompute, layout=layout.bases)
+    parallel = ParallelConfig(
+        "cpu", precision, checkpoint_activations=recompute, layout=layout.bases
+    )
     relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=rank)
     config = Config(steps=2, relora=relora, parallel=parallel)
     (phase,) = phases(config)
-    model = build_model(config, phase, shape, world)
+    with _HostMemory(memory) if memory else nullcontext():
+        model = build_model(config, phase, shape, world)
     with memory or nullcontext():
         return staged(model, config, phase, world)
+
+
+class _HostMemory(TorchFunctionMode):
+    """Lets `memory` give what is made in the host's memory beside a model on the meta device."""
+
+    def __init__(self, memory: AbstractContextManager[object]) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self._memory if kwargs.get("device") == "cpu" else nullcontext():
+            return func(*args, **kwargs)

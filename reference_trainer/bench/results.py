@@ -138,6 +138,8 @@ def _peaks(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         for recompute, title in ((False, "peak"), (True, "peak, blocks recomputed")):
             peak, full = both[recompute]["total"], base[recompute]["total"]
             row[title] = f"{peak / 2**30:.2f} ({peak / full:.2f})"
+            if "measured" in both[recompute]:
+                row[f"measured / {title}"] = f"{both[recompute]['measured'] / peak:.3f}"
         rows.append(row)
     return rows
 

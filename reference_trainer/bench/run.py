@@ -19,7 +19,7 @@ from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.restarts import measure_prune, measure_restart
 from reference_trainer.bench.subjects import DTYPES, Subject, subjects
-from reference_trainer.bench.tracker import track_peak
+from reference_trainer.bench.tracker import measure_peak, track_peak
 from reference_trainer.config import ParallelConfig
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
@@ -44,7 +44,8 @@ examples:
       bytes that a process sends in a step and in a restart, by layout, over processes that are
       only pretended; under torchrun, over those that there are
   python -m reference_trainer bench --memory --model 7b --processes 8
-      peak memory of a process, by layout, on tensors that have sizes only
+      peak memory of a process, by layout, on tensors that have sizes only; under torchrun, beside
+      what the processes that there are really take
   python -m reference_trainer bench --level restart --blocks 2
       restart_ against an optimizer step of full rank
   python -m reference_trainer bench --level checkpoint --model 60m --vocab 256 --tokens 1024 \\
@@ -97,8 +98,10 @@ def bench(arguments: argparse.Namespace) -> list[str]:
     if arguments.show:
         measurements = [results.read(file) for file in arguments.show]
         return _shown(measurements, arguments.picture)
-    if world_size() > 1 and not arguments.comm:
-        raise UserError("`bench` runs as one process, but for --comm: start it without torchrun")
+    if world_size() > 1 and not (arguments.comm or arguments.memory):
+        raise UserError(
+            "`bench` runs as one process, but for --comm and --memory: start it without torchrun"
+        )
     shape = preset(arguments.model, vocab_size=arguments.vocab)
     if arguments.layers:
         shape = dataclasses.replace(shape, layers=arguments.layers)
@@ -170,9 +173,17 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
     sizes["sequences"] = arguments.tokens // arguments.length
     records = []
     if kind == "memory":
-        for layout, recompute in tqdm(list(product(chosen_layouts, (False, True))), disable=None):
-            options = {"processes": arguments.processes, "recompute": recompute, **sizes}
+        cases = list(product(chosen_layouts, (False, True)))
+        for layout, recompute in tqdm(cases, disable=None):
+            options = {"processes": count, "recompute": recompute, **sizes}
             records.append(track_peak(layout, shape, **options))
+        if world_size() > 1:
+            with open_world(ParallelConfig(device="cpu")) as world:
+                for (layout, recompute), record in zip(cases, records, strict=True):
+                    found = measure_peak(layout, shape, recompute=recompute, **sizes)
+                    record["measured"] = world.largest(found)
+                if not world.first:
+                    return []
     elif world_size() > 1:
         with open_world(ParallelConfig(device="cpu")) as world:
             records = [measure_traffic(layout, shape, **sizes) for layout in chosen_layouts]

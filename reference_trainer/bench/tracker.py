@@ -1,19 +1,37 @@
-"""Peak memory of a process in a training step, tracked on tensors that have sizes and no memory."""
+"""Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from reference_trainer.bench.layouts import Layout, laid_out, pretended, world_of
+from reference_trainer.bench.memory import local, peak_bytes, state_bytes
+from reference_trainer.config import Precision
 from reference_trainer.model import LlamaShape
 from reference_trainer.train import forward_backward
 
 
-def track_peak(
+@dataclass(frozen=True)
+class Tracked:
+    """What a process's tensors take, in bytes.
+
+    Args:
+        weights: all parameters.
+        optimizer: AdamW's moments.
+        moments: all tensors, after each operation of forward and backward, and the most that
+            clipping and the optimizer's step take.
+    """
+
+    weights: int
+    optimizer: int
+    moments: list[int]
+
+
+def track(
     layout: Layout,
     shape: LlamaShape,
     *,
@@ -22,8 +40,9 @@ def track_peak(
     length: int,
     sequences: int,
     recompute: bool,
-) -> dict[str, Any]:
-    """Return the peak of a second step, whole and in parts, in bytes.
+    precision: Precision = "bf16",
+) -> Tracked:
+    """Return the memory of a training step that is not the first.
 
     It is what tensors take: neither the allocator's fragments, nor a device's context and its
     communication buffers, nor the temporaries of optimizers that work on all tensors at once.
@@ -36,33 +55,117 @@ def track_peak(
         length: tokens of a sequence.
         sequences: that each process computes at once.
         recompute: checkpoint the activations of each block.
+        precision: of weights and computation.
     """
     with pretended(processes):
         world = world_of(layout)
         memory = FakeTensorMode(allow_non_fake_inputs=True)
-        stage = laid_out(layout, shape, world, rank=rank, recompute=recompute, memory=memory)
+        stage = laid_out(
+            layout, shape, world, rank=rank, recompute=recompute, precision=precision, memory=memory
+        )
         with memory:
+            for p in stage.parameters.values():
+                p.grad = torch.zeros_like(p)
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
+            states = [t for state in stage.optimizer.state.values() for t in state.values()]
             batch = torch.zeros(sequences * processes, length + 1, dtype=torch.long)
-            tracker = FSDPMemTracker(stage.model, stage.optimizer)
+            tracker = _Timeline(stage.model, stage.optimizer)
             tracker.track_inputs((batch,))
+            tracker.track_external(*states)
             with tracker:
-                for step in range(2):
-                    forward_backward(stage.model, batch, 1, world)
-                    # On all tensors at once it would be tracked at their whole sizes.
-                    clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
-                    stage.optimizer.step()
-                    stage.optimizer.zero_grad()
-                    if step == 0:
-                        tracker.reset_mod_stats()
-            whole = sum(p.nbytes for p in stage.model.parameters() if not isinstance(p, DTensor))
-    (found,) = tracker.get_tracker_snapshot("peak").values()
-    parts = {str(getattr(kind, "value", kind)): size for kind, size in found.items()}
+                forward_backward(stage.model, batch, 1, world)
+                count = len(tracker.moments)
+                # On all tensors at once it would be tracked at their whole sizes.
+                clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
+                stage.optimizer.step()
+                stage.optimizer.zero_grad()
+            weights = sum(local(p).nbytes for p in stage.model.parameters())
+            moments = [*tracker.moments[:count], max(tracker.moments[count:])]
+            return Tracked(weights, sum(local(t).nbytes for t in states), moments)
+
+
+def measure_peak(
+    layout: Layout,
+    shape: LlamaShape,
+    *,
+    rank: int,
+    length: int,
+    sequences: int,
+    recompute: bool,
+    precision: Precision = "bf16",
+) -> int:
+    """Return the peak of a real step on the CPUs of the process group that there is, in bytes.
+
+    It is what the allocator gave to this process: what stands before a step and the most that the
+    step adds. The least of three, as threads of gloo free some of it late.
+
+    Args:
+        layout: of the model.
+        shape: of the model.
+        rank: of the sites.
+        length: tokens of a sequence.
+        sequences: that each process computes at once.
+        recompute: checkpoint the activations of each block.
+        precision: of weights and computation.
+    """
+    world = world_of(layout)
+    stage = laid_out(layout, shape, world, rank=rank, recompute=recompute, precision=precision)
+    with torch.no_grad():
+        for p in stage.model.parameters():
+            local(p).fill_(0.02)
+    batch = torch.zeros(sequences * world.size, length + 1, dtype=torch.long)
+
+    def step() -> None:
+        forward_backward(stage.model, batch, 1, world)
+        clip_grad_norm_(stage.parameters.values(), 1.0)
+        stage.optimizer.step()
+        stage.optimizer.zero_grad()
+
+    step()
+    standing = state_bytes(stage.model, stage.optimizer)
+    return standing + min(peak_bytes(step, torch.device("cpu")) for _ in range(3))
+
+
+def track_peak(
+    layout: Layout,
+    shape: LlamaShape,
+    *,
+    processes: int,
+    rank: int,
+    length: int,
+    sequences: int,
+    recompute: bool,
+) -> dict[str, Any]:
+    """Return the record of the peak of a step, computed in bf16: see `track`."""
+    found = track(
+        layout,
+        shape,
+        processes=processes,
+        rank=rank,
+        length=length,
+        sequences=sequences,
+        recompute=recompute,
+    )
     return {
         "event": "peak",
         "arm": layout.name,
         "processes": processes,
         "recompute": recompute,
-        "weights": parts["Sharded Param"] + whole,  # the tracker takes the whole for activations
-        "optimizer": parts["OptState"],
-        "total": parts["Total"],
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "total": max(found.moments),
     }
+
+
+# Torch has no types for it.
+class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
+    """Writes down the total after each operation."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.moments: list[int] = []
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        now = self._curr_mem_snap.values()  # get_tracker_snapshot() copies it each time
+        self.moments.append(sum(parts["Total"] for parts in now))

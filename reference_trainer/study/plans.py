@@ -8,8 +8,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.study.trial import Arm, Trial
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATES = (2e-3, 4e-3, 8e-3)
-MULTIPLES = (8.0, 16.0, 32.0)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+MULTIPLES = (4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ SCALES = {scale.model: scale for scale in (Scale("1m", rank=2), Scale("2m", rank
 
 
 def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return three learning rates of full rank, and of each other arm three of its factors'."""
+    """Return four learning rates of full rank, and of each other arm four of its factors'."""
     trials = [_trial(scale, Arm("full rank", lr), TUNING_SEED) for lr in RATES]
     if not all(_found(records, trial) for trial in trials):
         return trials

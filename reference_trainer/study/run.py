@@ -19,7 +19,7 @@ from reference_trainer.study.train import run
 
 EXAMPLES = """examples:
   python -m reference_trainer study --model 1m --plan tune
-      three learning rates for every arm of the paper, on this Python's standard library
+      four learning rates for every arm of the paper, on this Python's standard library
   python -m reference_trainer study --model 1m --plan arms
       full rank, LoRA, LoRA and ReLoRA after a warm start, at their best rates, from three seeds
   python -m reference_trainer study --model 1m --plan sweeps --dry-run

@@ -67,8 +67,8 @@ class Trial:
 
     @property
     def period(self) -> int:
-        """Steps from one restart to the next."""
-        return (self.steps - self.warm_steps) // self.arm.cycles
+        """Steps from one restart to the next; the last cycle may be shorter."""
+        return -(-(self.steps - self.warm_steps) // self.arm.cycles)
 
     def of_full_rank(self) -> "Trial":
         """Return the trial of full rank that this one begins as."""

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
 from reference_trainer.__main__ import main
@@ -94,6 +96,12 @@ class TestATrial:
                 assert len(values) == last[0] if last else len(values) > 100, name
                 assert values == sorted(values, reverse=True)
 
+    @given(steps=st.integers(1000, 10_000), cycles=st.integers(1, 16))
+    def test_has_as_many_cycles_as_its_arm_says(self, steps, cycles):
+        of = Trial("1m", replace(RELORA, cycles=cycles), 0, steps)
+        restarts = sum(step % of.period == 0 for step in range(1, steps - of.warm_steps))
+        assert restarts + 1 == cycles
+
     def test_of_low_rank_costs_less(self, records):
         full, lora = (records[name]["flops"] for name in ("full rank", "LoRA + warm start"))
         assert 0.7 * full < lora < 0.85 * full
@@ -125,9 +133,9 @@ class TestThePlans:
         assert {t.arm.name for t in first} == {"full rank"}
         records = [tuning(t.arm, t.arm.lr, 1.0, 2.0 + t.arm.lr) for t in first]
         names = [t.arm.name for t in plans.tune(scale, records)]
-        assert {names.count(name) for name in names} == {3}
+        assert {names.count(name) for name in names} == {4}
         assert set(names) == {"full rank", "LoRA", "LoRA + warm start", "ReLoRA + warm start"}
-        assert {t.arm.lr for t in plans.tune(scale, records)[3:]} == {2e-3}
+        assert {t.arm.lr for t in plans.tune(scale, records)[4:]} == {1e-3}
 
     def test_an_arm_is_run_at_its_own_best_rate(self):
         scale = plans.SCALES["1m"]

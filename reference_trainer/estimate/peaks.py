@@ -1,0 +1,98 @@
+"""The peak of a training step with any number of sequences, from two tracks of it."""
+
+import gc
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reference_trainer.bench.layouts import Layout
+from reference_trainer.bench.tracker import Tracked, track
+from reference_trainer.config import Precision
+from reference_trainer.model import LlamaShape
+
+
+@dataclass(frozen=True)
+class Peak:
+    r"""The peak of a step: $\max_t \alpha_t + n \beta_t$ bytes, $n$ sequences at once.
+
+    After each operation $t$ the memory is linear in n; which one is the largest depends on n. With
+    few it is where gradients are reduced or weights updated, with many where all is kept that
+    backward needs.
+
+    Args:
+        layout: of the model.
+        recompute: whether blocks are recomputed in backward.
+        weights: bytes of all parameters.
+        optimizer: bytes of the optimizer's moments.
+        fixed: alpha of each operation.
+        each: beta of each operation.
+    """
+
+    layout: Layout
+    recompute: bool
+    weights: float
+    optimizer: float
+    fixed: NDArray[np.float64]
+    each: NDArray[np.float64]
+
+    def at(self, sequences: int) -> float:
+        """Return the peak in bytes."""
+        return float((self.fixed + sequences * self.each).max())
+
+    def most(self, room: float) -> int:
+        """Return how many sequences fit into so many bytes; 0 for none."""
+        grows = self.each > 0
+        if self.at(0) > room:
+            return 0
+        return int(((room - self.fixed[grows]) / self.each[grows]).min())
+
+
+def estimate_peak(
+    layout: Layout,
+    shape: LlamaShape,
+    *,
+    processes: int,
+    rank: int,
+    length: int,
+    recompute: bool,
+    precision: Precision,
+    moments: float = 1.0,
+) -> Peak:
+    """Return the peak of a layout.
+
+    Args:
+        layout: of the model.
+        shape: of the model.
+        processes: how many.
+        rank: of the sites.
+        length: tokens of a sequence.
+        recompute: checkpoint the activations of each block.
+        precision: of weights and computation.
+        moments: bytes of the optimizer's moments, as a share of AdamW's.
+    """
+
+    def tracked(sequences: int) -> Tracked:
+        gc.collect()  # the last one's tensors and hooks, which refer to each other
+        return track(
+            layout,
+            shape,
+            processes=processes,
+            rank=rank,
+            length=length,
+            sequences=sequences,
+            recompute=recompute,
+            precision=precision,
+        )
+
+    one, two = tracked(1), tracked(2)
+    first, second = (np.array(t.moments, np.float64) for t in (one, two))
+    saved = (1 - moments) * one.optimizer
+    return Peak(
+        layout,
+        recompute,
+        one.weights,
+        one.optimizer - saved,
+        2 * first - second - saved,
+        second - first,
+    )

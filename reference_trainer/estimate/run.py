@@ -1,0 +1,264 @@
+"""The command `estimate`: will it fit, how many sequences at once, which layout, how fast."""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from reference_trainer.bench.communication import sent_in_step
+from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, pretended
+from reference_trainer.bench.projection import Cluster, step_seconds
+from reference_trainer.config import Precision
+from reference_trainer.environment import environment
+from reference_trainer.errors import UserError
+from reference_trainer.estimate.gpus import GPUS, GiB
+from reference_trainer.estimate.peaks import Peak, estimate_peak
+from reference_trainer.flops import Form, recomputed_flops, step_flops
+from reference_trainer.model import PRESETS, LlamaShape, preset
+
+KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
+_PHASES = {FULL: "warm start", SHARD: "ReLoRA, shard", REPLICATE: "ReLoRA, replicate"}
+_ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and of its moments
+# Moments, and bytes an entry of each beside those of fp32 or bf16: 8 bits have a scale a block.
+_OPTIMIZERS = {"adamw": (2, None), "adamw8bit": (2, 1 + 4 / 256), "momentum": (1, None)}
+EXAMPLES = """examples:
+  python -m reference_trainer estimate --model 1.3b --world-size 8
+      both phases on eight H100, in both layouts, with and without recomputed activations
+  python -m reference_trainer estimate --model 1.3b --world-size 2 --gpu rtx3090 --length 512 \\
+      --precision pure-bf16
+      whether two of 24 GB will do
+  python -m reference_trainer estimate --model 7b --world-size 64 --optimizer adamw8bit
+      for a trainer of your own that keeps moments in 8 bits (this one has AdamW)
+
+Memory is what tensors take after every operation of a training step, tracked at full depth on
+tensors that have sizes only; a tenth of a GPU is kept free. Times are a model: 0.4 of the peak, and
+bytes over links; the lower figure hides all communication behind computation, the upper one none.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("--model", default="1.3b", choices=PRESETS, help="shape (default: 1.3b)")
+    add("--vocab", type=int, default=32_000, help="tokens of the model (default: 32000)")
+    add("--world-size", type=int, default=8, help="GPUs (default: 8)")
+    add("--gpu", default="h100", choices=GPUS, help="which (default: h100)")
+    add("--sequences", type=int, help="of a step, over all GPUs (default: 64 a GPU)")
+    add("--length", type=int, default=1024, help="tokens of a sequence (default: 1024)")
+    add("--rank", type=int, default=128, help="of the low-rank phase (default: 128)")
+    precisions = [name for name in get_args(Precision) if name != "auto"]
+    add("--precision", default="bf16", choices=precisions, help="parallel.precision")
+    add("--optimizer", default="adamw", choices=_OPTIMIZERS, help="whose moments (default: adamw)")
+    add("--out", type=Path, help="JSON lines to write")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A phase in a layout.
+
+    Args:
+        phase: as the table shows it.
+        layout: "shard" or "replicate".
+        recompute: whether activations are recomputed.
+        weights: bytes of parameters on a GPU.
+        optimizer: bytes of moments on a GPU.
+        peak: bytes with `micro` sequences at once; with one, if none fits.
+        fits: how many sequences fit at once.
+        micro: how many of them divide the step; 0 for none.
+        flops: of a step, on all GPUs.
+        sent: bytes that a GPU sends in a step.
+        seconds: of a step, between all communication hidden and none; of none that fits, empty.
+    """
+
+    phase: str
+    layout: str
+    recompute: bool
+    weights: float
+    optimizer: float
+    peak: float
+    fits: int
+    micro: int
+    flops: int
+    sent: float
+    seconds: tuple[float, ...]
+
+
+def estimate(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    shape, sequences = _checked(arguments)
+    memory, cluster = GPUS[arguments.gpu]
+    room = (1 - KEPT_FREE) * memory
+    options = {
+        "processes": arguments.world_size,
+        "rank": arguments.rank,
+        "length": arguments.length,
+        "precision": arguments.precision,
+        "moments": _share(arguments),
+    }
+    work = [(layout, recompute) for layout in LAYOUTS for recompute in (False, True)]
+    workers = min(2, os.cpu_count() or 1)  # half a GB each
+    rows = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(partial(_tracked, shape, options), work)
+        for peak, sent in tqdm(found, desc="tracking", total=len(work), disable=None):
+            rows.append(_row(peak, sent, shape, sequences, arguments, room, cluster))
+    if arguments.out:
+        keys = ("model", "vocab", "world_size", "gpu", "length", "rank", "precision", "optimizer")
+        first: dict[str, Any] = {"event": "estimate", **environment(torch.device("cpu"))}
+        first |= {key: getattr(arguments, key) for key in keys} | {"sequences": sequences}
+        lines = [first, *({"event": "row", **asdict(row)} for row in rows)]
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        arguments.out.write_text(text, encoding="utf-8")
+    return [_head(arguments, shape, sequences, room), "", table(rows), "", *advice(rows, room)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the Markdown table."""
+    lines = [
+        "| phase | activations | weights | moments | peak | sequences at once | sent | step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        low, high = row.seconds or (0, 0)
+        cells = [
+            row.phase,
+            "recomputed" if row.recompute else "kept",
+            f"{row.weights / GiB:.2f} GiB",
+            f"{row.optimizer / GiB:.2f} GiB",
+            f"{row.peak / GiB:.2f} GiB",
+            f"{row.micro} (of {row.fits} that fit)" if row.micro else "none fits",
+            f"{row.sent / 1e9:.1f} GB" if row.micro else "",
+            f"{low:.2f} to {high:.2f} s" if row.micro else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def advice(rows: Sequence[Row], room: float) -> list[str]:
+    """Return whether it fits, and the options of the fastest way in which it does."""
+    fitting = [row for row in rows if row.micro]
+    plans = [
+        (warm, low)
+        for warm in fitting
+        for low in fitting
+        if warm.phase == _PHASES[FULL] != low.phase and warm.recompute == low.recompute
+    ]
+    if not plans:
+        least = {row.phase: min(r.peak for r in rows if r.phase == row.phase) for row in rows}
+        needs = ", ".join(f"{phase} {peak / GiB:.1f}" for phase, peak in least.items())
+        return [
+            f"It does not fit: a sequence at a time takes {needs} GiB of {room / GiB:.1f}. "
+            "Give more GPUs, shorter sequences, or --precision pure-bf16."
+        ]
+    # A quarter of the steps is the warm start, as in the paper.
+    warm, low = min(plans, key=lambda plan: sum(plan[0].seconds) + 3 * sum(plan[1].seconds))
+    micro = min(warm.micro, low.micro)
+    share = sum(low.seconds) / sum(warm.seconds)
+    saved = (warm.peak - low.peak) / GiB
+    return [
+        f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
+        f"--parallel.checkpoint_activations {str(low.recompute).lower()}",
+        f"Then a step of ReLoRA takes {share:.2f} of one of the warm start, and "
+        f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}.",
+    ]
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[LlamaShape, int]:
+    for name in ("vocab", "world_size", "length", "rank"):
+        if getattr(arguments, name) < 1:
+            shown = name.replace("_", "-")
+            raise UserError(f"--{shown} is at least 1; got {getattr(arguments, name)}")
+    shape, world = preset(arguments.model, vocab_size=arguments.vocab), arguments.world_size
+    if arguments.rank > shape.hidden_size:
+        raise UserError(
+            f"--rank is at most {shape.hidden_size}, the model's width; got {arguments.rank}"
+        )
+    sequences = 64 * world if arguments.sequences is None else arguments.sequences
+    if sequences < 1 or sequences % world:
+        raise UserError(f"--sequences is a multiple of --world-size {world}; got {sequences}")
+    _, cluster = GPUS[arguments.gpu]
+    if world > cluster.node and world % cluster.node:
+        raise UserError(f"--world-size is a whole number of nodes of {cluster.node}; got {world}")
+    if arguments.out and arguments.out.exists():
+        raise UserError(f"{arguments.out} exists already: give --out another name")
+    return shape, sequences
+
+
+def _share(arguments: argparse.Namespace) -> float:
+    """Return the bytes of the optimizer's moments, as a share of AdamW's."""
+    entry = _ENTRY[arguments.precision]
+    count, own = _OPTIMIZERS[arguments.optimizer]
+    return count * (own or entry) / (2 * entry)
+
+
+def _tracked(
+    shape: LlamaShape, options: dict[str, Any], what: tuple[Layout, bool]
+) -> tuple[Peak, list[dict[str, Any]]]:
+    """Return the peak of a layout, and what a process sends in a step."""
+    layout, recompute = what
+    peak = estimate_peak(layout, shape, recompute=recompute, **options)
+    with pretended(options["processes"]):
+        sizes = {"rank": options["rank"], "length": options["length"], "sequences": 1}
+        return peak, [asdict(sent) for sent in sent_in_step(layout, shape, **sizes)]
+
+
+def _row(
+    peak: Peak,
+    sent: list[dict[str, Any]],
+    shape: LlamaShape,
+    sequences: int,
+    arguments: argparse.Namespace,
+    room: float,
+    cluster: Cluster,
+) -> Row:
+    mine, fits = sequences // arguments.world_size, peak.most(room)
+    micro = max((n for n in range(1, min(fits, mine) + 1) if mine % n == 0), default=0)
+    sizes = {"sequences": sequences, "length": arguments.length, "rank": arguments.rank}
+    form: Form = "two paths" if peak.layout.low_rank else "full rank"
+    more = recomputed_flops(form, shape, **sizes) if peak.recompute else 0
+    record = {"step": sent, "processes": arguments.world_size}
+    record |= {"restart": []} if peak.layout.low_rank else {}
+    seconds: tuple[float, ...] = ()
+    total = 0.0
+    if micro:
+        compute, communication = step_seconds(record, shape, cluster, micro=micro, **sizes)
+        compute += more / arguments.world_size / (cluster.flops * cluster.used)
+        seconds = max(compute, communication), compute + communication
+        gathers = mine // micro
+        total = sum(s["bytes"] * (gathers if s["collective"] == "all-gather" else 1) for s in sent)
+    return Row(
+        _PHASES[peak.layout],
+        peak.layout.bases,
+        peak.recompute,
+        peak.weights,
+        peak.optimizer,
+        peak.at(micro or 1),
+        fits,
+        micro,
+        step_flops(form, shape, **sizes) + more,
+        total,
+        seconds,
+    )
+
+
+def _head(arguments: argparse.Namespace, shape: LlamaShape, sequences: int, room: float) -> str:
+    return (
+        f"{arguments.model} ({shape.layers} blocks of {shape.hidden_size}, {shape.vocab_size} "
+        f"tokens), {arguments.world_size} x {arguments.gpu}, {sequences} sequences of "
+        f"{arguments.length} a step, rank {arguments.rank}, {arguments.precision}, "
+        f"{arguments.optimizer}: {room / GiB:.1f} GiB for tensors on each"
+    )

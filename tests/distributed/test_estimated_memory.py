@@ -1,0 +1,54 @@
+"""What is estimated without memory is what real processes take."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from reference_trainer.bench.layouts import LAYOUTS
+from reference_trainer.bench.tracker import measure_peak
+from reference_trainer.estimate.peaks import estimate_peak
+from reference_trainer.model import LlamaShape
+from tests.distributed.processes import on_processes
+
+SHAPE = LlamaShape(96, 250, 3, 4, 4, 500)  # 3 processes have uneven shards of it
+RANK, LENGTH, SEQUENCES = 7, 48, 4
+CASES = [
+    *product(range(len(LAYOUTS)), (False, True), ("bf16",)),
+    *((0, False, precision) for precision in ("fp32", "pure-bf16")),
+    *((1, False, precision) for precision in ("fp32", "pure-bf16")),
+]
+
+
+def measured(rank, world_size):
+    peaks = [
+        measure_peak(
+            LAYOUTS[number],
+            SHAPE,
+            rank=RANK,
+            length=LENGTH,
+            sequences=SEQUENCES,
+            recompute=recompute,
+            precision=precision,
+        )
+        for number, recompute, precision in CASES
+    ]
+    return {"peaks": torch.tensor(peaks)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_peak_of_real_processes_is_within_five_percent(tmp_path, processes):
+    ranks = on_processes(measured, processes, tmp_path / "ranks")
+    found = torch.stack([rank["peaks"] for rank in ranks]).amax(0).tolist()
+    for (number, recompute, precision), peak in zip(CASES, found, strict=True):
+        expected = estimate_peak(
+            LAYOUTS[number],
+            SHAPE,
+            processes=processes,
+            rank=RANK,
+            length=LENGTH,
+            recompute=recompute,
+            precision=precision,
+        )
+        ratio = expected.at(SEQUENCES) / peak
+        assert ratio == pytest.approx(1, abs=0.05), (LAYOUTS[number].name, recompute, precision)

@@ -1,0 +1,129 @@
+"""`estimate`: the peak for any number of sequences, what fits, and the advice."""
+
+import dataclasses
+import json
+
+import pytest
+
+from reference_trainer.__main__ import main
+from reference_trainer.bench.layouts import LAYOUTS
+from reference_trainer.bench.tracker import track
+from reference_trainer.estimate import run
+from reference_trainer.estimate.gpus import GPUS, GiB
+from reference_trainer.estimate.peaks import estimate_peak
+from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
+from reference_trainer.model import Llama, LlamaShape
+from tests.trainer.test_command_line import lines_of
+
+SHAPE = LlamaShape(64, 96, 4, 4, 4, 800)  # of few sequences the head's gradient is the largest
+SIZES = {"processes": 2, "rank": 8, "length": 16, "precision": "bf16"}
+SMALL = ["estimate", "--model", "9m", "--world-size", "2", "--vocab", "300", "--length", "64"]
+SMALL += ["--rank", "16"]
+
+
+class TestPeak:
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+    def test_of_any_number_of_sequences_is_what_a_track_of_them_finds(self, layout, recompute):
+        peak = estimate_peak(layout, SHAPE, recompute=recompute, **SIZES)
+        for sequences in (1, 3, 5, 20):
+            found = track(layout, SHAPE, sequences=sequences, recompute=recompute, **SIZES)
+            assert peak.at(sequences) == max(found.moments)
+
+    def test_lies_elsewhere_with_few_sequences_than_with_many(self):
+        """So that a straight line through two peaks would be wrong."""
+        peak = estimate_peak(LAYOUTS[0], SHAPE, recompute=True, **SIZES)
+        assert peak.at(2) - peak.at(1) < 0.5 * (peak.at(20) - peak.at(19))
+
+    def test_what_fits_is_the_most_that_does(self):
+        peak = estimate_peak(LAYOUTS[1], SHAPE, recompute=False, **SIZES)
+        for room in (peak.at(1), peak.at(3) + 1, 1e8, 1e9):
+            most = peak.most(room)
+            assert peak.at(most) <= room < peak.at(most + 1)
+        assert peak.most(peak.at(0) - 1) == 0
+
+    def test_smaller_moments_take_as_much_less(self):
+        full, half = (
+            estimate_peak(LAYOUTS[0], SHAPE, recompute=False, moments=share, **SIZES)
+            for share in (1.0, 0.5)
+        )
+        assert half.optimizer == full.optimizer / 2
+        assert full.at(9) - half.at(9) == full.optimizer / 2
+
+
+class TestCommand:
+    def test_gives_a_table_and_options_that_fit(self, tmp_path, capsys):
+        out = tmp_path / "estimate.jsonl"
+        assert main([*SMALL, "--out", str(out), "--sequences", "24"]) == 0
+        said = capsys.readouterr().out
+        first, *rows = map(json.loads, out.read_text().splitlines())
+        assert first["event"] == "estimate"
+        assert [(r["phase"], r["recompute"]) for r in rows] == [
+            (phase, recompute)
+            for phase in ("warm start", "ReLoRA, shard", "ReLoRA, replicate")
+            for recompute in (False, True)
+        ]
+        for row in rows:
+            assert row["micro"] == 12  # of a process: all of them fit
+            assert 0 < row["weights"] + row["optimizer"] < row["peak"] < 0.9 * GPUS["h100"][0]
+            assert row["seconds"][0] <= row["seconds"][1]
+        kept, recomputed = rows[:2]
+        assert recomputed["peak"] < kept["peak"]
+        assert recomputed["flops"] > kept["flops"]
+        assert "--batch.micro 12 --parallel.layout" in said
+        assert f"| {kept['peak'] / GiB:.2f} GiB | 12 (of {kept['fits']} that fit) |" in said
+
+    def test_of_one_gpu_sends_nothing(self, tmp_path):
+        out = tmp_path / "estimate.jsonl"
+        assert main([*SMALL, "--world-size", "1", "--out", str(out)]) == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
+        assert all(row["sent"] == 0 and row["seconds"][0] == row["seconds"][1] for row in rows)
+
+    def test_says_so_if_nothing_fits(self, monkeypatch, capsys):
+        _, cluster = GPUS["h100"]
+        monkeypatch.setitem(GPUS, "h100", (2**20, cluster))
+        assert main(SMALL) == 0
+        said = capsys.readouterr().out
+        assert "It does not fit: a sequence at a time takes warm start" in said
+        assert said.count("none fits") == 6
+
+    def test_takes_the_layout_that_is_fastest(self):
+        row = run.Row("warm start", "shard", False, 1, 1, 9, 4, 4, 1, 1.0, (2.0, 3.0))
+        slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))
+        fast = dataclasses.replace(
+            row, phase="ReLoRA, replicate", layout="replicate", seconds=(1.0, 1.5), micro=2
+        )
+        again = dataclasses.replace(fast, recompute=True, seconds=(0.1, 0.1))  # of no warm start
+        first, second = run.advice([row, slow, fast, again], 10.0)
+        assert "--batch.micro 2 --parallel.layout replicate" in first
+        assert "takes 0.50 of one of the warm start" in second
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (["--world-size", "0"], "--world-size is at least 1; got 0"),
+            (["--world-size", "12"], "a whole number of nodes of 8; got 12"),
+            (["--sequences", "3"], "--sequences is a multiple of --world-size 2; got 3"),
+            (["--rank", "999"], "--rank is at most 128"),
+            (["--length", "0"], "--length is at least 1; got 0"),
+            (["--out", "."], ". exists already"),
+        ],
+    )
+    def test_refuses(self, capsys, given, message):
+        assert main([*SMALL, *given]) == 2
+        (error,) = lines_of(capsys.readouterr().err)
+        assert message in error
+
+
+def test_what_is_recomputed_is_each_block_s_forward(monkeypatch):
+    import torch
+
+    with torch.device("meta"):
+        model = Llama(SHAPE)
+        batch = torch.zeros(2, 17, dtype=torch.long)
+    forward = counted_flops(lambda: model.model(batch))
+    sizes = {"sequences": 2, "length": 17, "rank": 8}
+    assert recomputed_flops("full rank", SHAPE, **sizes) == pytest.approx(forward, rel=0.02)
+    more = recomputed_flops("two paths", SHAPE, **sizes)
+    full = recomputed_flops("full rank", SHAPE, **sizes)
+    assert full < more < step_flops("two paths", SHAPE, **sizes) / 2
