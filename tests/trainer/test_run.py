@@ -151,8 +151,9 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
             relora.restart_(stage.model, stage.optimizer)
             after = stage.model(tokens)
         assert before.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+        # Which outputs round to another side depends on the text; without the merge it is 11.
         apart = (after - before).abs().max() / ulp(before.abs().max())
-        assert apart <= (0 if precision == "fp32" else 2)
+        assert apart <= (0 if precision == "fp32" else 4)
 
 
 def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
