@@ -99,8 +99,8 @@ def best(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
 
 
 def _tuned(scale: Scale) -> list[Arm]:
-    lora = Arm("LoRA", 0.0, warm_start=0.0, rank=scale.rank)
-    warm = replace(lora, name="LoRA + warm start")
+    warm = Arm("LoRA + warm start", 0.0, rank=scale.rank)
+    lora = replace(warm, name="LoRA", warm_start=0.0)
     return [lora, warm, replace(warm, name="ReLoRA + warm start", cycles=scale.cycles)]
 
 

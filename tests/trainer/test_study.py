@@ -150,6 +150,14 @@ class TestThePlans:
             assert plans.TUNING_SEED not in {t.seed for t in found}
             assert len({json.dumps(t.key()) for t in found}) == len(found)
 
+    def test_what_is_called_after_a_warm_start_has_one(self):
+        for scale in plans.SCALES.values():
+            found = {arm.name: arm for arm in plans._tuned(scale)}
+            assert found["LoRA"].warm_start == 0
+            for name in ("LoRA + warm start", "ReLoRA + warm start"):
+                assert found[name].warm_start == FULL.warm_start > 0
+            assert [arm.cycles for arm in found.values()] == [1, 1, scale.cycles]
+
     @pytest.mark.parametrize("name", ["arms", "ablation", "sweeps"])
     def test_what_is_not_tuned_is_refused(self, name):
         with pytest.raises(UserError, match="run the plan 'tune' first"):
