@@ -1,7 +1,6 @@
 """The command `estimate`: will it fit, how many sequences at once, which layout, how fast."""
 
 import argparse
-import json
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
+from reference_trainer.bench import results
 from reference_trainer.bench.communication import sent_in_step
 from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, pretended
 from reference_trainer.bench.projection import Cluster, step_seconds
@@ -110,19 +110,20 @@ def estimate(arguments: argparse.Namespace) -> list[str]:
     }
     work = [(layout, recompute) for layout in LAYOUTS for recompute in (False, True)]
     workers = min(2, os.cpu_count() or 1)  # half a GB each
-    rows = []
+    rows: list[Row] = []
+    sent: dict[Layout, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         found = pool.map(partial(_tracked, shape, options), work)
-        for peak, sent in tqdm(found, desc="tracking", total=len(work), disable=None):
-            rows.append(_row(peak, sent, shape, sequences, arguments, room, cluster))
+        for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=None):
+            own = sent.setdefault(peak.layout, counted)  # what is recomputed is not sent again
+            rows.append(_row(peak, own, shape, sequences, arguments, room, cluster))
     if arguments.out:
         keys = ("model", "vocab", "world_size", "gpu", "length", "rank", "precision", "optimizer")
         first: dict[str, Any] = {"event": "estimate", **environment(torch.device("cpu"))}
         first |= {key: getattr(arguments, key) for key in keys} | {"sequences": sequences}
         lines = [first, *({"event": "row", **asdict(row)} for row in rows)]
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        arguments.out.write_text(text, encoding="utf-8")
+        results.write(lines, arguments.out)
     return [_head(arguments, shape, sequences, room), "", table(rows), "", *advice(rows, room)]
 
 
@@ -208,9 +209,11 @@ def _share(arguments: argparse.Namespace) -> float:
 def _tracked(
     shape: LlamaShape, options: dict[str, Any], what: tuple[Layout, bool]
 ) -> tuple[Peak, list[dict[str, Any]]]:
-    """Return the peak of a layout, and what a process sends in a step."""
+    """Return the peak of a layout, and what a process sends in a step, unless it recomputes."""
     layout, recompute = what
     peak = estimate_peak(layout, shape, recompute=recompute, **options)
+    if recompute:
+        return peak, []
     with pretended(options["processes"]):
         sizes = {"rank": options["rank"], "length": options["length"], "sequences": 1}
         return peak, [asdict(sent) for sent in sent_in_step(layout, shape, **sizes)]

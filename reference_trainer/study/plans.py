@@ -35,7 +35,7 @@ SCALES = {scale.model: scale for scale in (Scale("1m", rank=2), Scale("2m", rank
 def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
     """Return four learning rates of full rank, and of each other arm four of its factors'."""
     trials = [_trial(scale, Arm("full rank", lr), TUNING_SEED) for lr in RATES]
-    if not all(_found(records, trial) for trial in trials):
+    if left(trials, records):
         return trials
     lr = best(records, "full rank")["lr"]
     return trials + [
@@ -86,6 +86,11 @@ Plan = Callable[[Scale, Sequence[dict[str, Any]]], list[Trial]]
 PLANS: dict[str, Plan] = {"tune": tune, "arms": arms, "ablation": ablation, "sweeps": sweeps}
 
 
+def left(trials: Sequence[Trial], records: Sequence[dict[str, Any]]) -> list[Trial]:
+    """Return the trials that no record is of."""
+    return [trial for trial in trials if not any(map(trial.is_of, records))]
+
+
 def best(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
     """Return the tuning trial of the arm with the lowest held-out loss at the end.
 
@@ -111,7 +116,3 @@ def _at_its_best(scale: Scale, records: Sequence[dict[str, Any]], arm: Arm) -> A
 
 def _trial(scale: Scale, arm: Arm, seed: int) -> Trial:
     return Trial(scale.model, arm, seed, scale.steps)
-
-
-def _found(records: Sequence[dict[str, Any]], trial: Trial) -> bool:
-    return any(trial.is_of(record) for record in records)
