@@ -143,7 +143,7 @@ def main() -> None:
         shutil.copy(run / name, given.evidence / name)
     text = json.dumps(loaded(run), indent=2) + "\n"
     (given.evidence / "loaded.json").write_text(text)
-    print(log.read_text(), text)  # noqa: T201
+    sys.stdout.write(log.read_text() + text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from reference_trainer.environment import environment
 from reference_trainer.errors import UserError, one_line
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare, read_index, verify_data
-from reference_trainer.study.plans import PLANS, SCALES
+from reference_trainer.study.plans import PLANS, SCALES, left
 from reference_trainer.study.train import run
 
 EXAMPLES = """examples:
@@ -54,24 +54,24 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
     if not arguments.eager and shutil.which("c++") is None and shutil.which("g++") is None:
         raise UserError("no C++ compiler is found to compile steps with: give --eager")
     records = read(out)
-    left = [t for t in plan(scale, records) if not any(map(t.is_of, records))]
+    todo = left(plan(scale, records), records)
     if arguments.dry_run:
-        yield from (f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}" for t in left)
-        yield f"trials of {arguments.plan} that can be planned now: {len(left)} of them to run"
+        yield from (f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}" for t in todo)
+        yield f"trials of {arguments.plan} that can be planned now: {len(todo)} of them to run"
         return
     data = _prepared(arguments.data)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     checksums = read_index(data).checksums
-    while left:
-        record = run(left[0], data, compiled=not arguments.eager)
+    while todo:
+        record = run(todo[0], data, compiled=not arguments.eager)
         known = {**environment(torch.device("cpu")), "compiled": not arguments.eager}
         records.append({**record, **known, "data": checksums})
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(records[-1]) + "\n")
         end = record["curve"][-1][1]
         yield f"{record['model']} {record['arm']}, seed {record['seed']}: {end:.4f} held out"
-        left = [t for t in plan(scale, records) if not any(map(t.is_of, records))]
+        todo = left(plan(scale, records), records)
     yield f"every trial of {arguments.plan} is in {out}"
 
 

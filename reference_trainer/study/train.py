@@ -32,7 +32,7 @@ TARGETS = ("*.self_attn.*", "*.mlp.*")
 WARMUP, MIN_RATIO = 100, 0.1  # of the cosine: steps at the start, and its end
 EVALUATIONS, WINDOWS = 24, 256  # of a trial; of an evaluation
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Any]
 
 
 @dataclass
@@ -182,7 +182,7 @@ def _train(
         batch = batches.at(step)
         began = time.perf_counter()
         loss = loss_of(batch[:, :-1], batch[:, 1:])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         clip_grad_norm_(trained, 1.0)
         course.optimizer.step()
         course.optimizer.zero_grad()
@@ -204,7 +204,7 @@ def _evaluate(loss_of: Loss, held_out: Windows, trial: Trial) -> float:
     count = min(WINDOWS, len(held_out))
     places = np.arange(count, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)
     parts = torch.split(held_out.read(places), trial.sequences)
-    return sum(loss_of(p[:, :-1], p[:, 1:]).item() * len(p) for p in parts) / count
+    return float(sum(loss_of(p[:, :-1], p[:, 1:]).item() * len(p) for p in parts) / count)
 
 
 def _adamw(groups: list[dict[str, Any]]) -> AdamW:
