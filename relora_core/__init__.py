@@ -12,6 +12,8 @@ from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.serialization import base_state_dict, merged_state_dict, save_merged
 from relora_core.sites import Site, add_low_rank_, clean_name, low_rank_sites, merge_, reinit_
+from relora_core.spectrum import Spectrum
+from relora_core.update_spectra import UpdateSpectra
 
 __all__ = [
     "JaggedCosine",
@@ -22,6 +24,8 @@ __all__ = [
     "RestartReport",
     "Restarts",
     "Site",
+    "Spectrum",
+    "UpdateSpectra",
     "add_low_rank_",
     "base_state_dict",
     "clean_name",

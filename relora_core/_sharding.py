@@ -1,6 +1,7 @@
 """How a tensor is spread over processes. The only file that names DTensor or FSDP."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -172,12 +173,7 @@ def last_split(tensor: Tensor) -> Tensor:
 def columns_of(y: Tensor, W: Tensor) -> Tensor:
     """Return the output of which every process holds the columns of its rows of W."""
     assert isinstance(W, DTensor)
-    shape = torch.Size([*y.shape[:-1], W.shape[0]])
-    stride = tuple(shape[dim + 1 :].numel() for dim in range(y.ndim))
-    placements = [Shard(y.ndim - 1)]
-    return DTensor.from_local(
-        y, W.device_mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    return _from_part(y, W.device_mesh, [Shard(y.ndim - 1)], [*y.shape[:-1], W.shape[0]])
 
 
 def parts_of_sum(y: Tensor, W: Tensor) -> Tensor:
@@ -205,6 +201,31 @@ def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W.to_local(), _placed(B, rows), _placed(A, columns).flatten(1)
 
 
+def split_once(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B, `(out, rank)`, and A, `(rank, ...)`, of `parts`, split wherever W is.
+
+    What W's processes hold in common of a factor is divided among them, without communication; but
+    where W is split by rows and by columns, those of one row or column keep it in common.
+    """
+    if not isinstance(W, DTensor):
+        return B, A.view(A.shape[0], *W.shape[1:])
+    rows, columns = _along(W)
+    inner, mesh = W.to_local().shape[1:], W.device_mesh
+    whole_B = _from_part(B, mesh, rows, (W.shape[0], B.shape[1]))
+    whole_A = _from_part(A.view(A.shape[0], *inner), mesh, columns, (A.shape[0], *W.shape[1:]))
+    return (
+        whole_B.redistribute(placements=_divided(rows, W, 0)),
+        whole_A.redistribute(placements=_divided(columns, W, 1)),
+    )
+
+
+def _divided(placements: list[Placement], W: DTensor, dim: int) -> list[Placement]:
+    if any(not p.is_replicate() for p in placements):
+        return placements
+    both = zip(placements, W.placements, strict=True)
+    return [p if w.is_replicate() else Shard(dim) for p, w in both]
+
+
 def _dim(placement: Placement) -> int | None:
     # Not is_shard(): the strided shards of FSDP2 over tensor parallelism deny it.
     return getattr(placement, "dim", None)
@@ -227,10 +248,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(part: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of which every rank holds its `part`, sharded as `like`."""
+def sharded_like(part: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Return the tensor of `shape`, `like`'s if None, of which every rank holds its `part`."""
     if not isinstance(like, DTensor):
         return part
+    if shape is not None:
+        return _from_part(part, like.device_mesh, like.placements, shape)
     return DTensor.from_local(
         part,
         like.device_mesh,
@@ -238,6 +261,15 @@ def sharded_like(part: Tensor, like: Tensor) -> Tensor:
         run_check=False,
         shape=like.shape,
         stride=like.stride(),
+    )
+
+
+def _from_part(
+    part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> DTensor:
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
 
 

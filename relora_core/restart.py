@@ -96,7 +96,7 @@ def restart_(
     states = plan_reset(optimizer, factors.values(), reset)
     updates = [site.update() for _, site in sites]
     norms = update_norms(sites, updates)
-    _refuse_overflow(sites, norms)
+    refuse_overflow(sites, norms)
 
     for (_, site), update in zip(sites, updates, strict=True):
         site.merge_(update)
@@ -129,7 +129,8 @@ def _call(sites: list[tuple[str, Site]], reset: Reset) -> str:
     return f"restart_ number {number} of {len(sites)} sites ({which}) by {reset}"
 
 
-def _refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:
+def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> None:
+    """Raise ValueError if a merge of updates of these norms would not be finite."""
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if broken:
         raise ValueError(

@@ -211,8 +211,8 @@ def add_low_rank_(
         for name, module in candidates.items()
         if any(fnmatchcase(name, glob) for glob in globs)
     }
-    _check_globs("target", globs, candidates)
-    _check_globs("rank_pattern", rank_pattern, chosen)
+    check_globs("target", globs, candidates)
+    check_globs("rank_pattern", rank_pattern, chosen)
     _check_ties(model, chosen)
 
     ranks = {name: _rank_of(name, rank, rank_pattern) for name in chosen}
@@ -295,7 +295,8 @@ def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
     return next(matches, rank)
 
 
-def _check_globs(kind: str, globs: Iterable[str], names: Iterable[str]) -> None:
+def check_globs(kind: str, globs: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ValueError if a glob matches no name."""
     known = list(names)
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in known):

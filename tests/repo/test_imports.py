@@ -21,7 +21,7 @@ LAYERS = {
             "randomness",
         }
         | {"low_bits"},
-        {"linear", "selection", "quantized", "roll_call", "tensor_parallel"},
+        {"linear", "selection", "quantized", "roll_call", "tensor_parallel", "spectrum"},
         {"lazy_weight", "pruning", "update"},
         {"low_rank", "moments"},
         {"reset"},
@@ -29,6 +29,7 @@ LAYERS = {
         {"register"},
         {"sites"},
         {"restart", "serialization", "bases", "adapters"},
+        {"update_spectra"},
         {
             "__init__",
             "testing.expressions",
