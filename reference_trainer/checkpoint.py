@@ -23,7 +23,7 @@ from reference_trainer.errors import DamagedError, UserError
 from reference_trainer.sealed import read_json, read_sealed, verify
 from reference_trainer.world import World
 
-FORMAT, MANIFEST, STATE = 2, "manifest.json", "state.json"
+FORMAT, MANIFEST, STATE = 3, "manifest.json", "state.json"
 _MODEL = "model."
 
 

@@ -13,7 +13,7 @@ import relora_core as relora
 from reference_trainer.config import Config
 from reference_trainer.metrics import Metrics
 from reference_trainer.peak import PeakMemory
-from reference_trainer.rank import RankMeter, spread
+from reference_trainer.rank import ranks_of, values_of
 from reference_trainer.stage import Stage
 from reference_trainer.world import World
 
@@ -24,14 +24,11 @@ class Journal:
     Args:
         config: the run.
         stage: the phase's.
-        start: the run's first step here.
         metrics: where records go.
         world: the processes; all call alike, the first writes.
     """
 
-    def __init__(
-        self, config: Config, stage: Stage, start: int, metrics: Metrics, world: World
-    ) -> None:
+    def __init__(self, config: Config, stage: Stage, metrics: Metrics, world: World) -> None:
         self.config = config
         self.stage = stage
         self.metrics = metrics
@@ -41,11 +38,6 @@ class Journal:
         self._seconds = 0.0
         self._began = 0.0
         self._peak = PeakMemory(world.device)
-        self._meter = None
-        if stage.restarts is not None and config.log.rank_sites:
-            file = config.directory / "first-weights.safetensors"
-            begins = start == stage.phase.start
-            self._meter = RankMeter(file, self._followed(merged=False), world, begins=begins)
 
     def steps(self, start: int) -> Iterator[int]:
         """Iterate over the phase's steps from `start`, with a progress bar on a terminal."""
@@ -122,7 +114,7 @@ class Journal:
             mean_update_norm=sum(norms) / len(norms),
             zeroed_fraction=report.zeroed_fraction,
             seconds=seconds,
-            ranks=self._meter.measure(self._followed(merged=False)) if self._meter else {},
+            **ranks_of(self._spectra()),
         )
         self._began = time.perf_counter()
 
@@ -134,21 +126,25 @@ class Journal:
         self._began = time.perf_counter()
 
     def end(self) -> None:
-        """Record the ranks that the phase has reached, its last cycle counted as merged."""
-        if self._meter is not None and self.stage.restarts is not None:
-            ranks = self._meter.measure(self._followed(merged=True))
-            phase = self.stage.phase
-            cycles = self.stage.restarts.count(phase.stop - 1 - phase.start) + 1
-            self.metrics.write("end", phase.stop, phase=phase.name, cycles=cycles, ranks=ranks)
+        """Record the spectra that the phase has reached, its last cycle counted as merged."""
+        if self.stage.spectra is None or self.stage.restarts is None:
+            return
+        spectra, phase = self._spectra(), self.stage.phase
+        self.metrics.write(
+            "end",
+            phase.stop,
+            phase=phase.name,
+            cycles=self.stage.restarts.count(phase.stop - 1 - phase.start) + 1,
+            **ranks_of(spectra),
+            spectra={name: values_of(spectrum) for name, spectrum in spectra.items()},
+        )
 
     def _say(self, line: str) -> None:
         if self.world.first:
             tqdm.write(line)
 
-    def _followed(self, *, merged: bool) -> dict[str, Tensor]:
-        sites = dict(relora.low_rank_sites(self.stage.model))
-        names = spread(list(sites), self.config.log.rank_sites)
-        return {name: sites[name].merged() if merged else sites[name].exact() for name in names}
+    def _spectra(self) -> dict[str, relora.Spectrum]:
+        return self.stage.spectra.measure() if self.stage.spectra is not None else {}
 
 
 def is_spike(mean: float, before: Collection[float]) -> bool:

@@ -1,15 +1,9 @@
-"""The rank that the updates of a few matrices have reached since the low-rank phase began."""
+"""The ranks that the updates of some matrices have reached, as a record holds them."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
-from reference_trainer.errors import UserError
-from reference_trainer.sealed import read_sealed_tensors, write_sealed_tensors
-from reference_trainer.world import World
+from relora_core import Spectrum
 
 
 def spread(names: list[str], count: int) -> list[str]:
@@ -26,68 +20,25 @@ def spread(names: list[str], count: int) -> list[str]:
     return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
 
 
-class RankMeter:
-    """Measures rank(W_k - W_0), W_0 kept in a file of the run's.
-
-    Every process calls it alike; the first one computes.
-
-    Args:
-        file: of W_0.
-        weights: the matrices to follow by name, sharded or not.
-        world: the processes.
-        begins: whether `weights` are W_0 now; otherwise the file is read.
-
-    Raises:
-        UserError: if the file is needed and absent or damaged.
-    """
-
-    def __init__(
-        self, file: Path, weights: Mapping[str, Tensor], world: World, *, begins: bool
-    ) -> None:
-        self._device = world.device
-        self._first: dict[str, Tensor] = {}
-        if begins:
-            whole = _whole(weights)
-            if world.first:
-                write_sealed_tensors(file, whole)
-        elif not file.is_file():
-            raise UserError(
-                f"{file} is gone, against which ranks are measured: set log.rank_sites=0"
-            )
-        if world.first:
-            self._first = read_sealed_tensors(file)
-
-    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return each matrix's rank of W - W_0; empty on all processes but the first."""
-        whole = _whole(weights)
-        return {
-            name: update_rank(whole[name].to(self._device), first.to(self._device))
-            for name, first in self._first.items()
-        }
-
-
-def update_rank(now: Tensor, first: Tensor) -> int:
-    """Return how many directions `now - first` has above what rounding can make.
-
-    Every merge rounds each entry of W to fp32. Such noise has singular values of about
-    eps * max|W| * sqrt(max(shape)), so a direction counts above ten times that, and above the
-    usual eps * max(shape) * (largest singular value).
+def ranks_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]]:
+    """Return each matrix's rank, effective rank and stable rank.
 
     Example:
-        >>> first = torch.eye(8)
-        >>> update_rank(first + torch.ones(8, 8), first)
-        1
+        >>> import torch
+        >>> ranks_of({"up": Spectrum.of(torch.eye(3))})
+        {'ranks': {'up': 3}, 'effective_ranks': {'up': 3.0}, 'stable_ranks': {'up': 3.0}}
     """
-    values = torch.linalg.svdvals(now.double() - first.double())
-    eps = torch.finfo(torch.float32).eps
-    noise = 10 * eps * now.abs().max().double() * max(now.shape) ** 0.5
-    return int((values > torch.maximum(noise, eps * max(now.shape) * values[0])).sum())
+    return {
+        "ranks": {name: s.rank() for name, s in spectra.items()},
+        "effective_ranks": {name: _short(s.effective_rank) for name, s in spectra.items()},
+        "stable_ranks": {name: _short(s.stable_rank) for name, s in spectra.items()},
+    }
 
 
-@torch.no_grad()
-def _whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    whole = {}
-    for name, weight in weights.items():
-        gathered = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        whole[name] = gathered.detach().cpu().clone()
-    return whole
+def values_of(spectrum: Spectrum) -> list[float]:
+    """Return the singular values that are not rounding, to four digits."""
+    return [_short(value) for value in spectrum.values[: spectrum.rank()].tolist()]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

@@ -7,13 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from reference_trainer.errors import DamagedError
-from reference_trainer.files import replaced, write_whole
+from reference_trainer.files import write_whole
 
 _SEAL = "sha256"
 # Where there is a terminal, and what it waits for takes long.
@@ -90,38 +87,6 @@ def read_sealed(file: Path, *, format: int) -> dict[str, Any]:
     return value
 
 
-def write_sealed_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors on the CPU as safetensors with their checksum, whole or not at all."""
-    with replaced(file) as partial:
-        save_file(dict(tensors), partial, metadata={_SEAL: _tensors_digest(tensors)})
-
-
-def read_sealed_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors that `write_sealed_tensors` wrote.
-
-    Raises:
-        DamagedError: if they are not as they were written.
-    """
-    try:
-        with safe_open(file, framework="pt") as found:
-            seal = (found.metadata() or {}).get(_SEAL)
-            # safe_open is no mapping: it has keys() only.
-            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{file} is damaged ({error})") from None
-    if seal != _tensors_digest(tensors):
-        raise DamagedError(f"{file} is damaged (its checksum is another)")
-    return tensors
-
-
 def _digest(value: Mapping[str, Any]) -> str:
     text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import relora_core as relora
 from reference_trainer import checkpoint
-from reference_trainer.config import Config, Phase
+from reference_trainer.config import Config, Phase, ReLoRAConfig
 from reference_trainer.errors import UserError
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
 from reference_trainer.pretrained import fill_from_
+from reference_trainer.rank import spread
 from reference_trainer.saving import Saver
 from reference_trainer.world import World
 
@@ -56,6 +57,7 @@ class Stage:
         optimizer: theirs, with groups "adapters", "matrices" and "norms".
         restarts: the clock, in steps of the phase; None without low-rank sites.
         schedule: of the learning rate.
+        spectra: of what the updates of some sites have added to their W; None if none is followed.
     """
 
     phase: Phase
@@ -64,10 +66,19 @@ class Stage:
     optimizer: relora.ResettableOptimizer
     restarts: relora.Restarts | None
     schedule: LRScheduler
+    spectra: relora.UpdateSpectra | None
 
     def restarts_at(self, step: int) -> bool:
         """Whether a restart runs before the run's `step`."""
         return self.restarts is not None and self.restarts.at(step - self.phase.start)
+
+    def restart_(self, config: ReLoRAConfig) -> relora.RestartReport:
+        """Merge, redraw and prune; what is followed is kept first."""
+        if self.spectra is not None:
+            self.spectra.keep_()
+        return relora.restart_(
+            self.model, self.optimizer, prune_ratio=config.prune_ratio, masks=config.masks
+        )
 
     def step(self, *, skip: bool) -> None:
         """Take the optimizer's step, unless it is to be skipped, and the schedule's."""
@@ -91,6 +102,11 @@ class Stage:
             tensors.pop(name.replace("original", "0.low_bits"), None)
             tensors[name] = rows_of(site.exact(), world)
         return tensors
+
+    def followed(self) -> dict[str, Tensor]:
+        """Return what is kept of the updates, by names in a checkpoint."""
+        state = self.spectra.state_dict() if self.spectra is not None else {}
+        return {f"update_spectra.{name}": tensor for name, tensor in state.items()}
 
     def take_bases_(self, tensors: dict[str, Tensor]) -> None:
         """Set the bases that are whole to what `tensors` of `self.tensors` has been filled with."""
@@ -150,7 +166,11 @@ def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
     if phase.low_rank:
         restarts = relora.Restarts(every=config.relora.every, warmup=config.relora.warmup)
         schedule = relora.JaggedLR(schedule, restarts)
-    return Stage(phase, model, parameters, optimizer, restarts, schedule)
+    spectra = None
+    if phase.low_rank and config.log.rank_sites:
+        names = [name for name, _ in relora.low_rank_sites(model)]
+        spectra = relora.UpdateSpectra(model, spread(names, config.log.rank_sites))
+    return Stage(phase, model, parameters, optimizer, restarts, schedule, spectra)
 
 
 def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
@@ -196,10 +216,12 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
         stage.take_bases_(tensors)
         return stage.phase.start
 
+    if continues and stage.spectra is not None and stage.restarts is not None:
+        stage.spectra.reserve_(stage.restarts.count(position.step - 1 - stage.phase.start))
     checkpoint.load_(
         source,
         position,
-        tensors=tensors if continues else plain,
+        tensors=tensors | stage.followed() if continues else plain,
         parameters=stage.parameters,
         optimizer=stage.optimizer,
         world=world,
@@ -231,7 +253,8 @@ def save(stage: Stage, step: int, saver: Saver, world: World, *, copied: bool) -
     shapes = {n: {k: list(t.shape) for k, t in state.items()} for n, state in states.items()}
     schedule = stage.schedule.state_dict()
     position = checkpoint.Position(step, stage.phase.name, schedule, shapes, saver.fixed)
-    saver.save(position, stage.tensors(world), states, copied=copied)
+    tensors = stage.tensors(world) | stage.followed()
+    saver.save(position, tensors, states, copied=copied)
 
 
 def _groups(

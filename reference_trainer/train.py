@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-import relora_core as relora
 from reference_trainer import checkpoint
 from reference_trainer.begin import begun, check, check_same, fixed, open_directory
 from reference_trainer.config import Config, phases
@@ -104,10 +103,9 @@ def train_stage(
             cannot be written.
         Stopped: if the run is asked to stop.
     """
-    model, optimizer, phase = stage.model, stage.optimizer, stage.phase
-    ratio, masks = config.relora.prune_ratio, config.relora.masks
+    model, phase = stage.model, stage.phase
     micro_steps = config.batch.micro_steps(world.size)
-    journal = Journal(config, stage, start, metrics, world)
+    journal = Journal(config, stage, metrics, world)
     latest, skipped = Path(), 0
     if start == phase.start:
         journal.evaluation(start, evaluate(model, held_out, config, world))
@@ -115,7 +113,7 @@ def train_stage(
     for step in journal.steps(start):
         if stage.restarts_at(step):
             try:
-                report = relora.restart_(model, optimizer, prune_ratio=ratio, masks=masks)
+                report = stage.restart_(config.relora)
             except ValueError as error:
                 world.refuse(f"the restart at step {step} was refused: {error}")
             journal.restart(step, report)

@@ -11,7 +11,14 @@ import torch.distributed._tools.fake_collectives  # gives torch 2.8 their fake f
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reference_trainer.config import Config, ParallelConfig, Precision, ReLoRAConfig, phases
+from reference_trainer.config import (
+    Config,
+    LogConfig,
+    ParallelConfig,
+    Precision,
+    ReLoRAConfig,
+    phases,
+)
 from reference_trainer.model import LlamaShape
 from reference_trainer.stage import Stage, build_model, staged
 from reference_trainer.world import World, lay_world
@@ -101,7 +108,7 @@ def laid_out(
         "cpu", precision, checkpoint_activations=recompute, layout=layout.bases
     )
     relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=rank)
-    config = Config(steps=2, relora=relora, parallel=parallel)
+    config = Config(steps=2, relora=relora, parallel=parallel, log=LogConfig(rank_sites=0))
     (phase,) = phases(config)
     with _HostMemory(memory) if memory else nullcontext():
         model = build_model(config, phase, shape, world)

@@ -8,8 +8,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.study.trial import Arm, Trial
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-MULTIPLES = (4.0, 8.0, 16.0, 32.0)
+RATE, MULTIPLE = 1e-3, 4.0  # where the search for the best ones begins
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,19 @@ SCALES = {scale.model: scale for scale in (Scale("1m", rank=2), Scale("2m", rank
 
 
 def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return four learning rates of full rank, and of each other arm four of its factors'."""
-    trials = [_trial(scale, Arm("full rank", lr), TUNING_SEED) for lr in RATES]
+    """Return learning rates of full rank, then of each other arm those of its factors.
+
+    Of every arm alike: one and its double, then on in the better one's direction, until the best
+    lies between two that are worse. A trial depends on the results of those before it.
+    """
+    trials = _search(scale, records, Arm("full rank", RATE), "lr")
     if left(trials, records):
         return trials
     lr = best(records, "full rank")["lr"]
-    return trials + [
-        _trial(scale, replace(arm, lr=lr, lr_multiple=multiple), TUNING_SEED)
-        for arm in _tuned(scale)
-        for multiple in MULTIPLES
-    ]
+    for arm in _tuned(scale):
+        first = replace(arm, lr=lr, lr_multiple=MULTIPLE)
+        trials += _search(scale, records, first, "lr_multiple")
+    return trials
 
 
 def arms(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
@@ -100,7 +102,27 @@ def best(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
     found = [r for r in records if r["arm"] == arm and r["seed"] == TUNING_SEED]
     if not found:
         raise UserError(f"no trial has tuned {arm!r}: run the plan 'tune' first, into this file")
-    return min(found, key=lambda record: (record["diverged"], record["curve"][-1][1]))
+    return min(found, key=_end)
+
+
+def _end(record: dict[str, Any]) -> tuple[bool, float]:
+    return record["diverged"], record["curve"][-1][1]
+
+
+def _search(scale: Scale, records: Sequence[dict[str, Any]], first: Arm, name: str) -> list[Trial]:
+    """Return the arm with its rate of this name, doubled and halved until the best is between."""
+    rates = [getattr(first, name), 2 * getattr(first, name)]
+    while True:
+        trials = [
+            _trial(scale, replace(first, **{name: rate}), TUNING_SEED) for rate in sorted(rates)
+        ]
+        if left(trials, records):
+            return trials
+        ends = [_end(record) for trial in trials for record in records if trial.is_of(record)]
+        place = ends.index(min(ends))
+        if place not in (0, len(ends) - 1):
+            return trials
+        rates.append(2 * max(rates) if place else min(rates) / 2)
 
 
 def _tuned(scale: Scale) -> list[Arm]:

@@ -24,7 +24,7 @@ from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.flops import step_flops
 from reference_trainer.model import Llama
 from reference_trainer.parallel import init_weights_
-from reference_trainer.rank import update_rank
+from reference_trainer.rank import values_of
 from reference_trainer.stage import Envelope
 from reference_trainer.study.trial import Trial
 
@@ -81,7 +81,7 @@ def run(trial: Trial, data: Path, *, compiled: bool) -> dict[str, Any]:
     spectra: dict[str, list[float]] = {}
     if not course.diverged:
         last = _weights(course.model)
-        spectra = {name: _spectrum(last[name], W) for name, W in first.items()}
+        spectra = {n: values_of(relora.Spectrum.of(last[n] - W)) for n, W in first.items()}
     return {
         "event": "trial",
         **trial.key(),
@@ -140,7 +140,7 @@ def _low_rank(course: Course, trial: Trial, data: Path, compiled: bool) -> dict[
 
     def measure() -> None:
         for name, site in sites.items():
-            ranks[name].append(update_rank(site.merged(), first[name]))
+            ranks[name].append(relora.Spectrum.of(site.merged() - first[name]).rank())
 
     def before_step(step: int) -> None:
         if restarts is None or not restarts.at(step - start):
@@ -220,9 +220,3 @@ def _weights(model: Llama) -> dict[str, Tensor]:
         for name, tensor in modules.items()
         if any(fnmatchcase(name, target) for target in TARGETS)
     }
-
-
-def _spectrum(now: Tensor, first: Tensor) -> list[float]:
-    """Return the singular values of the change, but for those that are rounding."""
-    values = torch.linalg.svdvals(now.double() - first.double())
-    return [float(f"{value:.4g}") for value in values[values > 1e-5 * values[0]].tolist()]

@@ -1,6 +1,6 @@
 """Every file that is read, damaged in every way: one clear error, or something that is no damage.
 
-What has a checksum (checkpoints, tokens, their index, first weights, each line of the log) admits
+What has a checksum (checkpoints, tokens, their index, each line of the log) admits
 no change of meaning. What is the user's own (text, a tokenizer, a configuration, a published model)
 has none: there a change that leaves it well-formed is another file, which is used as it is.
 """
@@ -133,7 +133,6 @@ TARGETS = {
     "a checkpoint's tensors": Target(f"{CHECKPOINT}/shard-*.safetensors", RESUME, never),
     "a checkpoint's state": Target(f"{CHECKPOINT}/state.json", RESUME, never),
     "a checkpoint's manifest": Target(f"{CHECKPOINT}/manifest.json", RESUME, same_json),
-    "first weights": Target("runs/first-run/first-weights.safetensors", RESUME, never),
     "a run's options": Target("runs/first-run/config.yaml", RESUME, same_options),
     "a run's tokens": Target("runs/first-run/data/train-00000.bin", RESUME, never),
     "a run's index": Target("runs/first-run/data/index.json", RESUME, same_json),

@@ -23,8 +23,7 @@ def trained(run: Path) -> dict[str, bytes]:
     """
     last = checkpoint.complete(run / "checkpoints")[-1]
     bytes_of = {"state.json": (last / "state.json").read_bytes()}
-    files = [run / "export/model.safetensors", run / "first-weights.safetensors"]
-    for file in (*files, *sorted(last.glob("*.safetensors"))):
+    for file in (run / "export/model.safetensors", *sorted(last.glob("*.safetensors"))):
         for name, tensor in load_file(file).items():
             bytes_of[f"{file.relative_to(run)}: {name}"] = tensor.numpy().tobytes()
     return bytes_of

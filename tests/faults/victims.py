@@ -18,6 +18,7 @@ import torch
 
 from reference_trainer import train as training
 from reference_trainer.__main__ import main
+from reference_trainer.stage import Stage
 from tests.distributed.processes import FORKED
 
 
@@ -49,7 +50,7 @@ class Fault:
 
 NO_FAULT = Fault("step", 10**9)
 CALLS = {
-    "restart": (training.relora, "restart_"),
+    "restart": (Stage, "restart_"),
     "hand-off": (training, "fill_"),
     "checkpoint": (training, "save"),
     "step": (training, "forward_backward"),

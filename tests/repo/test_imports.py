@@ -80,7 +80,7 @@ MODULES = [
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-USES_THE_CORE = {"stage", "journal", "train", "export", "bench.arms", "bench.restarts"} | {
+USES_THE_CORE = {"stage", "journal", "rank", "export", "bench.arms", "bench.restarts"} | {
     "bench.communication",
     "study.train",
 }

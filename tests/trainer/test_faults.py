@@ -12,6 +12,7 @@ from reference_trainer import checkpoint
 from reference_trainer import train as training
 from reference_trainer.__main__ import main
 from reference_trainer.journal import is_spike
+from reference_trainer.stage import Stage
 from tests.trainer.conftest import losses, records
 from tests.trainer.test_run import RUN, start, train
 
@@ -84,7 +85,7 @@ class TestNonFinite:
         def refuse(*_, **__):
             raise ValueError("the update of 3 sites is not finite")
 
-        monkeypatch.setattr(training.relora, "restart_", refuse)
+        monkeypatch.setattr(Stage, "restart_", refuse)
         assert main(["train", *tiny]) == 2
         error = capsys.readouterr().err
         assert "the restart at step 11 was refused: the update of 3 sites" in error

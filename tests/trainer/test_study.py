@@ -1,6 +1,7 @@
 """The study's trials: what the arms have in common, what they differ in, and what is on file."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -127,15 +128,32 @@ def tuning(arm, lr, multiple, loss):
 
 
 class TestThePlans:
-    def test_the_same_number_of_rates_is_tried_for_each_arm(self):
-        scale = plans.SCALES["1m"]
-        first = plans.tune(scale, [])
-        assert {t.arm.name for t in first} == {"full rank"}
-        records = [tuning(t.arm, t.arm.lr, 1.0, 2.0 + t.arm.lr) for t in first]
-        names = [t.arm.name for t in plans.tune(scale, records)]
-        assert {names.count(name) for name in names} == {4}
-        assert set(names) == {"full rank", "LoRA", "LoRA + warm start", "ReLoRA + warm start"}
-        assert {t.arm.lr for t in plans.tune(scale, records)[4:]} == {1e-3}
+    @given(st.integers(-4, 4), st.integers(-4, 4), st.integers(0, 6))
+    def test_each_arm_is_tuned_until_its_best_rate_lies_between_worse_ones(
+        self, full, factors, worst
+    ):
+        scale, records, tried = plans.SCALES["1m"], [], 0
+
+        def loss(arm):
+            off = math.log2(arm.lr / plans.RATE) - full
+            if arm.rank:
+                off = math.log2(arm.lr_multiple / plans.MULTIPLE) - factors
+            return 1.0 + abs(off) if off <= worst else float("nan")
+
+        while todo := plans.left(plans.tune(scale, records), records):
+            arm = todo[0].arm
+            assert arm.name == "full rank" or arm.lr == plans.RATE * 2**full
+            records.append(tuning(arm, arm.lr, arm.lr_multiple, loss(arm)))
+            tried += 1
+            assert tried < 40
+        names = {record["arm"] for record in records}
+        assert names == {"full rank", "LoRA", "LoRA + warm start", "ReLoRA + warm start"}
+        for name in names:
+            chosen = plans.best(records, name)
+            rate = "lr_multiple" if chosen["rank"] else "lr"
+            rates = [record[rate] for record in records if record["arm"] == name]
+            assert min(rates) < chosen[rate] < max(rates)
+            assert chosen["curve"][-1][1] == 1.0
 
     def test_an_arm_is_run_at_its_own_best_rate(self):
         scale = plans.SCALES["1m"]
@@ -172,8 +190,11 @@ class TestTheCommand:
     @pytest.fixture
     def command(self, data, tmp_path, monkeypatch):
         monkeypatch.setitem(plans.SCALES, "1m", plans.Scale("1m", rank=2, steps=8, cycles=2))
-        monkeypatch.setattr(plans, "RATES", (4e-3,))
-        monkeypatch.setattr(plans, "MULTIPLES", (8.0,))
+
+        def once(scale, records, first, name):
+            return [plans._trial(scale, first, plans.TUNING_SEED)]
+
+        monkeypatch.setattr(plans, "_search", once)
         out = tmp_path / "out.jsonl"
         return ["study", "--eager", "--data", str(data), "--out", str(out)], out
 
