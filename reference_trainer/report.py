@@ -13,6 +13,7 @@ from reference_trainer.files import replaced
 from reference_trainer.metrics import read
 
 _TRAIN, _HELD_OUT, _RESTART, _BOUND = "#9ecae1", "#08519c", "#d94801", "#969696"
+_MOST_NAMED = 10  # matrices; of more, those of a kind share a line of the legend
 
 
 def draw(metrics: Path, picture: Path) -> None:
@@ -106,18 +107,27 @@ def _draw_rate(axes: Axes, steps: list[dict[str, Any]]) -> None:
 
 
 def _draw_rank(axes: Axes, records: list[dict[str, Any]]) -> None:
-    measured = [(record["restart"], record["ranks"]) for record in _of(records, "restart")]
-    measured += [(record["cycles"], record["ranks"]) for record in _of(records, "end")]
-    measured = [(cycles, ranks) for cycles, ranks in measured if ranks]
-    axes.set_title("rank of the accumulated update", loc="left")
+    measured = [(record["restart"], record) for record in _of(records, "restart")]
+    measured += [(record["cycles"], record) for record in _of(records, "end")]
+    measured = [(cycles, record) for cycles, record in measured if record["ranks"]]
+    axes.set_title("rank of the accumulated update (dotted: effective rank)", loc="left")
     axes.set_xlabel("cycles merged")
     if not measured:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=_BOUND)
         return
     cycles = [cycle for cycle, _ in measured]
-    for name in measured[0][1]:
-        ranks = [ranks[name] for _, ranks in measured]
-        axes.plot(cycles, ranks, marker="o", markersize=4, label=name.removeprefix("model."))
+    names = list(measured[0][1]["ranks"])
+    labels = {name: name.removeprefix("model.") for name in names}
+    if len(names) > _MOST_NAMED:
+        labels = {name: name.rpartition(".")[2] for name in names}
+    kinds = list(dict.fromkeys(labels.values()))
+    for name, label in labels.items():
+        color = f"C{kinds.index(label)}"
+        for key, style in (("ranks", "-o"), ("effective_ranks", ":")):
+            values = [record[key][name] for _, record in measured if key in record]
+            axes.plot(cycles[: len(values)], values, style, color=color, markersize=4)
+    for number, label in enumerate(kinds):
+        axes.plot([], [], color=f"C{number}", label=label)
     bound = [cycle * _rank(records) for cycle in cycles]
     axes.plot(cycles, bound, color=_BOUND, linestyle="--", label="bound k·r")
     axes.set_ylim(bottom=0)
