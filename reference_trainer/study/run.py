@@ -14,6 +14,8 @@ from reference_trainer.environment import environment
 from reference_trainer.errors import UserError, one_line
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare, read_index, verify_data
+from reference_trainer.study import tables
+from reference_trainer.study.picture import draw
 from reference_trainer.study.plans import PLANS, SCALES, left
 from reference_trainer.study.train import run
 
@@ -24,6 +26,8 @@ EXAMPLES = """examples:
       full rank, LoRA, LoRA and ReLoRA after a warm start, at their best rates, from three seeds
   python -m reference_trainer study --model 1m --plan sweeps --dry-run
       which trials that would be
+  python -m reference_trainer study --model 1m --show
+      tables and a picture of the trials that are on file
 
 A trial that is in the file already is not run again: interrupt it whenever you like.
 """
@@ -39,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, default=Path("runs/study/data"), help="prepared bytes, made if absent")
     add("--out", type=Path, help="JSON lines to add to (default: runs/study/MODEL.jsonl)")
     add("--dry-run", action="store_true", help="say which trials, and stop")
+    add("--show", action="store_true", help="say what is on file, draw its picture, and stop")
 
 
 def study(arguments: argparse.Namespace) -> Iterator[str]:
@@ -54,6 +59,9 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
     if not arguments.eager and shutil.which("c++") is None and shutil.which("g++") is None:
         raise UserError("no C++ compiler is found to compile steps with: give --eager")
     records = read(out)
+    if arguments.show:
+        yield from _shown(records, out)
+        return
     todo = left(plan(scale, records), records)
     if arguments.dry_run:
         yield from (f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}" for t in todo)
@@ -73,6 +81,17 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{record['model']} {record['arm']}, seed {record['seed']}: {end:.4f} held out"
         todo = left(plan(scale, records), records)
     yield f"every trial of {arguments.plan} is in {out}"
+
+
+def _shown(records: list[dict[str, Any]], out: Path) -> Iterator[str]:
+    if not records:
+        raise UserError(f"{out} holds no trial to show: run a plan first")
+    yield tables.rates(records) + "\n"
+    yield tables.outcomes(records, tables.by_arm(records), None) + "\n"
+    yield tables.spectra(records) + "\n"
+    picture = out.with_suffix(".png")
+    draw([records], picture)
+    yield f"picture: {picture}"
 
 
 def read(file: Path) -> list[dict[str, Any]]:

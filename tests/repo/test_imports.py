@@ -67,8 +67,9 @@ LAYERS = {
         {"prepare", "parallel", "checkpoint", "rank", "report"},
         {"data", "saving", "pretrained", "bench.subjects"},
         {"stage"},
-        {"begin", "evaluate", "journal", "export", "bench.measure", "study.train"},
-        {"train", "bench.restarts", "bench.layouts"},
+        {"begin", "evaluate", "journal", "export", "bench.measure", "study.train"}
+        | {"study.tables"},
+        {"train", "bench.restarts", "bench.layouts", "study.picture"},
         {"bench.communication", "bench.tracker", "bench.checkpoints", "estimate.gpus"},
         {"bench.run", "study.run", "estimate.peaks"},
         {"estimate.run"},
@@ -83,6 +84,7 @@ MODULES = [
 USES_THE_CORE = {"stage", "journal", "rank", "export", "bench.arms", "bench.restarts"} | {
     "bench.communication",
     "study.train",
+    "study.tables",
 }
 
 
