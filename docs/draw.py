@@ -6,6 +6,7 @@ python docs/draw.py
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +21,11 @@ from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.metrics import read
 from reference_trainer.model import PRESETS, preset
+from reference_trainer.report.picture import draw as draw_run
+from reference_trainer.report.recorded import open_run
+from reference_trainer.study import tables
+from reference_trainer.study.picture import draw as draw_study
+from reference_trainer.study.tables import Record
 from relora_core import layouts
 
 DOCS = Path(__file__).parent
@@ -153,8 +159,8 @@ def traffic(picture: Path) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.set_yticks([])
     figure.supxlabel("bytes that a process sends in a step, 4 processes, rank 128", fontsize=8)
-    with replaced(picture) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+    with replaced(picture) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")
 
 
 def _short(path: str) -> str:
@@ -213,7 +219,47 @@ def proof() -> str:
     return "\n".join(lines)
 
 
+def study(kind: str) -> str:
+    """Return the tables of one kind, of every size whose trials are on file."""
+    blocks = []
+    for size, records in trials().items():
+        names = list(tables.by_arm(records))
+        swept = [name for name in names if name.startswith("ReLoRA, ") or " of rank " in name]
+        ablated = [name for name in names if name.startswith("LoRA, ")]
+        shown = {
+            "arms": ["LoRA", tables.FULL, tables.LORA, tables.RELORA],
+            "ablation": ["LoRA", *ablated, tables.RELORA] if ablated else [],
+            "sweeps": [tables.LORA, tables.RELORA, *swept] if swept else [],
+        }
+        if kind == "rates":
+            blocks += [f"**{size}**", tables.rates(records)]
+        elif kind == "spectra":
+            blocks += [f"**{size}**", tables.spectra(records)]
+        elif shown[kind]:
+            blocks += [f"**{size}**", tables.outcomes(records, shown[kind], step_time(size))]
+    return "\n\n".join(blocks)
+
+
+def trials() -> dict[str, list[Record]]:
+    """Return the study's records by size."""
+    files = sorted(DOCS.glob("results/study/[0-9]*.jsonl"))
+    return {file.stem: list(map(json.loads, file.read_text().splitlines())) for file in files}
+
+
+def step_time(size: str) -> float:
+    """Return the median time of a compiled step with low-rank sites, of one in full rank."""
+    measured = results.read(DOCS / f"results/study/step-{size}.jsonl")
+    seconds = {r["arm"]: r["step_seconds"] for r in measured if r["event"] == "arm"}
+    ratio = results.ratio(seconds["ours-compiled"], seconds["full-compiled"])
+    assert ratio is not None
+    return ratio.median
+
+
 TABLES = {
+    **{
+        f"study-{kind}": partial(study, kind)
+        for kind in ("rates", "arms", "ablation", "sweeps", "spectra")
+    },
     "estimates": estimates,
     "floors": floors,
     "proof": proof,
@@ -244,6 +290,8 @@ def main() -> None:
     ]
     draw(blocks, DOCS / "figures/cost.png")
     traffic(DOCS / "figures/traffic.png")
+    draw_run(open_run(DOCS / "results/first-run"), DOCS / "figures/first-run.png")
+    draw_study(list(trials().values()), DOCS / "figures/study.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import difflib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -18,7 +18,9 @@ from reference_trainer.estimate import run as needs
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.prepare import prepare
-from reference_trainer.report import draw, learned
+from reference_trainer.report import run as pages
+from reference_trainer.report.picture import draw
+from reference_trainer.report.recorded import learned, open_run
 from reference_trainer.study import run as trials
 from reference_trainer.train import train
 from reference_trainer.world import open_world, world_size
@@ -135,12 +137,12 @@ def _parser() -> _Parser:
     one = command("study", "train the paper's arms side by side at sizes for a CPU")
     one.epilog = trials.EXAMPLES
     trials.add_arguments(one)
-    one.set_defaults(run=_study)
+    one.set_defaults(run=lambda arguments: _tell(trials.study(arguments)))
 
-    one = command("report", "draw a run's picture from its metrics, also while it runs")
-    one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
-    one.add_argument("--out", type=Path, help="the PNG to write (default: report.png in the run)")
-    one.set_defaults(run=_report)
+    one = command("report", "make one page of a run, or of several, also while they run")
+    one.epilog = pages.EXAMPLES
+    pages.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _tell(pages.report(arguments)))
     return parser
 
 
@@ -157,10 +159,10 @@ def _train(arguments: argparse.Namespace) -> None:
     train(config, resume=arguments.resume, again=again)
     if os.environ.get("RANK", "0") == "0":
         directory = config.directory
-        metrics, picture = directory / "metrics.jsonl", directory / "report.png"
-        draw(metrics, picture)
-        places = f"model:   {directory / 'export'}", f"picture: {picture}"
-        _say("", *learned(metrics), "", *places)
+        recorded = open_run(directory)
+        draw(recorded, directory / "report.png")
+        _say("", *learned(recorded), "", f"model:   {directory / 'export'}")
+        _say(f"picture: {directory / 'report.png'}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -189,26 +191,18 @@ def _export(arguments: argparse.Namespace) -> None:
     _say(f"model: {target}")
 
 
-def _study(arguments: argparse.Namespace) -> None:
-    for line in trials.study(arguments):
-        _say(line)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    metrics = arguments.directory / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{arguments.directory} holds no metrics.jsonl: give a run's directory")
-    picture = arguments.out or arguments.directory / "report.png"
-    draw(metrics, picture)
-    _say(f"picture: {picture}")
-
-
 def _run(directory: Path, given: dict[str, object]) -> Config:
     file = directory / "config.yaml"
     if not file.is_file():
         raise UserError(f"{directory} holds no run (no config.yaml): give a run's directory")
     whole = directory.resolve()
     return options.resolve(file, {**given, "runs": str(whole.parent), "name": whole.name})
+
+
+def _tell(lines: Iterable[str]) -> None:
+    """Print what takes a while line by line."""
+    for line in lines:
+        print(line, flush=True)  # noqa: T201
 
 
 def _say(*lines: str) -> None:

@@ -57,7 +57,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
         axes.set_ylim(0.95 * min(ends), 1.6 * min(ends))
     axes.set_title(f"{records[0]['model']}: held-out loss, nats a byte", loc="left", fontsize=9)
     axes.set_xlabel("step")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_rank(axes: Axes, records: Sequence[Record]) -> None:
@@ -85,7 +85,7 @@ def _draw_rank(axes: Axes, records: Sequence[Record]) -> None:
     axes.plot(cycles, bound, color="#969696", linestyle="--", label="bound k·r")
     axes.set_ylim(bottom=0)
     axes.set_xticks(list(cycles))
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_spectrum(axes: Axes, records: Sequence[Record]) -> None:
@@ -111,4 +111,9 @@ def _draw_spectrum(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_yscale("log")
     axes.set_title("singular values of W - W_0 at the end (quartiles)", loc="left", fontsize=9)
     axes.set_xlabel("place")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

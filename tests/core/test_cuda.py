@@ -45,6 +45,29 @@ def test_draws_and_merges_are_those_of_the_cpu():
             relora.reinit_(model)
 
 
+def test_spectra_are_those_of_the_cpu():
+    models = [relora.add_low_rank_(Model(), TARGETS, rank=3, alpha=6.0)]
+    models.append(copy.deepcopy(models[0]).cuda())
+    optimizers = [
+        torch.optim.SGD(p for p in model.parameters() if p.requires_grad) for model in models
+    ]
+    on_cpu, on_gpu = spectra = [relora.UpdateSpectra(model) for model in models]
+    for _ in range(4):  # more directions than some have
+        randomize_(models[0])
+        for (_, a), (_, b) in zip(*map(relora.low_rank_sites, models), strict=True):
+            with torch.no_grad():
+                b.lora_A.copy_(a.lora_A)
+                b.lora_B.copy_(a.lora_B)
+        for model, optimizer, each in zip(models, optimizers, spectra, strict=True):
+            each.keep_()
+            relora.restart_(model, optimizer)
+    expected, found = on_cpu.measure(), on_gpu.measure()
+    assert expected.keys() == found.keys()
+    for name, spectrum in found.items():
+        assert spectrum.values.device.type == "cpu"
+        torch.testing.assert_close(spectrum.values, expected[name].values, atol=1e-4, rtol=1e-5)
+
+
 def test_pruning_is_that_of_the_cpu():
     for shape in ((128, 2048), (2048, 128), (7,)):
         for dtype in (torch.float32, torch.bfloat16):

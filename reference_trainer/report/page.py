@@ -1,0 +1,162 @@
+"""One page of runs that needs nothing beside it: tables, curves, options and environment."""
+
+import io
+import statistics
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from reference_trainer.report import panels
+from reference_trainer.report.recorded import Record, Recorded
+
+Row = tuple[str, list[str]]
+_PANELS = (
+    panels.draw_loss,
+    panels.draw_rate,
+    panels.draw_rank,
+    panels.draw_spectrum,
+    panels.draw_speed,
+    panels.draw_memory,
+)
+_OF_CYCLES = (panels.draw_rank, panels.draw_spectrum)
+
+
+def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> str:
+    """Return the page as HTML.
+
+    Args:
+        runs: one or more; of several, what differs is compared.
+        made: a line that says when the page was made, and of what.
+        refresh: after how many seconds a browser reads it again; None: it does not.
+    """
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        (files("reference_trainer") / "report/page.html").read_text(encoding="utf-8")
+    )
+    names = [run.name for run in runs]
+    options = _options(runs)
+    return template.render(
+        title=", ".join(names),
+        names=names,
+        made=made,
+        refresh=refresh,
+        summary=_rows(runs, _SUMMARY),
+        figure=Markup(_figure(runs)),
+        legend="black: end of the warm start; dotted: restarts" if len(runs) == 1 else "",
+        restarts=[(run.name, *_restarts(run)) for run in runs if run.of("restart")],
+        options=options,
+        different=[row for row in options if len(set(row[1])) > 1],
+        environment=_rows(runs, _ENVIRONMENT),
+    )
+
+
+def _figure(runs: Sequence[Recorded]) -> str:
+    # Text stays text, and the same runs give the same page.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "relora"}):
+        figure = Figure(figsize=(12, 11), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, panel in zip(figure.subplots(3, 2).flatten(), _PANELS, strict=True):
+            panel(axes, runs)
+            if len(runs) == 1 and panel not in _OF_CYCLES:
+                panels.mark_phases(axes, runs[0])
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    text = written.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _progress(run: Recorded) -> str:
+    done, steps = run.steps
+    if steps is None:
+        return f"{done:,} steps"
+    return f"{done:,} of {steps:,} steps" + ("" if done >= steps else ", not at its end")
+
+
+def _tokens(run: Recorded) -> str:
+    known = run.options
+    if not known:
+        return "-"
+    return f"{run.steps[0] * known['batch.sequences'] * known['batch.length']:,}"
+
+
+def _held_out(run: Recorded, *, where: str) -> str:
+    points = run.of("evaluation")
+    if where == "handed over":
+        points = [r for r in points if r["phase"] == "warm-start" and run.handed_over is not None]
+    if not points:
+        return "-"
+    return f"{points[0 if where == 'first' else -1]['held_out_loss']:.4f}"
+
+
+def _rank(run: Recorded, key: str) -> str:
+    if not run.ranks or key not in run.ranks[-1][1]:
+        return "not measured"
+    cycles, record = run.ranks[-1]
+    low, high = min(record[key].values()), max(record[key].values())
+    bound = f", bound {cycles * run.start['rank']}" if key == "ranks" else ""
+    return f"{low:g} to {high:g} after {cycles} cycles{bound}"
+
+
+def _speed(run: Recorded, phase: str) -> str:
+    values = [r["tokens_per_second"] for r in run.of("step") if r["phase"] == phase]
+    return f"{statistics.median(values):,.0f}" if values else "-"
+
+
+def _memory(run: Recorded) -> str:
+    values = [r["peak_memory"] for r in run.of("step") if r.get("peak_memory") is not None]
+    return f"{max(values) / 2**30:.2f} GiB" if values else "-"
+
+
+_SUMMARY = {
+    "progress": _progress,
+    "tokens": _tokens,
+    "held-out loss at first": lambda run: _held_out(run, where="first"),
+    "after the warm start": lambda run: _held_out(run, where="handed over"),
+    "at last": lambda run: _held_out(run, where="last"),
+    "restarts": lambda run: str(len(run.of("restart"))),
+    "rank of the update": lambda run: _rank(run, "ranks"),
+    "its effective rank": lambda run: _rank(run, "effective_ranks"),
+    "tokens a second, warm start": lambda run: _speed(run, "warm-start"),
+    "tokens a second, ReLoRA": lambda run: _speed(run, "relora"),
+    "peak memory of a process": _memory,
+    "steps skipped": lambda run: str(len(run.of("skipped"))),
+    "jumps of the loss": lambda run: str(len(run.of("spike"))),
+}
+_ENVIRONMENT = {
+    name: lambda run, name=name: str(run.start.get(name, "-"))
+    for name in ("device", "processes", "threads", "cores", "torch", "python", "seed", "date")
+}
+
+
+def _rows(runs: Sequence[Recorded], cells: dict[str, Any]) -> list[Row]:
+    return [(name, [cell(run) for run in runs]) for name, cell in cells.items()]
+
+
+def _options(runs: Sequence[Recorded]) -> list[Row]:
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    return [(name, [_shown(run.options.get(name)) for run in runs]) for name in names]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _restarts(run: Recorded) -> tuple[list[str], list[Row]]:
+    head = ["", "before step", "mean norm of s·BA", "moments zeroed", "seconds", "rank"]
+    return head, [(str(record["restart"]), _restart(record)) for record in run.of("restart")]
+
+
+def _restart(record: Record) -> list[str]:
+    ranks = record["ranks"].values()
+    return [
+        f"{record['step']:,}",
+        f"{record['mean_update_norm']:.3g}",
+        f"{record['zeroed_fraction']:.2%}",
+        f"{record['seconds']:.3f}",
+        f"{min(ranks)} to {max(ranks)}" if ranks else "-",
+    ]
