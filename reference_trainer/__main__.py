@@ -11,12 +11,14 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from reference_trainer import options
+from reference_trainer.begin import check, check_new
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
 from reference_trainer.estimate import run as needs
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
+from reference_trainer.plan import plan
 from reference_trainer.prepare import prepare
 from reference_trainer.report import run as pages
 from reference_trainer.report.picture import draw
@@ -33,6 +35,8 @@ _EXAMPLES = """examples:
       your own text, a larger model
   torchrun --nproc-per-node 8 -m reference_trainer train --config run.yaml
       every option from a file; FSDP2 over 8 GPUs
+  python -m reference_trainer train --config run.yaml --dry-run 8
+      what that would do over 8 processes: parameters, memory, steps, restarts, files
   python -m reference_trainer train --resume --name wiki
       go on after a crash, from the newest complete checkpoint
 """
@@ -110,6 +114,14 @@ def _parser() -> _Parser:
         action="store_true",
         help="go on with the run of this name (implied where torchrun or Slurm start it again)",
     )
+    one.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=world_size(),
+        metavar="PROCESSES",
+        help="say what the run would do, over so many processes, and stop",
+    )
     options.add_options(one)
     one.set_defaults(run=_train)
 
@@ -156,6 +168,15 @@ def _train(arguments: argparse.Namespace) -> None:
         if saved.is_file():  # found here, whatever it was called when it was begun
             file, given = saved, {**given, "name": base.name, "runs": base.runs}
     config = options.resolve(file, given)
+    if arguments.dry_run is not None:
+        processes = arguments.dry_run
+        if processes < 1:
+            raise UserError(f"--dry-run is over 1 process or more; got {processes}")
+        check(config, processes=processes, resume=arguments.resume)
+        if not arguments.resume:
+            check_new(config.directory)
+        _tell(plan(config, processes=processes, resume=arguments.resume))
+        return
     train(config, resume=arguments.resume, again=again)
     if os.environ.get("RANK", "0") == "0":
         directory = config.directory

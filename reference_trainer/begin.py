@@ -19,7 +19,6 @@ from reference_trainer.prepare import SPLITS, prepare, read_index, verify_data
 from reference_trainer.pretrained import check_weights, copy_config, read_shape, shape_of
 from reference_trainer.stage import prepare_
 from reference_trainer.tokenizer import load_tokenizer
-from reference_trainer.world import world_size
 
 _MAY_CHANGE = ("runs", "name", "log.", "checkpoint.", "parallel.", "batch.micro")
 _MAY_NOT = ("parallel.precision", "log.rank_sites")
@@ -30,27 +29,48 @@ def begun(config: Config) -> bool:
     return (config.directory / "config.yaml").is_file()
 
 
-def check(config: Config, *, resume: bool) -> None:
+def check(config: Config, *, processes: int, resume: bool) -> None:
     """Refuse, before anything is made, what can be seen to be wrong.
+
+    Args:
+        config: the run.
+        processes: over how many.
+        resume: whether it is to go on with a run that is there.
 
     Raises:
         UserError: for files, tokenizer, shape, targets, rank, batch or a missing extra.
     """
-    config.batch.micro_steps(world_size())
-    config.parallel.mesh(world_size())
+    config.batch.micro_steps(processes)
+    config.parallel.mesh(processes)
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("log.tensorboard needs the extra: pip install '.[tensorboard]'")
     if resume and not begun(config):
         raise UserError(f"{config.directory} holds no run to resume: start it without --resume")
-    if resume or config.data.prepared:
-        vocab_size = read_index(config.data_directory).vocab_size
-    else:
+    if not resume and not config.data.prepared:
         sources(config.data)
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    shape = shape_of(config, vocab_size)
+    shape = shape_of(config, vocab_size_of(config, resume=resume))
     for phase in phases(config):
         with torch.device("meta"):
             prepare_(Llama(shape), config, phase)
+
+
+def check_new(directory: Path) -> None:
+    """Check that nothing is where a run is to be.
+
+    Raises:
+        UserError: if something is.
+    """
+    if directory.exists():
+        raise UserError(
+            f"{directory} holds a run already: --resume it, remove it, or give another --name"
+        )
+
+
+def vocab_size_of(config: Config, *, resume: bool) -> int:
+    """Return how many ids there are: of the tokens that lie there, or of the tokenizer."""
+    if resume or config.data.prepared:
+        return read_index(config.data_directory).vocab_size
+    return load_tokenizer(config.data.tokenizer).vocab_size
 
 
 def open_directory(config: Config, *, resume: bool) -> None:
@@ -68,10 +88,7 @@ def open_directory(config: Config, *, resume: bool) -> None:
         verify_data(config.data_directory)
         config.checkpoints.mkdir(exist_ok=True)
         return
-    if directory.exists():
-        raise UserError(
-            f"{directory} holds a run already: --resume it, remove it, or give another --name"
-        )
+    check_new(directory)
     with fresh_directory(directory) as made:
         if config.model.weights:
             weights = Path(config.model.weights)

@@ -25,7 +25,7 @@ from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.saving import Saver
 from reference_trainer.stage import Stage, build_stage, fill_, save
-from reference_trainer.world import World, open_world
+from reference_trainer.world import World, open_world, world_size
 
 
 def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
@@ -41,7 +41,7 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
     resume = resume or (again and begun(config))
-    check(config, resume=resume)
+    check(config, processes=world_size(), resume=resume)
     with open_world(config.parallel) as world, contextlib.ExitStack() as held:
         world.on_first(lambda: open_directory(config, resume=resume))
         lock = locked(config.directory / "config.yaml")

@@ -70,7 +70,7 @@ LAYERS = {
         {"stage", "report.picture", "report.page"},
         {"begin", "evaluate", "journal", "export", "bench.measure", "study.train", "report.run"}
         | {"study.tables"},
-        {"train", "bench.restarts", "bench.layouts", "study.picture"},
+        {"train", "plan", "bench.restarts", "bench.layouts", "study.picture"},
         {"bench.communication", "bench.tracker", "bench.checkpoints", "estimate.gpus"},
         {"bench.run", "study.run", "estimate.peaks"},
         {"estimate.run"},
@@ -82,7 +82,7 @@ MODULES = [
     for package in LAYERS
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
-USES_THE_CORE = {"stage", "journal", "rank", "export", "bench.arms", "bench.restarts"} | {
+USES_THE_CORE = {"plan", "stage", "journal", "rank", "export", "bench.arms", "bench.restarts"} | {
     "bench.communication",
     "study.train",
     "study.tables",

@@ -1,0 +1,179 @@
+"""What a run would do, said before it does anything."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from reference_trainer.begin import vocab_size_of
+from reference_trainer.config import Config, Phase, phases
+from reference_trainer.documents import sources
+from reference_trainer.model import Llama, LlamaShape
+from reference_trainer.parallel import compute_dtype
+from reference_trainer.prepare import read_index
+from reference_trainer.pretrained import shape_of
+from reference_trainer.stage import prepare_
+from reference_trainer.world import choose_device
+from relora_core import Restarts, low_rank_sites
+
+_MOMENTS = 2  # AdamW's, of each trained number
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How many numbers a phase has.
+
+    Args:
+        bases: frozen, in the W of low-rank sites.
+        factors: trained, in their A and B.
+        others: trained, elsewhere.
+        sites: how many low-rank sites there are.
+        bound: the most rank that the sum of all cycles' updates can have, over sites.
+    """
+
+    bases: int
+    factors: int
+    others: int
+    sites: int
+    bound: int
+
+    @property
+    def trained(self) -> int:
+        """All that are trained."""
+        return self.factors + self.others
+
+
+def plan(config: Config, *, processes: int, resume: bool) -> Iterator[str]:
+    """Iterate over lines that say what a run would do; `begin.check` has been passed.
+
+    Args:
+        config: the run.
+        processes: over how many.
+        resume: whether it would go on with a run that is there.
+    """
+    shape = shape_of(config, vocab_size_of(config, resume=resume))
+    counted = {phase: count(config, shape, phase) for phase in phases(config)}
+    first = next(iter(counted.values()))
+    whole = first.trained - first.factors + first.bases
+    known = f"{shape.layers} blocks of width {shape.hidden_size}, {shape.vocab_size:,} tokens"
+    yield _line("model", f"{known}: {whole:,} parameters")
+    yield _line("data", _data(config, resume=resume))
+    yield from _batch(config, processes)
+    for phase, numbers in counted.items():
+        yield _line(phase.name, _phase(phase, numbers))
+        yield _line("", _memory(config, numbers, processes))
+    for phase, numbers in counted.items():
+        if phase.low_rank:
+            yield from _restarts(config, phase, numbers)
+    yield _line("rate", _rate(config))
+    yield from _files(config, list(counted.values())[-1], resume=resume)
+    yield "Nothing has been written."
+
+
+def count(config: Config, shape: LlamaShape, phase: Phase) -> Numbers:
+    """Count what a phase trains and what it freezes, on the meta device."""
+    with torch.device("meta"):
+        model = Llama(shape)
+        prepare_(model, config, phase)
+    sites = [site for _, site in low_rank_sites(model)]
+    factors = sum(site.lora_A.numel() + site.lora_B.numel() for site in sites)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cycles = _clock(config).count(phase.stop - 1 - phase.start) + 1
+    bounds = [min(*site.weight.shape, cycles * site.rank) for site in sites]
+    bases = sum(site.weight.numel() for site in sites)
+    return Numbers(bases, factors, trained - factors, len(sites), max(bounds, default=0))
+
+
+def memory(config: Config, numbers: Numbers, processes: int) -> int:
+    """Return the bytes of weights, gradients and moments on the process that holds most."""
+    shards = processes // config.parallel.replicas
+    width = 2 if config.parallel.precision == "pure-bf16" else 4
+    narrow = compute_dtype(config.parallel, choose_device(config.parallel)) != torch.float32
+    bases = 4 * math.ceil(numbers.bases / shards)
+    if config.parallel.layout == "replicate":
+        bases = (2 if narrow else 4) * numbers.bases
+    return bases + width * (1 + 1 + _MOMENTS) * math.ceil(numbers.trained / shards)
+
+
+def _data(config: Config, *, resume: bool) -> str:
+    if resume or config.data.prepared:
+        index = read_index(config.data_directory)
+        counts = ", ".join(f"{index.tokens(split):,} of {split}" for split in index.shards)
+        return f"{config.data_directory}: tokens {counts}"
+    files = sources(config.data)
+    size = sum(file.stat().st_size for file in files)
+    where = "files" if config.data.files else "files of this Python's standard library"
+    return (
+        f"{len(files):,} {where}, {size / 1e6:,.1f} MB, by {config.data.tokenizer}, "
+        f"{config.data.held_out:.0%} of the documents held out"
+    )
+
+
+def _batch(config: Config, processes: int) -> Iterator[str]:
+    batch = config.batch
+    micro_steps = batch.micro_steps(processes)
+    at_once = batch.sequences // processes // micro_steps
+    tokens = batch.sequences * batch.length
+    of = f"{batch.sequences:,} sequences of {batch.length:,} tokens a step"
+    on = "1 process" if processes == 1 else f"each of {processes:,} processes"
+    yield _line("batch", f"{of}; on {on} {micro_steps:,} times {at_once:,} at once")
+    yield _line("", f"{config.steps:,} steps are {config.steps * tokens:,} tokens")
+
+
+def _phase(phase: Phase, numbers: Numbers) -> str:
+    steps = f"steps {phase.start:,} to {phase.stop - 1:,}"
+    if not phase.low_rank:
+        return f"{steps}: all {numbers.trained:,} parameters are trained"
+    return (
+        f"{steps}: {numbers.factors:,} in the factors of {numbers.sites} matrices and "
+        f"{numbers.others:,} others are trained, {numbers.bases:,} are frozen"
+    )
+
+
+def _memory(config: Config, numbers: Numbers, processes: int) -> str:
+    size = memory(config, numbers, processes) / 2**30
+    return f"{size:.2f} GiB a process for weights, gradients and moments (`estimate`: all of it)"
+
+
+def _restarts(config: Config, phase: Phase, numbers: Numbers) -> Iterator[str]:
+    options, clock = config.relora, _clock(config)
+    steps = [s for s in range(phase.start, phase.stop) if clock.at(s - phase.start)]
+    shown = ", ".join(f"{step:,}" for step in steps[:4]) + (", ..." if len(steps) > 4 else "")
+    yield _line("restarts", f"{len(steps)}" + (f", before steps {shown}" if steps else ""))
+    if not steps:
+        return
+    yield _line("", f"each merges s·BA of rank {options.rank} into {numbers.sites} matrices,")
+    zeroed = f"the {options.prune_ratio:.1%} of their moments that are smallest"
+    yield _line("", f"draws A anew, zeroes B and {zeroed},")
+    yield _line("", f"and takes the learning rate to 0, and back in {options.warmup} steps")
+    yield _line("", f"W - W_0 has a rank of up to {numbers.bound} at the end")
+
+
+def _rate(config: Config) -> str:
+    optim, relora = config.optim, config.relora
+    factors = f", of the factors {optim.lr * relora.lr_multiple:g}"
+    return (
+        f"up to {optim.lr:g}{factors if relora.warm_start < config.steps else ''}; "
+        f"{optim.warmup} steps of warm-up, then a cosine to {optim.min_ratio:.0%} of it"
+    )
+
+
+def _files(config: Config, last: Numbers, *, resume: bool) -> Iterator[str]:
+    width = 2 if config.parallel.precision == "pure-bf16" else 4
+    size = 4 * last.bases + width * (1 + _MOMENTS) * last.trained
+    how = "whose newest complete checkpoint is gone on from" if resume else "which is new"
+    yield _line("files", f"{config.directory}, {how}:")
+    yield _line("", "config.yaml, metrics.jsonl, report.png, data/ with the tokens,")
+    every, keep = config.checkpoint.every, config.checkpoint.keep
+    yield _line("", f"checkpoints/ after every {every:,} steps, of {size / 1e6:,.1f} MB each,")
+    yield _line("", f"of which the newest {keep} stay,")
+    yield _line("", "export/ with the merged model, as a Hugging Face Llama")
+
+
+def _clock(config: Config) -> Restarts:
+    return Restarts(every=config.relora.every, warmup=config.relora.warmup)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<12}{text}"
