@@ -57,7 +57,8 @@ class TestWhatIsBuilt:
 
     def test_the_sdist_holds_what_a_wheel_is_built_from_and_the_licence(self, built):
         (sdist,) = built.glob("*.tar.gz")
-        names = {n.partition("/")[2] for n in tarfile.open(sdist).getnames()}
+        with tarfile.open(sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
         assert {*DATA, "pyproject.toml", "LICENSE", "README.md"} <= names
 
     def test_it_runs_where_the_repository_is_not(self, built, tmp_path):
@@ -76,7 +77,9 @@ class TestWhatIsBuilt:
         text.mkdir()
         for number in range(20):
             (text / f"{number}.txt").write_text(f"{number} " * 200)
-        size = "--model.hidden_size 32 --model.intermediate_size 48 --model.layers 1 --model.heads 4"
+        size = (
+            "--model.hidden_size 32 --model.intermediate_size 48 --model.layers 1 --model.heads 4"
+        )
         few = "--steps 6 --relora.warm_start 2 --relora.every 2 --relora.warmup 1 --relora.rank 2"
         short = "--batch.length 16 --data.held_out 0.3 --data.files text/*.txt"
         trained = python("-m", "reference_trainer", "train", *f"{size} {few} {short}".split())
