@@ -6,12 +6,15 @@ python docs/draw.py
 import json
 import re
 from collections import Counter
+from contextlib import chdir, redirect_stdout
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from reference_trainer.__main__ import parser
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, step_seconds
@@ -21,6 +24,7 @@ from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.metrics import read
 from reference_trainer.model import PRESETS, preset
+from reference_trainer.options import leaves
 from reference_trainer.report.picture import draw as draw_run
 from reference_trainer.report.recorded import open_run
 from reference_trainer.study import tables
@@ -255,7 +259,43 @@ def step_time(size: str) -> float:
     return ratio.median
 
 
+def commands() -> str:
+    """Return the table of the trainer's commands, from its parser."""
+    lines = ["| command | |", "| --- | --- |"]
+    for action in parser()._subparsers._group_actions:
+        lines += [f"| `{choice.dest}` | {choice.help} |" for choice in action._choices_actions]
+    return "\n".join(lines)
+
+
+def run_options() -> str:
+    """Return the tables of a run's options, one for each section."""
+    sections: dict[str, list[str]] = {}
+    for path, field in leaves():
+        section, _, _ = path.rpartition(".")
+        default = field.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = field.metadata["help"].replace("|", "\\|")
+        value = "" if default is None or default == () else f"`{shown}`"
+        sections.setdefault(section, []).append(f"| `{path}` | {value} | {text} |")
+    head = "| option | default | |\n| --- | --- | --- |\n"
+    return "\n\n".join(
+        (f"### {name}\n\n" if name else "") + head + "\n".join(rows)
+        for name, rows in sections.items()
+    )
+
+
+def draw_tutorial(picture: Path) -> None:
+    """Run the tutorial's blocks and keep the picture that the last one draws."""
+    page = (DOCS / "tutorial/first-restart.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    with TemporaryDirectory() as directory, chdir(directory), redirect_stdout(None):
+        exec(compile(code, "first-restart.md", "exec"), {"__name__": "__main__"})
+        picture.write_bytes(Path(picture.name).read_bytes())
+
+
 TABLES = {
+    "commands": commands,
+    "options": run_options,
     **{
         f"study-{kind}": partial(study, kind)
         for kind in ("rates", "arms", "ablation", "sweeps", "spectra")
@@ -291,6 +331,7 @@ def main() -> None:
     draw(blocks, DOCS / "figures/cost.png")
     traffic(DOCS / "figures/traffic.png")
     draw_run(open_run(DOCS / "results/first-run"), DOCS / "figures/first-run.png")
+    draw_tutorial(DOCS / "figures/first-restart.png")
     draw_study(list(trials().values()), DOCS / "figures/study.png")
 
 

@@ -66,8 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Every process of several tells its own errors.
     """
     try:
-        parser = _parser()
-        known, unknown = parser.parse_known_args(arguments)
+        known, unknown = parser().parse_known_args(arguments)
         if unknown:
             raise known.parser.unknown(unknown[0])
         known.run(known)
@@ -87,16 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> _Parser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     formatting = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
+    whole = _Parser(
         prog="python -m reference_trainer",
         description="Train a Llama with ReLoRA: a full-rank warm start, then low-rank cycles.",
         epilog=_EXAMPLES,
         formatter_class=formatting,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
@@ -155,7 +155,7 @@ def _parser() -> _Parser:
     one.epilog = pages.EXAMPLES
     pages.add_arguments(one)
     one.set_defaults(run=lambda arguments: _tell(pages.report(arguments)))
-    return parser
+    return whole
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -356,7 +356,7 @@ class Phase:
 def phases(config: Config) -> list[Phase]:
     """Return the run's phases in order, without empty ones.
 
-    Example:
+    Examples:
         >>> [phase.name for phase in phases(Config())]
         ['warm-start', 'relora']
     """

@@ -97,7 +97,7 @@ def shuffled(
     falls outside `size` goes round again until it falls inside (cycle walking), which keeps the
     map one to one.
 
-    Example:
+    Examples:
         >>> order = shuffled(np.arange(5, dtype=np.uint64), np.zeros(5, np.uint64), 5, seed=0)
         >>> sorted(order.tolist())
         [0, 1, 2, 3, 4]

@@ -23,7 +23,7 @@ class Stopped(Exception):  # noqa: N818 - not an error, and so not called one
 def one_line(error: object) -> str:
     """Return an error's text on one line, without the middle of one that a library has made huge.
 
-    Example:
+    Examples:
         >>> one_line("a   b")
         'a b'
     """

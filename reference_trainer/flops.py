@@ -85,7 +85,7 @@ def recomputed_flops(
 def block_matrices(shape: LlamaShape) -> list[tuple[int, int]]:
     """Return (out, in) of the seven matrices of a block.
 
-    Example:
+    Examples:
         >>> from reference_trainer.model import preset
         >>> block_matrices(preset("1.3b", vocab_size=32000))[-1]
         (2048, 5461)

@@ -150,7 +150,7 @@ class Journal:
 def is_spike(mean: float, before: Collection[float]) -> bool:
     """Whether `mean` lies above the median of ten or more by six times their median deviation.
 
-    Example:
+    Examples:
         >>> is_spike(3.0, [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0])
         True
     """

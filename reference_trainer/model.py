@@ -134,7 +134,7 @@ PRESETS = {
 def preset(name: str, *, vocab_size: int) -> LlamaShape:
     """Return the shape of a preset.
 
-    Example:
+    Examples:
         >>> preset("1.3b", vocab_size=32100).layers
         24
     """

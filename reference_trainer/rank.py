@@ -9,7 +9,7 @@ from relora_core import Spectrum
 def spread(names: list[str], count: int) -> list[str]:
     """Return up to `count` of `names`, evenly spread over their order.
 
-    Example:
+    Examples:
         >>> spread(["a", "b", "c", "d", "e"], 3)
         ['a', 'c', 'e']
     """
@@ -23,7 +23,7 @@ def spread(names: list[str], count: int) -> list[str]:
 def ranks_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]]:
     """Return each matrix's rank, effective rank and stable rank.
 
-    Example:
+    Examples:
         >>> import torch
         >>> ranks_of({"up": Spectrum.of(torch.eye(3))})
         {'ranks': {'up': 3}, 'effective_ranks': {'up': 3.0}, 'stable_ranks': {'up': 3.0}}

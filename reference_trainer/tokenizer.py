@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 class Bytes:
     """One token a byte of UTF-8; the byte 0, which text does not use, ends a document.
 
-    Example:
+    Examples:
         >>> Bytes().encode(["ab"])[0].tolist()
         [97, 98, 0]
     """

@@ -62,7 +62,7 @@ def save_adapters(
         ValueError: if there is no site, one that PEFT has no right place for, or a factor that is
             not finite. Nothing is written then.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
@@ -118,7 +118,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         RuntimeError: of processes that share the model, if one of them refuses or does not come.
             Nothing is changed then.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)

@@ -34,7 +34,7 @@ def split_bases_(model: nn.Module) -> None:
         ValueError: if there is no site, or a W is sharded or split already. Nothing is changed.
         TypeError: if a W has another dtype. Nothing is changed.
 
-    Example:
+    Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> split_bases_(model)

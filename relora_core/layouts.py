@@ -119,7 +119,7 @@ def declare_moments(
         TypeError: if `optimizer_class` is not a subclass of `torch.optim.Optimizer`.
         ValueError: if `moments` is empty.
 
-    Example:
+    Examples:
         >>> class Signum(torch.optim.SGD):
         ...     pass
         >>> declare_moments(Signum, ["momentum_buffer"], clock={})

@@ -41,7 +41,7 @@ class LazyWeight:
             and be lost. A write to a view of it (`weight[0].zero_()`, `weight.detach().zero_()`)
             is lost without notice: write to `parametrizations.weight.original`.
 
-    Example:
+    Examples:
         >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
         >>> weight = LazyWeight(W, A, B, 0.5)
         >>> F.linear(torch.ones(1, 2), weight)  # two paths

@@ -7,7 +7,7 @@ products that apply B A beside W, 2 T r (m + n) operations, for forming the sum 
 backward, 4 m n r. It is right only where the sum is not rounded to 16 bits: over a 16-bit W that
 drops most of a small update. (Rounding the sum of an fp32 W, under autocast, would be right, but
 was measured to be slower than two paths.) So the merged form computes in fp32 and wider, from where
-it pays on; `docs/cost.md` has the measurements.
+it pays on; `docs/explanation/cost.md` has the measurements.
 """
 
 import torch

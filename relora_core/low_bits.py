@@ -12,7 +12,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         value: fp32, of any shape. Every NaN becomes torch's own.
 
-    Example:
+    Examples:
         >>> upper, low = split(torch.tensor([1.0, 1.0 + 2**-20]))
         >>> upper, low
         (tensor([1., 1.], dtype=torch.bfloat16), tensor([0, 8], dtype=torch.int16))
@@ -26,7 +26,7 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
 def join(upper: Tensor, low: Tensor) -> Tensor:
     """Return the fp32 numbers that were split: `join(*split(value))` is `value`, bit for bit.
 
-    Example:
+    Examples:
         >>> join(*split(torch.tensor([0.1]))).equal(torch.tensor([0.1]))
         True
     """

@@ -53,7 +53,7 @@ class LowRank(nn.Module):
             tensor parallelism also for dropout and for other than two dimensions.
         TypeError: if `base` is not a floating-point tensor.
 
-    Example:
+    Examples:
         >>> site = LowRank(torch.zeros(4, 6), rank=2, alpha=8)
         >>> site.lora_A.shape, site.lora_B.shape, site.scale
         (torch.Size([2, 6]), torch.Size([4, 2]), 4.0)

@@ -38,7 +38,7 @@ class ResettableOptimizer(Optimizer):
     Raises:
         TypeError: if `inner` is not a `torch.optim.Optimizer`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p = nn.Parameter(torch.zeros(3))
         >>> optimizer = ResettableOptimizer(torch.optim.AdamW([p], lr=0.1))

@@ -34,7 +34,7 @@ def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
         TypeError: if `tensor` is not floating point (the codes of a quantized state are not
             magnitudes).
 
-    Example:
+    Examples:
         >>> magnitude_prune_(torch.tensor([3.0, -1.0, 2.0, -4.0, 1.0]), ratio=0.5)
         tensor([ 3.,  0.,  0., -4.,  0.])
 
@@ -69,7 +69,7 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
         ValueError: if `ratio` is outside [0, 1]. Nothing is changed then.
         TypeError: if `tensor` is not floating point.
 
-    Example:
+    Examples:
         >>> int((random_prune_(torch.ones(1000), ratio=0.9) == 0).sum())
         900
 

@@ -44,7 +44,7 @@ def register_low_rank(
             out of range. Nothing is changed then.
         TypeError: if the tensor is not floating point.
 
-    Example:
+    Examples:
         >>> layer = register_low_rank(nn.Linear(6, 4), rank=2)
         >>> layer.weight
         LazyWeight(shape=(4, 6), rank=2, dtype=torch.float32)
@@ -116,7 +116,7 @@ def remove_low_rank(
     Raises:
         ValueError: if there is no low-rank site there, or it is sharded.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(6, 4)
         >>> weight = layer.weight
         >>> remove_low_rank(register_low_rank(layer, rank=2)).weight is weight
@@ -175,7 +175,7 @@ def low_rank_tensors(module: nn.Module) -> list[str]:
 def is_low_rank(module: nn.Module) -> bool:
     """Whether a tensor of `module` itself (not of a child) is a low-rank site.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(6, 4)
         >>> is_low_rank(layer), is_low_rank(register_low_rank(layer, rank=2))
         (False, True)

@@ -105,7 +105,7 @@ def reset_optimizer_(
             steps for each parameter and `reset_step` is asked for. Nothing is changed then.
         TypeError: if a moment is neither floating point nor in codes that are known.
 
-    Example:
+    Examples:
         >>> p = nn.Parameter(torch.ones(100))
         >>> optimizer = torch.optim.AdamW([p])
         >>> p.grad = torch.arange(100.0)

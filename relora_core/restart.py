@@ -75,7 +75,7 @@ def restart_(
         RuntimeError: if a process does not call it in time, or otherwise than the others; it names
             them. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

@@ -26,7 +26,7 @@ class Restarts:
             the full rate.
         TypeError: if an argument is not an int.
 
-    Example:
+    Examples:
         >>> restarts = Restarts(every=10, warmup=4)
         >>> [step for step in range(31) if restarts.at(step)]
         [10, 20, 30]
@@ -128,7 +128,7 @@ class JaggedCosine:
         ValueError: if an argument is out of range, or the first restart (or its anneal) comes
             before the end of the warm-up.
 
-    Example:
+    Examples:
         >>> schedule = JaggedCosine(total=100, restarts=Restarts(every=50, warmup=10), warmup=10)
         >>> [round(schedule(step), 3) for step in (0, 5, 10, 49, 50, 55, 60, 99)]
         [0.0, 0.5, 1.0, 0.644, 0.0, 0.236, 0.472, 0.1]
@@ -184,7 +184,7 @@ class JaggedLR(LRScheduler):
     Raises:
         TypeError: if `inner` is not a torch scheduler or `restarts` not a `Restarts`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         >>> inner = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)

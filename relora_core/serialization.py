@@ -21,7 +21,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     that it loads into the plain module. The model is not changed. Sharded tensors stay sharded;
     tensors that are not sites share memory with the model.
 
-    Example:
+    Examples:
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> sorted(merged_state_dict(model))
@@ -39,7 +39,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: if a W is split (`split_bases_`), so that no memory holds all of it.
 
-    Example:
+    Examples:
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> with torch.no_grad():
@@ -63,7 +63,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Returns:
         The file's path.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)

@@ -101,7 +101,7 @@ class Site:
 def clean_name(name: str) -> str:
     """Return a qualified name without what `torch.compile` and activation checkpointing add.
 
-    Example:
+    Examples:
         >>> clean_name("layers.0._checkpoint_wrapped_module.mlp.weight")
         'layers.0.mlp.weight'
     """
@@ -126,7 +126,7 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     The name is the owning module's, without wrappers; for a tensor other than `weight`, the
     tensor's name follows, so that names are unique.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
         >>> _ = add_low_rank_(model, ["*"], rank=2)
         >>> [(name, site.rank) for name, site in low_rank_sites(model)]
@@ -180,7 +180,7 @@ def add_low_rank_(
             DistributedDataParallel, or a rank exceeds min(out, in). Nothing is changed then.
         TypeError: if a weight is not floating point.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> _ = add_low_rank_(model, ["0"], rank=2, alpha=4)
         >>> model[0].weight, type(model[2].weight).__name__
@@ -244,7 +244,7 @@ def merge_(model: nn.Module) -> None:
     Raises:
         ValueError: if `model` has no site.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
         >>> merge_(model)
@@ -264,7 +264,7 @@ def reinit_(model: nn.Module) -> None:
     Raises:
         ValueError: if `model` has no site.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
         >>> reinit_(model)

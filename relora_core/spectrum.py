@@ -16,7 +16,7 @@ class Spectrum:
         values: the singular values, descending, float64 on the CPU; those left out are zero.
         shape: $(m, n)$ of the matrix.
 
-    Example:
+    Examples:
         >>> spectrum = Spectrum.of(torch.diag(torch.tensor([4.0, 4.0, 2.0, 0.0])))
         >>> spectrum.rank(), spectrum.stable_rank, round(spectrum.effective_rank, 2)
         (3, 2.25, 2.87)

@@ -45,7 +45,7 @@ class UpdateSpectra:
     Raises:
         ValueError: if there is no site, or a glob matches none.
 
-    Example:
+    Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites, restart_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=1)
         >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

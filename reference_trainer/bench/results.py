@@ -30,7 +30,7 @@ class Spread:
 def spread(values: Sequence[float]) -> Spread:
     """Return the quartiles of `values`; of a single one, it thrice.
 
-    Example:
+    Examples:
         >>> spread([1, 2, 3, 4, 5])
         Spread(low=2.0, median=3.0, high=4.0)
     """
@@ -42,7 +42,7 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread | None:
     """Return the quartiles of value / baseline round by round, or None of too few rounds.
 
-    Example:
+    Examples:
         >>> ratio([1.0] * 7, [2.0] * 7)
         Spread(low=0.5, median=0.5, high=0.5)
         >>> ratio([1.0] * 6, [2.0] * 6) is None

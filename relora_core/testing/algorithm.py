@@ -32,7 +32,7 @@ class Algorithm1:
         m: AdamW's first moments, by key.
         v: its second moments.
 
-    Example:
+    Examples:
         >>> def one():
         ...     return {"1": torch.ones(1, 1), "2": torch.ones(1, 1)}
         >>> biases = {"1": torch.zeros(1), "2": torch.zeros(1)}

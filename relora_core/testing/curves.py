@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler
 def inverse_time(step: int) -> float:
     """Return 1 / (1 + step), for `LambdaLR`.
 
-    Example:
+    Examples:
         >>> inverse_time(1)
         0.5
     """
@@ -17,7 +17,7 @@ def inverse_time(step: int) -> float:
 def nineteen_twentieths(step: int) -> float:
     """Return 0.95 at any step, for `MultiplicativeLR`.
 
-    Example:
+    Examples:
         >>> nineteen_twentieths(1)
         0.95
     """
@@ -33,7 +33,7 @@ def warmup_then_cosine(
         optimizer: whose rate it drives.
         milestone: the cosine's first step.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         >>> warmup_then_cosine(optimizer, milestone=5).get_last_lr()
@@ -55,7 +55,7 @@ def constant_times_exponential(
         optimizer: whose rate they drive.
         gamma: of the exponential one.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         >>> constant_times_exponential(optimizer, gamma=0.5).get_last_lr()

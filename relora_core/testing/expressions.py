@@ -41,7 +41,7 @@ class Call:
         args: by position.
         kwargs: by keyword.
 
-    Example:
+    Examples:
         >>> layer = Call(nn.Linear, (3, 2), {"bias": False})
         >>> layer
         nn.Linear(3, 2, bias=False)

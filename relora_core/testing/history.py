@@ -39,7 +39,7 @@ def lived(
     Raises:
         ValueError: if an event is none of them.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> make = lambda: register_low_rank(nn.Linear(3, 2), rank=1)
         >>> lived(make, ["fill", "merge", "redraw"]).parametrizations.weight[0].restart

@@ -21,7 +21,7 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
     Raises:
         ValueError: if it begins otherwise; give `inputs=` then.
 
-    Example:
+    Examples:
         >>> [x.shape for x in example_inputs(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))]
         [torch.Size([5, 3])]
     """
@@ -69,7 +69,7 @@ def given_inputs(
         ValueError: if the model begins with no layer whose input is known.
         TypeError: if `inputs` returns anything else than tensors.
 
-    Example:
+    Examples:
         >>> given_inputs(nn.Linear(2, 1), lambda model: torch.ones(1, model.in_features))
         (tensor([[1., 1.]]),)
     """

@@ -28,7 +28,7 @@ class Rates:
         restarts: the clock.
         steps: of the run.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         >>> Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6).of_jagged()[0]
@@ -90,7 +90,7 @@ def assert_zero_at_restarts(case: Rates) -> None:
     Raises:
         BrokenPromiseError: if it is not, so that the merge meets a step of full size.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         >>> assert_zero_at_restarts(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
@@ -112,7 +112,7 @@ def assert_smooth_outside_ramps(case: Rates) -> None:
     Raises:
         BrokenPromiseError: if the ramps have fed on themselves, or touched what they should not.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         >>> assert_smooth_outside_ramps(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), 6))
@@ -139,7 +139,7 @@ def assert_ramps_rise(case: Rates) -> None:
         BrokenPromiseError: if it is negative, larger than the smooth schedule is anywhere in the
             ramp, or does not rise.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         >>> assert_ramps_rise(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
@@ -174,7 +174,7 @@ def assert_rate_is_told(case: Rates) -> None:
     Raises:
         BrokenPromiseError: if it is another.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         >>> assert_rate_is_told(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), steps=6))
@@ -198,7 +198,7 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
     Raises:
         BrokenPromiseError: if a later rate is another.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> inner = lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
         >>> assert_schedule_resumes(Rates(JaggedLR, inner, Restarts(every=3, warmup=2), 6), at=3)

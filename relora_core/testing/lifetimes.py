@@ -31,7 +31,7 @@ def assert_saves_and_loads(
     Raises:
         BrokenPromiseError: if not.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> make = lambda: register_low_rank(nn.Linear(3, 2), rank=1)
         >>> assert_saves_and_loads(make(), make, torch.ones(1, 3))
@@ -74,7 +74,7 @@ def assert_copies_are_independent(
     Raises:
         BrokenPromiseError: if one does.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> layer = register_low_rank(nn.Linear(3, 2), rank=1)
         >>> assert_copies_are_independent(layer, torch.ones(1, 3))
@@ -105,7 +105,7 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
     Raises:
         BrokenPromiseError: if not.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_removal_cancels(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """

@@ -69,7 +69,7 @@ class RestartMachine(RuleBasedStateMachine):
         restart: of (model, optimizer, ratio).
         jagged: makes the schedule from a smooth one and the clock.
 
-    Example:
+    Examples:
         >>> import hypothesis
         >>> from hypothesis.stateful import run_state_machine_as_test
         >>> few = hypothesis.settings(max_examples=2, deadline=None)

@@ -42,7 +42,7 @@ def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
     Raises:
         BrokenPromiseError: if an output is another than the dense twin's.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_is_dense(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """
@@ -67,7 +67,7 @@ def assert_gradients_are_dense(
     Raises:
         BrokenPromiseError: if one is another, or W is trained.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_gradients_are_dense(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """
@@ -106,7 +106,7 @@ def assert_merge_keeps_function(
     Raises:
         BrokenPromiseError: if an output moves.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> layer = register_low_rank(nn.Linear(3, 2), rank=1)
         >>> assert_merge_keeps_function(layer, torch.ones(1, 3))
@@ -132,7 +132,7 @@ def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> 
     Raises:
         BrokenPromiseError: if not.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_merge_adds_update(register_low_rank(nn.Linear(3, 2), rank=1))
     """
@@ -171,7 +171,7 @@ def assert_merge_is_idempotent(model: nn.Module, *, sites: Sites = find_sites) -
     Raises:
         BrokenPromiseError: if the second merge changes anything.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_merge_is_idempotent(register_low_rank(nn.Linear(3, 2), rank=1))
     """
@@ -200,7 +200,7 @@ def assert_merges_add_up(
     Raises:
         BrokenPromiseError: if more is lost.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_merges_add_up(register_low_rank(nn.Linear(3, 2), rank=1))
     """

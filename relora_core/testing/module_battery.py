@@ -106,7 +106,7 @@ def check_low_rank(
         ValueError: if `make` makes one module only, the model has no place for a site, or its
             inputs are not known.
 
-    Example:
+    Examples:
         >>> few = hypothesis.settings(CI, max_examples=2)
         >>> held = check_low_rank(lambda: nn.Linear(3, 2), profile=few)
         >>> [one.promise for one in held][:2]

@@ -40,7 +40,7 @@ def layers(draw: DrawFn, dtype: torch.dtype = torch.float32) -> Call:
         draw: hypothesis gives it.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(layers(), lambda call: call.function is nn.Linear)
         nn.Linear(1, 1)
@@ -80,7 +80,7 @@ def low_rank_modules(
         draw: hypothesis gives it.
         dtypes: of the weights.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(low_rank_modules(), lambda call: "TiedHead" in repr(call))
         relora.add_low_rank_(testing.TiedHead(2, 1), 'mix', rank=1)
@@ -119,7 +119,7 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
         targets: as of `add_low_rank_`; a module that is itself a layer becomes a site for "*".
             None: the projections of an attention.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(with_sites(Call(nn.Linear, (5, 5))), lambda call: call.kwargs["rank"] > 2)
         relora.register_low_rank(nn.Linear(5, 5), rank=3)
@@ -156,7 +156,7 @@ def is_layer(module: nn.Module) -> bool:
 def with_split_bases(model: nn.Module) -> nn.Module:
     """Return the model, after `split_bases_`.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> layer = with_split_bases(register_low_rank(nn.Linear(2, 2), rank=1))
         >>> layer.parametrizations.weight.original.dtype
@@ -172,7 +172,7 @@ def histories(longest: int = 6) -> SearchStrategy[list[Event]]:
     Args:
         longest: how many at most.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(histories(), lambda events: len(events) > 1)
         ['fill', 'fill']

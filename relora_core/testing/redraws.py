@@ -34,7 +34,7 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
     Raises:
         BrokenPromiseError: if not.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_redraw_is_keyed(register_low_rank(nn.Linear(3, 2), rank=1))
     """
@@ -86,7 +86,7 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
     Raises:
         BrokenPromiseError: if a factor has none.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_learns(register_low_rank(nn.Linear(3, 2), rank=1), torch.ones(1, 3))
     """
@@ -123,7 +123,7 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
     Raises:
         BrokenPromiseError: if not.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> assert_rank_grows(register_low_rank(nn.Linear(3, 2), rank=1))
     """

@@ -73,7 +73,7 @@ def check_resettable(
         BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> make = lambda params: torch.optim.AdamW(params, lr=0.01)
         >>> few = hypothesis.settings(CI, max_examples=2)

@@ -46,7 +46,7 @@ def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_rel
     Raises:
         BrokenPromiseError: if an entry moves.
 
-    Example:
+    Examples:
         >>> assert_full_reset_stands_still(Trained(torch.optim.AdamW))
     """
     optimizer, params = case()
@@ -91,7 +91,7 @@ def assert_prune_keeps_its_share(
     Raises:
         BrokenPromiseError: if more or fewer are zeroed, others change, or the report is untrue.
 
-    Example:
+    Examples:
         >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
     """
     optimizer, params = case()
@@ -150,7 +150,7 @@ def assert_reset_leaves_the_rest(
     Raises:
         BrokenPromiseError: if one changes.
 
-    Example:
+    Examples:
         >>> assert_reset_leaves_the_rest(Trained(torch.optim.AdamW), ratio=0.9)
     """
     (optimizer, params), (twin, same) = case(), case()
@@ -187,7 +187,7 @@ def assert_next_step_is_bounded(
     Raises:
         BrokenPromiseError: if an entry leaps.
 
-    Example:
+    Examples:
         >>> assert_next_step_is_bounded(Trained(torch.optim.AdamW), ratio=0.9)
     """
     optimizer, params = case()
@@ -223,7 +223,7 @@ def assert_reset_before_the_first_step(
     Raises:
         BrokenPromiseError: if it makes state, or a step differs.
 
-    Example:
+    Examples:
         >>> assert_reset_before_the_first_step(Trained(torch.optim.AdamW))
     """
     begun = dataclasses.replace(case, steps=0)
@@ -254,7 +254,7 @@ def assert_reset_commutes_with_saving(
     Raises:
         BrokenPromiseError: if the Parameters differ.
 
-    Example:
+    Examples:
         >>> assert_reset_commutes_with_saving(Trained(torch.optim.AdamW), ratio=0.9)
     """
     ends = {}
@@ -305,7 +305,7 @@ def assert_nan_is_refused(
         BrokenPromiseError: if it does not raise a ValueError, or the state changes.
         ValueError: if the optimizer keeps no moment that could hold one.
 
-    Example:
+    Examples:
         >>> assert_nan_is_refused(Trained(torch.optim.AdamW))
     """
     if not can_hold_nan(case):
@@ -343,7 +343,7 @@ def assert_any_size_is_pruned(
     Raises:
         BrokenPromiseError: if the share is another.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> assert_any_size_is_pruned(partial(torch.optim.SGD, momentum=0.9))
     """

@@ -36,7 +36,7 @@ def check_restart(
     Raises:
         BrokenPromiseError: if it is another algorithm, with the shortest run of it that was found.
 
-    Example:
+    Examples:
         >>> held = check_restart(profile=hypothesis.settings(CI, max_examples=2))
         >>> [one.promise for one in held]
         ['a training is Algorithm 1, whatever interrupts it']

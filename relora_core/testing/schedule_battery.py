@@ -52,7 +52,7 @@ def check_schedule(
         BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
 
-    Example:
+    Examples:
         >>> from relora_core import JaggedLR
         >>> held = check_schedule(JaggedLR, profile=hypothesis.settings(CI, max_examples=2))
         >>> held[0].promise

@@ -13,7 +13,7 @@ class SelfAttention(nn.Module):
         heads: a divisor of it.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> SelfAttention(4, 2)(torch.zeros(5, 2, 4)).shape
         torch.Size([5, 2, 4])
     """
@@ -36,7 +36,7 @@ class SelfBilinear(nn.Module):
         out: size of the output.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> SelfBilinear(3, 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -59,7 +59,7 @@ class TransposedLinear(nn.Module):
         out: size of the output.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> TransposedLinear(3, 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -83,7 +83,7 @@ class NormalizedLinear(nn.Linear):
         out: size of the output.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> NormalizedLinear(3, 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -105,7 +105,7 @@ class TiedHead(nn.Module):
         width: of the vectors.
         dtype: of the weights.
 
-    Example:
+    Examples:
         >>> TiedHead(7, 3)(torch.tensor([[1, 2]])).shape
         torch.Size([1, 2, 7])
     """
@@ -126,7 +126,7 @@ class TiedHead(nn.Module):
 class Residual(nn.Sequential):
     """x + f(x), for nesting; f keeps the width.
 
-    Example:
+    Examples:
         >>> Residual(nn.Linear(3, 3))(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """

@@ -29,7 +29,7 @@ def calls(
         function: what makes your module, or optimizer.
         arguments: a strategy for each argument that is to vary.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> from torch import nn
         >>> find(calls(nn.Linear, in_features=st.integers(2, 9), out_features=st.just(3)), bool)
@@ -44,7 +44,7 @@ def optimizers() -> SearchStrategy[Call]:
     Adafactor, whose statistics can only be reset whole, is none of them; nor are ASGD, Rprop and
     LBFGS, which are refused.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(optimizers(), lambda call: call.function is torch.optim.RMSprop)
         torch.optim.RMSprop(lr=0.01, momentum=0.0, centered=False)
@@ -75,7 +75,7 @@ def shapes(most: int = 3) -> SearchStrategy[tuple[tuple[int, ...], ...]]:
     Args:
         most: how many.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(shapes(), bool)
         ((1,), (1,))
@@ -87,7 +87,7 @@ def shapes(most: int = 3) -> SearchStrategy[tuple[tuple[int, ...], ...]]:
 def ratios() -> SearchStrategy[float]:
     """Draw prune ratios: any, and those that trainers use.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(ratios(), lambda ratio: ratio > 0.99)
         0.999
@@ -104,7 +104,7 @@ def clocks(draw: DrawFn, longest: int = 12) -> Restarts:
         draw: hypothesis gives it.
         longest: the period at most.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(clocks(), lambda clock: clock.warmup > 1)
         Restarts(every=3, warmup=2, first=None, anneal=0)
@@ -123,7 +123,7 @@ def schedules(longest: int = 60) -> SearchStrategy[Call]:
     Args:
         longest: how many steps they must last.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(schedules(), lambda call: call.function is lr_scheduler.StepLR)
         torch.optim.lr_scheduler.StepLR(step_size=1, gamma=0.1)
@@ -162,7 +162,7 @@ def trained(
         factories: of optimizers, as `optimizers()`.
         sizes: to draw the Parameters' shapes from; `shapes()` if None.
 
-    Example:
+    Examples:
         >>> from hypothesis import find
         >>> find(trained(st.just(torch.optim.AdamW)), lambda case: case.steps > 1).steps
         2

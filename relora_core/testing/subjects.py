@@ -58,7 +58,7 @@ def find_sites(model: nn.Module) -> dict[str, LowRankSite]:
     Raises:
         ValueError: if there is none.
 
-    Example:
+    Examples:
         >>> from relora_core import register_low_rank
         >>> model = nn.Sequential(nn.Linear(4, 4), register_low_rank(nn.Linear(4, 3), rank=1))
         >>> list(find_sites(model))

@@ -26,7 +26,7 @@ class Trained:
             clipped ones may be.
         dtype: of the Parameters.
 
-    Example:
+    Examples:
         >>> optimizer, params = Trained(torch.optim.AdamW, shapes=((2, 3),), steps=4)()
         >>> optimizer.state[params[0]]["step"]
         tensor(4.)

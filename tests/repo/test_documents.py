@@ -2,27 +2,40 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+import relora_core as relora
+from relora_core import testing
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{index}")
-    for page in PAGES
-    for index, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-]
+BLOCKS = {page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES}
+LINKED = (
+    "https://arxiv.org/",
+    "https://github.com/",
+    "https://keepachangelog.com/",
+    "https://squidfunk.github.io/",
+)
+ROOMS = {"tutorial", "how-to", "explanation", "reference"}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_block_runs_as_written(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.name
+)
+def test_the_blocks_of_a_page_run_as_written_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "<block>", "exec"), {"__name__": "__main__"})
+    space = {"__name__": "__main__"}
+    for number, block in enumerate(BLOCKS[page], start=1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), space)
 
 
 def test_there_are_blocks_to_run():
-    assert BLOCKS
+    assert sum(map(len, BLOCKS.values())) > 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,3 +50,37 @@ def test_every_table_is_the_one_that_its_results_give(page):
 def test_every_local_link_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_names_that_are_documented_are_the_public_ones():
+    for package, page in ((relora, "core"), (testing, "testing")):
+        text = (ROOT / "docs/reference" / f"{page}.md").read_text()
+        named = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.MULTILINE)
+        assert sorted(named) == sorted(package.__all__)
+
+
+def test_every_page_lies_in_a_room_and_in_the_navigation():
+    site = yaml.safe_load((ROOT / ".mkdocs.yml").read_text())
+    named = re.findall(r"[\w/-]+\.md", str(site["nav"]))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if "docs" in page.parts}
+    assert sorted(named) == sorted(pages)
+    assert {page.partition("/")[0] for page in pages} == {*ROOMS, "index.md"}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", ".mkdocs.yml"]
+    built = subprocess.run(
+        [*command, "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    core = (tmp_path / "site/reference/core/index.html").read_text()
+    for name in relora.__all__:
+        assert f'id="relora_core.{name}"' in core
+    assert "<math" in core
+    for page in (tmp_path / "site").rglob("*.html"):
+        for address in re.findall(r'(?:src|href)="(https?://[^"]+)"', page.read_text()):
+            assert address.startswith(LINKED), f"{page.name}: {address}"

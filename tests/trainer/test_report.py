@@ -121,6 +121,22 @@ class TestAPage:
         assert "&lt;script&gt;alert(1)&lt;" in text
 
 
+def test_every_value_of_a_record_is_documented(runs):
+    text = (Path(__file__).parents[2] / "docs/reference/files.md").read_text()
+    table = text[text.index("## metrics.jsonl") :]
+    documented = {
+        event: set(re.findall(r"`([\w.]+)`", values))
+        for event, values in re.findall(r"^\| `(\w+)` \|[^|]*\|(.*)\|$", table, re.MULTILINE)
+    }
+    written = {}
+    for record in read(runs / "first-run/metrics.jsonl"):
+        written.setdefault(record["event"], set()).update(record.keys() - {"event", "step"})
+    assert set(written) == {"start", "step", "evaluation", "restart", "end"}
+    assert documented.keys() == written.keys() | {"skipped", "spike"}
+    for event, names in written.items():
+        assert documented[event] == names
+
+
 class TestRunsBesideEachOther:
     def test_each_has_a_column_and_what_differs_is_shown(self, runs, tmp_path):
         page = page_of(runs / "first-run", runs / "other", "--out", tmp_path / "page.html")
