@@ -259,6 +259,28 @@ def step_time(size: str) -> float:
     return ratio.median
 
 
+def compared() -> str:
+    """Return README's table: time and memory of a block of 1.3b."""
+    arms = ("ours", "full", "peft", "plain")
+    lines = [
+        "| | here | full rank | PEFT's LoRA | the paper's code |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for dtype in ("fp32", "bf16"):
+        measured = results.read(DOCS / f"results/cost/block-{dtype}.jsonl")
+        found = {r["arm"]: r for r in measured if r["event"] == "arm"}
+        times = [
+            results.ratio(found[a]["step_seconds"], found["full"]["step_seconds"]) for a in arms
+        ]
+        shown = [f"{time.median:.2f}" for time in times if time is not None]
+        lines.append(f"| time of a step, {dtype} | {' | '.join(shown)} (its linear) |")
+        peaks = [found[arm]["peak_bytes"] / found["full"]["peak_bytes"] for arm in arms]
+        lines.append(
+            f"| peak memory, {dtype} | {' | '.join(f'{p:.2f}' for p in peaks)} (its linear) |"
+        )
+    return "\n".join(lines)
+
+
 def commands() -> str:
     """Return the table of the trainer's commands, from its parser."""
     lines = ["| command | |", "| --- | --- |"]
@@ -295,6 +317,7 @@ def draw_tutorial(picture: Path) -> None:
 
 TABLES = {
     "commands": commands,
+    "compared": compared,
     "options": run_options,
     **{
         f"study-{kind}": partial(study, kind)
@@ -323,7 +346,7 @@ def with_tables(page: str) -> str:
 
 def main() -> None:
     """Write every page's tables and draw the pictures."""
-    for page in DOCS.rglob("*.md"):
+    for page in (*DOCS.rglob("*.md"), DOCS.parent / "README.md"):
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     blocks = [
         results.read(DOCS / f"results/cost/block-{dtype}.jsonl") for dtype in ("fp32", "bf16")
