@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -128,6 +128,7 @@ def tuning(arm, lr, multiple, loss):
 
 
 class TestThePlans:
+    @settings(max_examples=20)
     @given(st.integers(-4, 4), st.integers(-4, 4), st.integers(0, 6))
     def test_each_arm_is_tuned_until_its_best_rate_lies_between_worse_ones(
         self, full, factors, worst
