@@ -236,11 +236,13 @@ def study(kind: str) -> str:
             "sweeps": [tables.LORA, tables.RELORA, *swept] if swept else [],
         }
         if kind == "rates":
-            blocks += [f"**{size}**", tables.rates(records)]
+            found = tables.rates(records)
         elif kind == "spectra":
-            blocks += [f"**{size}**", tables.spectra(records)]
-        elif shown[kind]:
-            blocks += [f"**{size}**", tables.outcomes(records, shown[kind], step_time(size))]
+            found = tables.spectra(records)
+        else:
+            found = tables.outcomes(records, shown[kind], step_time(size))
+        if found.count("\n") > 1:  # more than a header
+            blocks += [f"**{size}**", found]
     return "\n\n".join(blocks)
 
 

@@ -130,8 +130,10 @@ def _operations(trial: Record, records: Iterable[Record]) -> float | None:
 
 def _until(trial: Record, reached: Sequence[float | None], cost: Cost) -> str:
     steps = [step for step in reached if step is not None]
-    if len(steps) < len(reached) or not steps:
-        return "not reached" if trial["arm"] != LORA else "-"
+    if trial["arm"] == LORA:
+        return "-"
+    if len(steps) < len(reached):
+        return "not reached"
     mean = statistics.mean(steps)
     both = (_share(trial, ratio, mean) for ratio in (cost.operations, cost.time))
     return ", ".join(both)
