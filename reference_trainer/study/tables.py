@@ -57,9 +57,9 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
     """
     target = _mean_end(by_arm(records).get(LORA, []))
     lines = [
-        "| arm | held-out loss: mean ± deviation (lowest to highest) | seeds | operations | time "
-        f"| of these until {LORA}'s loss |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| arm | held-out loss: mean ± deviation (lowest to highest) | seeds "
+        f"| less {LORA} from the same seed | operations | time | of these until its loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, trials in by_arm(records).items():
         if name not in names:
@@ -67,10 +67,11 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
         ends = [_end(trial) for trial in trials]
         spread = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
         shown = f"{statistics.mean(ends):.4f}{spread} ({min(ends):.4f} to {max(ends):.4f})"
+        apart = "-" if name == LORA else _apart(trials, by_arm(records).get(LORA, []))
         cost = Cost(_operations(trials[0], records), time if trials[0]["rank"] else 1.0)
         reached = [_reached(trial, target) for trial in trials] if target is not None else [None]
         lines.append(
-            f"| {name} | {shown} | {len(ends)} | {_share(trials[0], cost.operations)} "
+            f"| {name} | {shown} | {len(ends)} | {apart} | {_share(trials[0], cost.operations)} "
             f"| {_share(trials[0], cost.time)} | {_until(trials[0], reached, cost)} |"
         )
     return "\n".join(lines)
@@ -117,6 +118,16 @@ def _end(trial: Record) -> float:
 
 def _mean_end(trials: Sequence[Record]) -> float | None:
     return statistics.mean(map(_end, trials)) if trials else None
+
+
+def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
+    """Return the mean of the differences of trials from the same seed, and their deviation."""
+    of_seed = {trial["seed"]: _end(trial) for trial in others}
+    found = [_end(t) - of_seed[t["seed"]] for t in trials if t["seed"] in of_seed]
+    if not found:
+        return "-"
+    spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):+.4f}{spread}"
 
 
 def _operations(trial: Record, records: Iterable[Record]) -> float | None:

@@ -66,9 +66,22 @@ def test_outcomes_are_means_over_the_other_seeds(records):
         assert found[arm][:2] == [shown, "3"]
 
 
+def test_arms_are_compared_from_the_same_seed(records):
+    found = rows(tables.outcomes(records, ENDS, None))
+    lora = ENDS["LoRA + warm start"]
+    apart = [a - b for a, b in zip(ENDS["ReLoRA + warm start"], lora, strict=True)]
+    shown = f"{statistics.mean(apart):+.4f} ± {statistics.stdev(apart):.4f}"
+    assert found["ReLoRA + warm start"][2] == shown
+    assert found["LoRA + warm start"][2] == "-"
+    half = [r for r in records if r["arm"] != "ReLoRA + warm start" or r["seed"] != 0]
+    last = f"{statistics.mean(apart[1:]):+.4f} ± {statistics.stdev(apart[1:]):.4f}"
+    shuffled = sorted(half, key=lambda r: -r["seed"])
+    assert rows(tables.outcomes(shuffled, ENDS, None))["ReLoRA + warm start"][2] == last
+
+
 def test_what_an_arm_costs_is_a_share_of_all_steps_in_full_rank(records):
     found = rows(tables.outcomes(records, ENDS, 0.9))
-    assert [cells[2:4] for cells in found.values()] == [
+    assert [cells[3:5] for cells in found.values()] == [
         ["1.00", "1.00"],
         ["0.75", "0.90"],
         [f"{(25 * 40 + 75 * 30) / 4000:.2f}", f"{(25 + 75 * 0.9) / 100:.2f}"],
@@ -86,10 +99,10 @@ def test_equal_loss_is_that_of_lora_after_a_warm_start_found_between_evaluations
     full, relora = (
         statistics.mean(map(step, ENDS[a])) for a in ("full rank", "ReLoRA + warm start")
     )
-    assert found["full rank"][4] == f"{full / 100:.2f}, {full / 100:.2f}"
+    assert found["full rank"][5] == f"{full / 100:.2f}, {full / 100:.2f}"
     costs = [(25 + (relora - 25) * ratio) / 100 for ratio in (0.75, 0.9)]
-    assert found["ReLoRA + warm start"][4] == ", ".join(f"{cost:.2f}" for cost in costs)
-    assert found["LoRA"][4] == "not reached"
+    assert found["ReLoRA + warm start"][5] == ", ".join(f"{cost:.2f}" for cost in costs)
+    assert found["LoRA"][5] == "not reached"
 
 
 def test_ranks_of_the_change_are_medians_over_matrices(records):
