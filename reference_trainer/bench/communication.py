@@ -12,10 +12,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relora_core as relora
-from reference_trainer.bench.layouts import Layout, laid_out, world_of
+from reference_trainer.bench.layouts import Step, fill_, laid_out, world_of
 from reference_trainer.bench.memory import local
 from reference_trainer.flops import block_matrices
-from reference_trainer.model import LlamaShape
 from reference_trainer.train import forward_backward
 
 
@@ -126,56 +125,47 @@ def sent_by(run: Callable[[], object]) -> list[Sent]:
     return found
 
 
-def measure_traffic(
-    layout: Layout, shape: LlamaShape, *, rank: int, length: int, sequences: int
-) -> dict[str, Any]:
+def measure_traffic(step: Step) -> dict[str, Any]:
     """Return what a process sends in a step and in a restart, over the group that there is."""
-    step = sent_in_step(layout, shape, rank=rank, length=length, sequences=sequences)
+    layout, shape = step.layout, step.shape
+    sent = sent_in_step(step)
     processes = dist.get_world_size()
     record: dict[str, Any] = {"event": "traffic", "arm": layout.name, "processes": processes}
-    record["step"] = [asdict(sent) for sent in step]
+    record["step"] = [asdict(each) for each in sent]
     if layout.low_rank:
-        record["restart"] = [asdict(s) for s in sent_in_restart(layout, shape, rank=rank)]
+        record["restart"] = [asdict(each) for each in sent_in_restart(step)]
         entries = shape.layers * sum(out * inner for out, inner in block_matrices(shape))
         record["gather_of_W"] = 4 * entries * (processes - 1) // processes  # in fp32
     return record
 
 
-def sent_in_step(
-    layout: Layout, shape: LlamaShape, *, rank: int, length: int, sequences: int
-) -> list[Sent]:
+def sent_in_step(step: Step) -> list[Sent]:
     """Return what a process sends in a training step.
 
     Over a pretended group its tensors are fake: only their sizes are there.
     """
-    world = world_of(layout)
+    world = world_of(step.layout)
     pretends = dist.get_backend() == "fake"
     memory = FakeTensorMode(allow_non_fake_inputs=True) if pretends else nullcontext()
-    stage = laid_out(layout, shape, world, rank=rank, memory=memory)
+    stage = laid_out(step, world, memory=memory)
     if not pretends:
-        _fill_(stage.model)
+        fill_(stage.model)
     with memory:
-        batch = torch.zeros(sequences * world.size, length + 1, dtype=torch.long)
+        batch = step.batch(world.size)
 
-        def step() -> None:
+        def take() -> None:
             forward_backward(stage.model, batch, 1, world)
             clip_grad_norm_(stage.parameters.values(), 1.0)
 
-        return sent_by(step)
+        return sent_by(take)
 
 
-def sent_in_restart(layout: Layout, shape: LlamaShape, *, rank: int) -> list[Sent]:
+def sent_in_restart(step: Step) -> list[Sent]:
     """Return what a process sends in a restart; its tensors are real, as pruning counts them."""
-    stage = laid_out(layout, shape, world_of(layout), rank=rank)
-    _fill_(stage.model)
+    stage = laid_out(step, world_of(step.layout))
+    fill_(stage.model)
     for p in stage.parameters.values():
         p.grad = torch.zeros_like(p)
         local(p.grad).normal_()
     stage.optimizer.step()
     return sent_by(lambda: relora.restart_(stage.model, stage.optimizer))
-
-
-@torch.no_grad()
-def _fill_(model: torch.nn.Module) -> None:
-    for p in model.parameters():
-        local(p).fill_(0.02)

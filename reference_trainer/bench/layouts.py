@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # gives torch 2.8 their fake forms
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from reference_trainer.bench.memory import local
 from reference_trainer.config import (
     Config,
     LogConfig,
@@ -49,6 +51,33 @@ FULL, SHARD, REPLICATE = LAYOUTS = (
 )
 
 
+@dataclass(frozen=True)
+class Step:
+    """A training step to be looked at.
+
+    Args:
+        layout: how the model is laid over processes.
+        shape: of the model.
+        rank: of its sites.
+        length: tokens of a sequence.
+        sequences: that each process computes at once.
+        recompute: whether the activations of each block are checkpointed.
+        precision: of weights and computation.
+    """
+
+    layout: Layout
+    shape: LlamaShape
+    rank: int
+    length: int
+    sequences: int = 1
+    recompute: bool = False
+    precision: Precision = "bf16"
+
+    def batch(self, processes: int) -> Tensor:
+        """Return a batch for so many processes."""
+        return torch.zeros(self.sequences * processes, self.length + 1, dtype=torch.long)
+
+
 def layouts(processes: int, node: int) -> list[Layout]:
     """Return the layouts of so many processes, also with shards within a node and of one process.
 
@@ -84,36 +113,33 @@ def world_of(layout: Layout) -> World:
 
 
 def laid_out(
-    layout: Layout,
-    shape: LlamaShape,
-    world: World,
-    *,
-    rank: int,
-    recompute: bool = False,
-    precision: Precision = "bf16",
-    memory: AbstractContextManager[object] | None = None,
+    step: Step, world: World, *, memory: AbstractContextManager[object] | None = None
 ) -> Stage:
-    """Return a stage of the model, without values.
+    """Return a step's stage, without values.
 
     Args:
-        layout: how.
-        shape: of the model.
-        world: what `world_of` returned for the layout.
-        rank: of its sites.
-        recompute: checkpoint the activations of each block.
-        precision: of weights and computation.
+        step: which.
+        world: what `world_of` returned for its layout.
         memory: what gives out memory: a FakeTensorMode for none at all.
     """
+    layout = step.layout
     parallel = ParallelConfig(
-        "cpu", precision, checkpoint_activations=recompute, layout=layout.bases
+        "cpu", step.precision, checkpoint_activations=step.recompute, layout=layout.bases
     )
-    relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=rank)
+    relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=step.rank)
     config = Config(steps=2, relora=relora, parallel=parallel, log=LogConfig(rank_sites=0))
     (phase,) = phases(config)
     with _HostMemory(memory) if memory else nullcontext():
-        model = build_model(config, phase, shape, world)
+        model = build_model(config, phase, step.shape, world)
     with memory or nullcontext():
         return staged(model, config, phase, world)
+
+
+@torch.no_grad()
+def fill_(model: torch.nn.Module) -> None:
+    """Give every parameter values of which a step makes something."""
+    for p in model.parameters():
+        local(p).fill_(0.02)
 
 
 class _HostMemory(TorchFunctionMode):

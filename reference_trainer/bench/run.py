@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from reference_trainer.bench import results
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.checkpoints import measure_checkpoints
 from reference_trainer.bench.communication import measure_traffic
-from reference_trainer.bench.layouts import layouts, pretended
+from reference_trainer.bench.layouts import Step, layouts, pretended
 from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.restarts import measure_prune, measure_restart
@@ -168,31 +167,32 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
         raise UserError(
             f"{count} processes are no whole number of nodes of {arguments.node}: give --node"
         )
-    chosen_layouts = layouts(count, arguments.node)
-    sizes = {"rank": arguments.rank, "length": arguments.length}
-    sizes["sequences"] = arguments.tokens // arguments.length
+    sequences = arguments.tokens // arguments.length
+    steps = [
+        Step(layout, shape, arguments.rank, arguments.length, sequences)
+        for layout in layouts(count, arguments.node)
+    ]
     records = []
     if kind == "memory":
-        cases = list(product(chosen_layouts, (False, True)))
-        for layout, recompute in tqdm(cases, disable=None):
-            options = {"processes": count, "recompute": recompute, **sizes}
-            records.append(track_peak(layout, shape, **options))
+        cases = [
+            dataclasses.replace(step, recompute=again) for step in steps for again in (False, True)
+        ]
+        records = [track_peak(step, processes=count) for step in tqdm(cases, disable=None)]
         if world_size() > 1:
             with open_world(ParallelConfig(device="cpu")) as world:
-                for (layout, recompute), record in zip(cases, records, strict=True):
-                    found = measure_peak(layout, shape, recompute=recompute, **sizes)
-                    record["measured"] = world.largest(found)
+                for step, record in zip(cases, records, strict=True):
+                    record["measured"] = world.largest(measure_peak(step))
                 if not world.first:
                     return []
     elif world_size() > 1:
         with open_world(ParallelConfig(device="cpu")) as world:
-            records = [measure_traffic(layout, shape, **sizes) for layout in chosen_layouts]
+            records = [measure_traffic(step) for step in steps]
             if not world.first:
                 return []
     else:
-        for layout in tqdm(chosen_layouts, disable=None):
+        for step in tqdm(steps, disable=None):
             with pretended(arguments.processes):
-                records.append(measure_traffic(layout, shape, **sizes))
+                records.append(measure_traffic(step))
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write([first, *records], out)
     return [results.table([first, *records]), "", f"measurement: {out}"]

@@ -8,10 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.nn.utils import clip_grad_norm_
 
-from reference_trainer.bench.layouts import Layout, laid_out, pretended, world_of
+from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, world_of
 from reference_trainer.bench.memory import local, peak_bytes, state_bytes
-from reference_trainer.config import Precision
-from reference_trainer.model import LlamaShape
 from reference_trainer.train import forward_backward
 
 
@@ -31,45 +29,27 @@ class Tracked:
     moments: list[int]
 
 
-def track(
-    layout: Layout,
-    shape: LlamaShape,
-    *,
-    processes: int,
-    rank: int,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    precision: Precision = "bf16",
-) -> Tracked:
+def track(step: Step, *, processes: int) -> Tracked:
     """Return the memory of a training step that is not the first.
 
     It is what tensors take: neither the allocator's fragments, nor a device's context and its
     communication buffers, nor the temporaries of optimizers that work on all tensors at once.
 
     Args:
-        layout: of the model.
-        shape: of the model.
+        step: which.
         processes: how many.
-        rank: of the sites.
-        length: tokens of a sequence.
-        sequences: that each process computes at once.
-        recompute: checkpoint the activations of each block.
-        precision: of weights and computation.
     """
     with pretended(processes):
-        world = world_of(layout)
+        world = world_of(step.layout)
         memory = FakeTensorMode(allow_non_fake_inputs=True)
-        stage = laid_out(
-            layout, shape, world, rank=rank, recompute=recompute, precision=precision, memory=memory
-        )
+        stage = laid_out(step, world, memory=memory)
         with memory:
             for p in stage.parameters.values():
                 p.grad = torch.zeros_like(p)
             stage.optimizer.step()
             stage.optimizer.zero_grad()
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
-            batch = torch.zeros(sequences * processes, length + 1, dtype=torch.long)
+            batch = step.batch(processes)
             tracker = _Timeline(stage.model, stage.optimizer)
             tracker.track_inputs((batch,))
             tracker.track_external(*states)
@@ -85,73 +65,36 @@ def track(
             return Tracked(weights, sum(local(t).nbytes for t in states), moments)
 
 
-def measure_peak(
-    layout: Layout,
-    shape: LlamaShape,
-    *,
-    rank: int,
-    length: int,
-    sequences: int,
-    recompute: bool,
-    precision: Precision = "bf16",
-) -> int:
+def measure_peak(step: Step) -> int:
     """Return the peak of a real step on the CPUs of the process group that there is, in bytes.
 
     It is what the allocator gave to this process: what stands before a step and the most that the
     step adds. The least of three, as threads of gloo free some of it late.
-
-    Args:
-        layout: of the model.
-        shape: of the model.
-        rank: of the sites.
-        length: tokens of a sequence.
-        sequences: that each process computes at once.
-        recompute: checkpoint the activations of each block.
-        precision: of weights and computation.
     """
-    world = world_of(layout)
-    stage = laid_out(layout, shape, world, rank=rank, recompute=recompute, precision=precision)
-    with torch.no_grad():
-        for p in stage.model.parameters():
-            local(p).fill_(0.02)
-    batch = torch.zeros(sequences * world.size, length + 1, dtype=torch.long)
+    world = world_of(step.layout)
+    stage = laid_out(step, world)
+    fill_(stage.model)
+    batch = step.batch(world.size)
 
-    def step() -> None:
+    def take() -> None:
         forward_backward(stage.model, batch, 1, world)
         clip_grad_norm_(stage.parameters.values(), 1.0)
         stage.optimizer.step()
         stage.optimizer.zero_grad()
 
-    step()
+    take()
     standing = state_bytes(stage.model, stage.optimizer)
-    return standing + min(peak_bytes(step, torch.device("cpu")) for _ in range(3))
+    return standing + min(peak_bytes(take, torch.device("cpu")) for _ in range(3))
 
 
-def track_peak(
-    layout: Layout,
-    shape: LlamaShape,
-    *,
-    processes: int,
-    rank: int,
-    length: int,
-    sequences: int,
-    recompute: bool,
-) -> dict[str, Any]:
-    """Return the record of the peak of a step, computed in bf16: see `track`."""
-    found = track(
-        layout,
-        shape,
-        processes=processes,
-        rank=rank,
-        length=length,
-        sequences=sequences,
-        recompute=recompute,
-    )
+def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
+    """Return the record of the peak of a step: see `track`."""
+    found = track(step, processes=processes)
     return {
         "event": "peak",
-        "arm": layout.name,
+        "arm": step.layout.name,
         "processes": processes,
-        "recompute": recompute,
+        "recompute": step.recompute,
         "weights": found.weights,
         "optimizer": found.optimizer,
         "total": max(found.moments),

@@ -1,15 +1,13 @@
 """The peak of a training step with any number of sequences, from two tracks of it."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reference_trainer.bench.layouts import Layout
+from reference_trainer.bench.layouts import Step
 from reference_trainer.bench.tracker import Tracked, track
-from reference_trainer.config import Precision
-from reference_trainer.model import LlamaShape
 
 
 @dataclass(frozen=True)
@@ -21,16 +19,14 @@ class Peak:
     backward needs.
 
     Args:
-        layout: of the model.
-        recompute: whether blocks are recomputed in backward.
+        step: of one sequence.
         weights: bytes of all parameters.
         optimizer: bytes of the optimizer's moments.
         fixed: alpha of each operation.
         each: beta of each operation.
     """
 
-    layout: Layout
-    recompute: bool
+    step: Step
     weights: float
     optimizer: float
     fixed: NDArray[np.float64]
@@ -48,49 +44,24 @@ class Peak:
         return int(((room - self.fixed[grows]) / self.each[grows]).min())
 
 
-def estimate_peak(
-    layout: Layout,
-    shape: LlamaShape,
-    *,
-    processes: int,
-    rank: int,
-    length: int,
-    recompute: bool,
-    precision: Precision,
-    moments: float = 1.0,
-) -> Peak:
-    """Return the peak of a layout.
+def estimate_peak(step: Step, *, processes: int, moments: float = 1.0) -> Peak:
+    """Return the peak of a step.
 
     Args:
-        layout: of the model.
-        shape: of the model.
+        step: which; of one sequence.
         processes: how many.
-        rank: of the sites.
-        length: tokens of a sequence.
-        recompute: checkpoint the activations of each block.
-        precision: of weights and computation.
         moments: bytes of the optimizer's moments, as a share of AdamW's.
     """
 
     def tracked(sequences: int) -> Tracked:
         gc.collect()  # the last one's tensors and hooks, which refer to each other
-        return track(
-            layout,
-            shape,
-            processes=processes,
-            rank=rank,
-            length=length,
-            sequences=sequences,
-            recompute=recompute,
-            precision=precision,
-        )
+        return track(replace(step, sequences=sequences), processes=processes)
 
     one, two = tracked(1), tracked(2)
     first, second = (np.array(t.moments, np.float64) for t in (one, two))
     saved = (1 - moments) * one.optimizer
     return Peak(
-        layout,
-        recompute,
+        step,
         one.weights,
         one.optimizer - saved,
         2 * first - second - saved,

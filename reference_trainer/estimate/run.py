@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reference_trainer.bench import results
 from reference_trainer.bench.communication import sent_in_step
-from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, pretended
+from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, Step, pretended
 from reference_trainer.bench.projection import Cluster, step_seconds
 from reference_trainer.config import Precision
 from reference_trainer.environment import environment
@@ -101,21 +101,19 @@ def estimate(arguments: argparse.Namespace) -> list[str]:
     shape, sequences = _checked(arguments)
     memory, cluster = GPUS[arguments.gpu]
     room = (1 - KEPT_FREE) * memory
-    options = {
-        "processes": arguments.world_size,
-        "rank": arguments.rank,
-        "length": arguments.length,
-        "precision": arguments.precision,
-        "moments": _share(arguments),
-    }
-    work = [(layout, recompute) for layout in LAYOUTS for recompute in (False, True)]
+    work = [
+        Step(layout, shape, arguments.rank, arguments.length, 1, recompute, arguments.precision)
+        for layout in LAYOUTS
+        for recompute in (False, True)
+    ]
+    options = {"processes": arguments.world_size, "moments": _share(arguments)}
     workers = min(2, os.cpu_count() or 1)  # half a GB each
     rows: list[Row] = []
     sent: dict[Layout, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(partial(_tracked, shape, options), work)
+        found = pool.map(partial(_tracked, **options), work)
         for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=None):
-            own = sent.setdefault(peak.layout, counted)  # what is recomputed is not sent again
+            own = sent.setdefault(peak.step.layout, counted)  # what is recomputed is not sent again
             rows.append(_row(peak, own, shape, sequences, arguments, room, cluster))
     if arguments.out:
         keys = ("model", "vocab", "world_size", "gpu", "length", "rank", "precision", "optimizer")
@@ -206,17 +204,13 @@ def _share(arguments: argparse.Namespace) -> float:
     return count * (own or entry) / (2 * entry)
 
 
-def _tracked(
-    shape: LlamaShape, options: dict[str, Any], what: tuple[Layout, bool]
-) -> tuple[Peak, list[dict[str, Any]]]:
-    """Return the peak of a layout, and what a process sends in a step, unless it recomputes."""
-    layout, recompute = what
-    peak = estimate_peak(layout, shape, recompute=recompute, **options)
-    if recompute:
+def _tracked(step: Step, *, processes: int, moments: float) -> tuple[Peak, list[dict[str, Any]]]:
+    """Return the peak of a step, and what a process sends in it, unless it recomputes."""
+    peak = estimate_peak(step, processes=processes, moments=moments)
+    if step.recompute:
         return peak, []
-    with pretended(options["processes"]):
-        sizes = {"rank": options["rank"], "length": options["length"], "sequences": 1}
-        return peak, [asdict(sent) for sent in sent_in_step(layout, shape, **sizes)]
+    with pretended(processes):
+        return peak, [asdict(sent) for sent in sent_in_step(step)]
 
 
 def _row(
@@ -231,10 +225,10 @@ def _row(
     mine, fits = sequences // arguments.world_size, peak.most(room)
     micro = max((n for n in range(1, min(fits, mine) + 1) if mine % n == 0), default=0)
     sizes = {"sequences": sequences, "length": arguments.length, "rank": arguments.rank}
-    form: Form = "two paths" if peak.layout.low_rank else "full rank"
-    more = recomputed_flops(form, shape, **sizes) if peak.recompute else 0
+    form: Form = "two paths" if peak.step.layout.low_rank else "full rank"
+    more = recomputed_flops(form, shape, **sizes) if peak.step.recompute else 0
     record = {"step": sent, "processes": arguments.world_size}
-    record |= {"restart": []} if peak.layout.low_rank else {}
+    record |= {"restart": []} if peak.step.layout.low_rank else {}
     seconds: tuple[float, ...] = ()
     total = 0.0
     if micro:
@@ -244,9 +238,9 @@ def _row(
         gathers = mine // micro
         total = sum(s["bytes"] * (gathers if s["collective"] == "all-gather" else 1) for s in sent)
     return Row(
-        _PHASES[peak.layout],
-        peak.layout.bases,
-        peak.recompute,
+        _PHASES[peak.step.layout],
+        peak.step.layout.bases,
+        peak.step.recompute,
         peak.weights,
         peak.optimizer,
         peak.at(micro or 1),

@@ -9,7 +9,7 @@ from reference_trainer.bench.communication import (
     sent_by,
     sent_in_step,
 )
-from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, layouts, pretended
+from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, Step, layouts, pretended
 from reference_trainer.bench.results import total
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import LlamaShape, preset
@@ -24,7 +24,7 @@ def on_real(rank, world_size, shape):
     torch.manual_seed(rank)
     found = {}
     for layout in layouts(world_size, node=2):
-        record = measure_traffic(layout, shape, **SIZES)
+        record = measure_traffic(Step(layout, shape, **SIZES))
         for part in ("step", "restart"):
             for sent in record.get(part, []):
                 key = [str(sent[name]) for name in ("collective", "processes", "stride")]
@@ -72,7 +72,7 @@ COPIED = layouts(4, node=8)[-1]
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_a_step_sends_what_each_parameter_needs(layout, processes):
     with pretended(processes):
-        record = measure_traffic(layout, EVEN, **SIZES)
+        record = measure_traffic(Step(layout, EVEN, **SIZES))
     norms = 8 * 64  # of the gradients, when they are clipped
     assert abs(total(record["step"]) - by_hand(layout, EVEN, processes, 8)) <= norms
     if layout == SHARD:  # A, once; and what it takes to prune alike everywhere
@@ -92,7 +92,7 @@ def test_low_rank_steps_send_so_much_of_what_full_rank_sends(name, shard, replic
     sent = {}
     for layout in layouts(4, node=8):
         with pretended(4):
-            found = sent_in_step(layout, shape, rank=128, length=64, sequences=1)
+            found = sent_in_step(Step(layout, shape, rank=128, length=64))
         sent[layout.name] = sum(s.bytes for s in found)
     full = sent[FULL.name]
     assert sent[SHARD.name] <= shard * full

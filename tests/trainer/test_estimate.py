@@ -6,7 +6,7 @@ import json
 import pytest
 
 from reference_trainer.__main__ import main
-from reference_trainer.bench.layouts import LAYOUTS
+from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import track
 from reference_trainer.estimate import run
 from reference_trainer.estimate.gpus import GPUS, GiB
@@ -16,7 +16,7 @@ from reference_trainer.model import Llama, LlamaShape
 from tests.trainer.test_command_line import lines_of
 
 SHAPE = LlamaShape(64, 96, 4, 4, 4, 800)  # of few sequences the head's gradient is the largest
-SIZES = {"processes": 2, "rank": 8, "length": 16, "precision": "bf16"}
+FULL, SHARD, _ = (Step(layout, SHAPE, rank=8, length=16) for layout in LAYOUTS)
 SMALL = ["estimate", "--model", "9m", "--world-size", "2", "--vocab", "300", "--length", "64"]
 SMALL += ["--rank", "16"]
 
@@ -25,28 +25,26 @@ class TestPeak:
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
     def test_of_any_number_of_sequences_is_what_a_track_of_them_finds(self, layout, recompute):
-        peak = estimate_peak(layout, SHAPE, recompute=recompute, **SIZES)
+        step = Step(layout, SHAPE, rank=8, length=16, recompute=recompute)
+        peak = estimate_peak(step, processes=2)
         for sequences in (1, 3, 5, 20):
-            found = track(layout, SHAPE, sequences=sequences, recompute=recompute, **SIZES)
+            found = track(dataclasses.replace(step, sequences=sequences), processes=2)
             assert peak.at(sequences) == max(found.moments)
 
     def test_lies_elsewhere_with_few_sequences_than_with_many(self):
         """So that a straight line through two peaks would be wrong."""
-        peak = estimate_peak(LAYOUTS[0], SHAPE, recompute=True, **SIZES)
+        peak = estimate_peak(dataclasses.replace(FULL, recompute=True), processes=2)
         assert peak.at(2) - peak.at(1) < 0.5 * (peak.at(20) - peak.at(19))
 
     def test_what_fits_is_the_most_that_does(self):
-        peak = estimate_peak(LAYOUTS[1], SHAPE, recompute=False, **SIZES)
+        peak = estimate_peak(SHARD, processes=2)
         for room in (peak.at(1), peak.at(3) + 1, 1e8, 1e9):
             most = peak.most(room)
             assert peak.at(most) <= room < peak.at(most + 1)
         assert peak.most(peak.at(0) - 1) == 0
 
     def test_smaller_moments_take_as_much_less(self):
-        full, half = (
-            estimate_peak(LAYOUTS[0], SHAPE, recompute=False, moments=share, **SIZES)
-            for share in (1.0, 0.5)
-        )
+        full, half = (estimate_peak(FULL, processes=2, moments=share) for share in (1.0, 0.5))
         assert half.optimizer == full.optimizer / 2
         assert full.at(9) - half.at(9) == full.optimizer / 2
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_trainer.__main__ import main
-from reference_trainer.bench.layouts import laid_out, layouts, pretended, world_of
+from reference_trainer.bench.layouts import Step, laid_out, layouts, pretended, world_of
 from reference_trainer.bench.memory import state_bytes
 from reference_trainer.bench.projection import CLUSTERS, seconds_of, step_seconds
 from reference_trainer.bench.results import total
@@ -20,6 +20,12 @@ from tests.trainer.test_command_line import lines_of
 
 SHAPE = LlamaShape(64, 96, 4, 4, 4, 80)
 SIZES = {"rank": 8, "length": 16, "sequences": 2}
+
+
+def step(layout, **options):
+    return Step(layout, SHAPE, **SIZES, **options)
+
+
 SMALL = ["--layers", "1", "--vocab", "64", "--model", "9m", "--tokens", "32", "--length", "16"]
 SMALL += ["--rank", "8"]
 
@@ -74,9 +80,9 @@ class TestCommand:
 class TestPeak:
     @pytest.mark.parametrize("layout", layouts(4, 2), ids=lambda layout: layout.name)
     def test_state_is_that_of_real_tensors(self, layout):
-        found = track_peak(layout, SHAPE, processes=4, recompute=False, **SIZES)
+        found = track_peak(step(layout), processes=4)
         with pretended(4):
-            stage = laid_out(layout, SHAPE, world_of(layout), rank=SIZES["rank"])
+            stage = laid_out(step(layout), world_of(layout))
             for p in stage.parameters.values():
                 p.grad = p.detach().clone()
             stage.optimizer.step()
@@ -86,7 +92,7 @@ class TestPeak:
     def test_recomputing_needs_less(self):
         for layout in layouts(4, 8):
             kept, recomputed = (
-                track_peak(layout, SHAPE, processes=4, recompute=recompute, **SIZES)["total"]
+                track_peak(step(layout, recompute=recompute), processes=4)["total"]
                 for recompute in (False, True)
             )
             assert recomputed < kept

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from reference_trainer import checkpoint, options
 from reference_trainer.__main__ import main
-from reference_trainer.bench.layouts import LAYOUTS, laid_out, pretended, world_of
+from reference_trainer.bench.layouts import LAYOUTS, Step, laid_out, pretended, world_of
 from reference_trainer.config import phases
 from reference_trainer.plan import count, memory
 from tests.trainer.conftest import records
@@ -86,7 +86,7 @@ def test_the_memory_is_that_of_what_is_built(layout, precision):
     (phase,) = phases(config)[-1:]
     numbers = count(config, shape, phase)
     with pretended(4):
-        stage = laid_out(layout, shape, world_of(layout), rank=4, precision=precision)
+        stage = laid_out(Step(layout, shape, 4, 16, precision=precision), world_of(layout))
         held = [getattr(p, "_local_tensor", p) for p in stage.model.parameters()]
         trained = [getattr(p, "_local_tensor", p) for p in stage.parameters.values()]
         built = sum(p.nbytes for p in held) + 3 * sum(p.nbytes for p in trained)
