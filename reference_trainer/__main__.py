@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from reference_trainer import options
-from reference_trainer.begin import check, check_new
+from reference_trainer.begin import check, check_begun_alike, check_new
 from reference_trainer.bench import run
 from reference_trainer.config import Config, DataConfig
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
@@ -173,7 +173,9 @@ def _train(arguments: argparse.Namespace) -> None:
         if processes < 1:
             raise UserError(f"--dry-run is over 1 process or more; got {processes}")
         check(config, processes=processes, resume=arguments.resume)
-        if not arguments.resume:
+        if arguments.resume:
+            check_begun_alike(config)
+        else:
             check_new(config.directory)
         _tell(plan(config, processes=processes, resume=arguments.resume))
         return

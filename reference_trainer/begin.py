@@ -54,6 +54,18 @@ def check(config: Config, *, processes: int, resume: bool) -> None:
             prepare_(Llama(shape), config, phase)
 
 
+def check_begun_alike(config: Config) -> None:
+    """Check that a run that is there was begun with the same options.
+
+    Raises:
+        UserError: if one that may not change is another; it names it.
+    """
+    begun_with = options.resolve(config.directory / "config.yaml", {})
+    different = [path for path in options.changed(begun_with, config) if is_fixed(path)]
+    if different:
+        raise UserError(_begun_otherwise(config.directory, different))
+
+
 def check_new(directory: Path) -> None:
     """Check that nothing is where a run is to be.
 
@@ -82,9 +94,7 @@ def open_directory(config: Config, *, resume: bool) -> None:
     """
     directory = config.directory
     if resume:
-        different = options.changed(options.resolve(directory / "config.yaml", {}), config)
-        if any(is_fixed(path) for path in different):
-            raise UserError(_begun_otherwise(directory, filter(is_fixed, different)))
+        check_begun_alike(config)
         verify_data(config.data_directory)
         config.checkpoints.mkdir(exist_ok=True)
         return

@@ -67,7 +67,7 @@ def plan(config: Config, *, processes: int, resume: bool) -> Iterator[str]:
         if phase.low_rank:
             yield from _restarts(config, phase, numbers)
     yield _line("rate", _rate(config))
-    yield from _files(config, list(counted.values())[-1], resume=resume)
+    yield from _files(config, list(counted.values()), resume=resume)
     yield "Nothing has been written."
 
 
@@ -159,14 +159,16 @@ def _rate(config: Config) -> str:
     )
 
 
-def _files(config: Config, last: Numbers, *, resume: bool) -> Iterator[str]:
+def _files(config: Config, counted: list[Numbers], *, resume: bool) -> Iterator[str]:
     width = 2 if config.parallel.precision == "pure-bf16" else 4
-    size = 4 * last.bases + width * (1 + _MOMENTS) * last.trained
+    sizes = [4 * n.bases + width * (1 + _MOMENTS) * n.trained for n in counted]
+    shown = ", then ".join(f"{size / 1e6:,.1f}" for size in sizes)
     how = "whose newest complete checkpoint is gone on from" if resume else "which is new"
     yield _line("files", f"{config.directory}, {how}:")
-    yield _line("", "config.yaml, metrics.jsonl, report.png, data/ with the tokens,")
+    tokens = "" if config.data.prepared else " data/ with the tokens,"
+    yield _line("", f"config.yaml, metrics.jsonl, report.png,{tokens}")
     every, keep = config.checkpoint.every, config.checkpoint.keep
-    yield _line("", f"checkpoints/ after every {every:,} steps, of {size / 1e6:,.1f} MB each,")
+    yield _line("", f"checkpoints/ after every {every:,} steps, of {shown} MB each,")
     yield _line("", f"of which the newest {keep} stay,")
     yield _line("", "export/ with the merged model, as a Hugging Face Llama")
 

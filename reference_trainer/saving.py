@@ -117,6 +117,7 @@ class Saver:
     @torch.no_grad()
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self._copies.items()}:
+            self._copies = {}  # before there are others
             copies: dict[str, Any] = BlockingAsyncStager().stage(state)
             return copies
         for name, tensor in state.items():  # into memory that is there already

@@ -1,6 +1,7 @@
 """The spectrum of W_k - W_0 of every site, without W_0: streamed from restart to restart."""
 
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,6 +17,7 @@ from relora_core._sharding import (
     split_once,
 )
 from relora_core.restart import refuse_overflow, update_norms
+from relora_core.roll_call import roll_call
 from relora_core.sites import Site, check_globs, sites_of
 from relora_core.spectrum import Spectrum
 from relora_core.update import Update
@@ -31,19 +33,23 @@ class UpdateSpectra:
 
     with all $B_j$ (times $s_j$) side by side in $B$, and all $A_j$ one below the other in $A$. A
     site `(m, n)` of rank r keeps r (m + n) numbers a restart, spread over the processes as W is;
-    when that is more directions than there are, their sum. A spectrum costs two sums of
-    (k r) x (k r) numbers over the processes and eigenvalues of matrices as large, in float64: a
-    singular value below 1e-7 of the largest is rounding.
+    when that is more directions than there are, their sum. Where FSDP2 keeps W on the CPU, this
+    lies on the GPU. A spectrum costs two sums of (k r) x (k r) numbers over the processes and
+    eigenvalues of matrices as large, in float64: a singular value below 1e-7 of the largest is
+    rounding.
 
-    It says what was meant to be merged. What a 16-bit W loses of it is not in the sum.
+    It says what was meant to be merged. What a 16-bit W loses of it is not in the sum, nor is a
+    `merge_` that no `keep_` and `restart_` go with.
 
     Args:
         model: with low-rank sites, as sharded as it will be. Every process makes it, and calls
             each method, alike.
         targets: globs over the names of sites; those that match are followed.
+        timeout: how long the processes that share the model wait for each other in `keep_` and
+            `measure`.
 
     Raises:
-        ValueError: if there is no site, or a glob matches none.
+        ValueError: if there is no site, no glob, or one that matches none.
 
     Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites, restart_
@@ -61,11 +67,20 @@ class UpdateSpectra:
     Reference: https://arxiv.org/abs/2307.05695, equation 1: the rank of a sum of updates.
     """
 
-    def __init__(self, model: nn.Module, targets: str | Iterable[str] = "*") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Iterable[str] = "*",
+        *,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
         globs = [targets] if isinstance(targets, str) else list(targets)
+        if not globs:
+            raise ValueError("targets is empty: name at least one glob, such as '*'")
         sites = dict(sites_of(model))
         check_globs("target", globs, sites)
         self._model = model
+        self._timeout = timeout
         self._names = [name for name in sites if any(fnmatchcase(name, g) for g in globs)]
         self._next = {name: torch.tensor(sites[name].restart) for name in self._names}
         self._kept: dict[str, Factors] = {}
@@ -77,8 +92,10 @@ class UpdateSpectra:
         Raises:
             ValueError: if this cycle is kept already, one before was not, or a factor is not
                 finite. Nothing is kept then.
+            RuntimeError: if a process does not call it in time; it names them.
         """
         sites = self._sites()
+        self._meet("keep_", sites)
         for name, site in sites:
             if not self._is_new(name, site):
                 raise ValueError(
@@ -89,21 +106,27 @@ class UpdateSpectra:
         refuse_overflow(sites, update_norms(sites, updates))
         for (name, site), update in zip(sites, updates, strict=True):
             self._kept[name] = _compressed(*self._so_far(name, _factors(site, update)))
-            self._next[name] += 1
+            self._next[name] = self._next[name] + 1  # a state that was given out stays
 
     @torch.no_grad()
     def measure(self) -> dict[str, Spectrum]:
         """Return the spectrum of W + s B A - W_0 of each site, W_0 being W when this was made.
 
         Raises:
-            ValueError: if a restart went by without `keep_`.
+            ValueError: if a restart went by without `keep_`, or a factor is not finite.
+            RuntimeError: if a process does not call it in time; it names them.
         """
         found = {}
-        for name, site in self._sites():
+        sites = self._sites()
+        self._meet("measure", sites)
+        for name, site in sites:
             new = self._is_new(name, site)
             B, A = self._so_far(name, _factors(site)) if new else self._kept[name]
             shape = (B.shape[0], A.shape[1:].numel())
-            found[name] = Spectrum(_singular_values(B, A)[: min(shape)].cpu(), shape)
+            grams = _grams(B, A)
+            if not all(gram.isfinite().all() for gram in grams):
+                raise ValueError(f"{name}: the update is not finite")
+            found[name] = Spectrum(_singular_values(*grams)[: min(shape)].cpu(), shape)
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -166,6 +189,10 @@ class UpdateSpectra:
             room[name] = _spread((columns, rows), B, A)
         return room
 
+    def _meet(self, call: str, sites: list[tuple[str, Site]]) -> None:
+        name, site = sites[0]
+        roll_call(self._model, f"{call} of {name} in cycle {site.restart}", self._timeout)
+
     def _sites(self) -> list[tuple[str, Site]]:
         sites = dict(sites_of(self._model))
         return [(name, sites[name]) for name in self._names]
@@ -204,9 +231,8 @@ def _grams(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return shard_sum(columns.t() @ columns, B), shard_sum(rows @ rows.t(), A)
 
 
-def _singular_values(B: Tensor, A: Tensor) -> Tensor:
+def _singular_values(BB: Tensor, AA: Tensor) -> Tensor:
     """Return those of B A, descending: with A Aᵀ = V Λ Vᵀ, from Λ^½ Vᵀ Bᵀ B V Λ^½."""
-    BB, AA = _grams(B, A)
     L, V = torch.linalg.eigh(AA)
     half = V * L.clamp(min=0).sqrt()
     squares: Tensor = torch.linalg.eigvalsh(half.t() @ BB @ half)

@@ -50,7 +50,7 @@ def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> 
         legend="black: end of the warm start; dotted: restarts" if len(runs) == 1 else "",
         restarts=[(run.name, *_restarts(run)) for run in runs if run.of("restart")],
         options=options,
-        different=[row for row in options if len(set(row[1])) > 1],
+        different=[row for row in options if len(set(row[1]) - {"-"}) > 1],
         environment=_rows(runs, _ENVIRONMENT),
     )
 
@@ -139,7 +139,10 @@ def _rows(runs: Sequence[Recorded], cells: dict[str, Any]) -> list[Row]:
 
 def _options(runs: Sequence[Recorded]) -> list[Row]:
     names = dict.fromkeys(name for run in runs for name in run.options)
-    return [(name, [_shown(run.options.get(name)) for run in runs]) for name in names]
+    return [
+        (name, [_shown(run.options[name]) if run.options else "-" for run in runs])
+        for name in names
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -51,7 +51,7 @@ def draw_rank(axes: Axes, runs: Sequence[Recorded]) -> None:
         _draw_each_rank(axes, runs[0])
     for number, run in enumerate(runs if len(runs) > 1 else []):
         for key, style, label in (("ranks", "-o", run.name), ("effective_ranks", ":", "_")):
-            points = [(cycle, record[key].values()) for cycle, record in run.ranks]
+            points = [(cycle, r[key].values()) for cycle, r in run.ranks if key in r]
             axes.plot(
                 [cycle for cycle, _ in points],
                 [statistics.median(ranks) for _, ranks in points],

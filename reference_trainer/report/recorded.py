@@ -40,14 +40,14 @@ class Recorded:
     @property
     def steps(self) -> tuple[int, int | None]:
         """The steps that are done, and how many there are to be, if that is known."""
-        return self.of("step")[-1]["step"] + 1, self.options.get("steps")
+        last = max(record["step"] for record in self.of("step", "skipped"))
+        return last + 1, self.options.get("steps")
 
     @property
     def handed_over(self) -> int | None:
         """The step at which the warm start ended, if there was one and it has."""
-        return next(
-            (r["step"] for r in self.of("evaluation") if r["phase"] == "relora" and r["step"]), None
-        )
+        begun = next((r["step"] for r in self.of("evaluation") if r["phase"] == "relora"), None)
+        return begun or None  # 0: there was none
 
     @property
     def ranks(self) -> list[tuple[int, Record]]:

@@ -62,7 +62,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
 
 def _draw_rank(axes: Axes, records: Sequence[Record]) -> None:
     """Draw rank(W_k - W_0) of every matrix; where lines coincide, how many is written."""
-    trials = by_arm(records).get(RELORA, [])
+    trials = [t for t in by_arm(records).get(RELORA, []) if not t["diverged"]]
     found = [ranks for trial in trials for ranks in trial["ranks"].values()]
     axes.set_title("rank of W_k - W_0, every matrix of every seed", loc="left", fontsize=9)
     axes.set_xlabel("cycles merged, k")

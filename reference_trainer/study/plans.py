@@ -118,7 +118,7 @@ def _search(scale: Scale, records: Sequence[dict[str, Any]], first: Arm, name: s
         ]
         if left(trials, records):
             return trials
-        ends = [_end(record) for trial in trials for record in records if trial.is_of(record)]
+        ends = [_end(next(filter(trial.is_of, records))) for trial in trials]
         place = ends.index(min(ends))
         if place not in (0, len(ends) - 1):
             return trials

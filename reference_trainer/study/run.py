@@ -21,7 +21,8 @@ from reference_trainer.study.train import run
 
 EXAMPLES = """examples:
   python -m reference_trainer study --model 1m --plan tune
-      four learning rates for every arm of the paper, on this Python's standard library
+      learning rates for every arm of the paper, on this Python's standard library, until each
+      one's best lies between two that are worse
   python -m reference_trainer study --model 1m --plan arms
       full rank, LoRA, LoRA and ReLoRA after a warm start, at their best rates, from three seeds
   python -m reference_trainer study --model 1m --plan sweeps --dry-run
@@ -56,8 +57,6 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
     out = arguments.out or Path(f"runs/study/{arguments.model}.jsonl")
     if arguments.threads < 1:
         raise UserError(f"--threads is at least 1; got {arguments.threads}")
-    if not arguments.eager and shutil.which("c++") is None and shutil.which("g++") is None:
-        raise UserError("no C++ compiler is found to compile steps with: give --eager")
     records = read(out)
     if arguments.show:
         yield from _shown(records, out)
@@ -67,6 +66,8 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
         yield from (f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}" for t in todo)
         yield f"trials of {arguments.plan} that can be planned now: {len(todo)} of them to run"
         return
+    if not arguments.eager and shutil.which("c++") is None and shutil.which("g++") is None:
+        raise UserError("no C++ compiler is found to compile steps with: give --eager")
     data = _prepared(arguments.data)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)

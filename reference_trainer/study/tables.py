@@ -64,14 +64,20 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
     for name, trials in by_arm(records).items():
         if name not in names:
             continue
-        ends = [_end(trial) for trial in trials]
+        ends = [_end(trial) for trial in trials if not trial["diverged"]]
+        if not ends:
+            lines.append(f"| {name} | diverged | {len(trials)} | - | - | - | - |")
+            continue
         spread = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
         shown = f"{statistics.mean(ends):.4f}{spread} ({min(ends):.4f} to {max(ends):.4f})"
+        if len(ends) < len(trials):
+            shown += f", {len(trials) - len(ends)} diverged"
         apart = "-" if name == LORA else _apart(trials, by_arm(records).get(LORA, []))
-        cost = Cost(_operations(trials[0], records), time if trials[0]["rank"] else 1.0)
-        reached = [_reached(trial, target) for trial in trials] if target is not None else [None]
+        sound = next(trial for trial in trials if not trial["diverged"])
+        cost = Cost(_operations(sound, records), time if trials[0]["rank"] else 1.0)
+        reached = [_reached(trial, target) for trial in trials] if target is not None else []
         lines.append(
-            f"| {name} | {shown} | {len(ends)} | {apart} | {_share(trials[0], cost.operations)} "
+            f"| {name} | {shown} | {len(trials)} | {apart} | {_share(trials[0], cost.operations)} "
             f"| {_share(trials[0], cost.time)} | {_until(trials[0], reached, cost)} |"
         )
     return "\n".join(lines)
@@ -87,12 +93,13 @@ def spectra(records: Sequence[Record]) -> str:
         found = [spectrum for trial in trials for spectrum in spectra_of(trial)]
         if name not in (FULL, LORA, RELORA) or not found:
             continue
+        matrices = len(found) // sum(bool(trial["spectra"]) for trial in trials)
         ranks = statistics.median(len(spectrum.values) for spectrum in found)
         effective = statistics.median(spectrum.effective_rank for spectrum in found)
         stable = statistics.median(spectrum.stable_rank for spectrum in found)
         lines.append(
             f"| {name} | {ranks:g} | {effective:.1f} | {stable:.1f} "
-            f"| {len(found) // len(trials)} matrices, {len(trials)} seeds |"
+            f"| {matrices} matrices, {len(found) // matrices} seeds |"
         )
     return "\n".join(lines)
 
@@ -117,13 +124,15 @@ def _end(trial: Record) -> float:
 
 
 def _mean_end(trials: Sequence[Record]) -> float | None:
-    return statistics.mean(map(_end, trials)) if trials else None
+    ends = [_end(trial) for trial in trials if not trial["diverged"]]
+    return statistics.mean(ends) if ends else None
 
 
 def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
     """Return the mean of the differences of trials from the same seed, and their deviation."""
-    of_seed = {trial["seed"]: _end(trial) for trial in others}
-    found = [_end(t) - of_seed[t["seed"]] for t in trials if t["seed"] in of_seed]
+    of_seed = {trial["seed"]: _end(trial) for trial in others if not trial["diverged"]}
+    compared = [t for t in trials if t["seed"] in of_seed and not t["diverged"]]
+    found = [_end(trial) - of_seed[trial["seed"]] for trial in compared]
     if not found:
         return "-"
     spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
@@ -132,7 +141,8 @@ def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
 
 def _operations(trial: Record, records: Iterable[Record]) -> float | None:
     """Return a step's operations after the warm start, of one's in full rank."""
-    full = next((r["flops"] / r["steps"] for r in records if r["arm"] == FULL), None)
+    whole = (r for r in records if r["arm"] == FULL and not r["diverged"])
+    full = next((r["flops"] / r["steps"] for r in whole), None)
     warm = round(trial["warm_start"] * trial["steps"])
     if full is None:
         return None
@@ -141,7 +151,7 @@ def _operations(trial: Record, records: Iterable[Record]) -> float | None:
 
 def _until(trial: Record, reached: Sequence[float | None], cost: Cost) -> str:
     steps = [step for step in reached if step is not None]
-    if trial["arm"] == LORA:
+    if trial["arm"] == LORA or not reached:
         return "-"
     if len(steps) < len(reached):
         return "not reached"

@@ -154,6 +154,19 @@ class TestState:
         for name, spectrum in again.measure().items():
             assert torch.equal(spectrum.values, expected[name].values)
 
+    def test_one_that_was_given_out_stays(self):
+        model, optimizer = sited()
+        spectra = relora.UpdateSpectra(model)
+        randomize_(model)
+        spectra.keep_()
+        given = spectra.state_dict()
+        before = {name: tensor.clone() for name, tensor in given.items()}
+        relora.restart_(model, optimizer)
+        randomize_(model)
+        spectra.keep_()
+        for name, tensor in given.items():
+            assert torch.equal(tensor, before[name])
+
     @pytest.mark.parametrize("spoil", ["more", "fewer", "shape"])
     def test_a_state_of_other_sites_is_refused_and_nothing_is_taken(self, spoil):
         model, _ = sited()
@@ -201,6 +214,20 @@ class TestRefusals:
             spectra.keep_()
         assert not any("lora" in name for name in spectra.state_dict())
         assert spectra.state_dict()["0.restart"] == 0
+
+    def test_a_factor_that_is_not_finite_has_no_spectrum(self):
+        for rank in (1, 2):
+            model, _ = sited(rank)
+            spectra = relora.UpdateSpectra(model)
+            randomize_(model)
+            next(relora.low_rank_sites(model))[1].lora_B.data[0, 0] = torch.nan
+            with pytest.raises(ValueError, match="0: the update is not finite"):
+                spectra.measure()
+
+    def test_no_target_at_all_is_refused(self):
+        model, _ = sited()
+        with pytest.raises(ValueError, match="targets is empty"):
+            relora.UpdateSpectra(model, [])
 
     def test_a_target_that_matches_nothing_is_refused(self):
         model, _ = sited()

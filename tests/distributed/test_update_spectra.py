@@ -1,9 +1,11 @@
 """The spectrum of what restarts merged is one process's, however the model is spread."""
 
 import math
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -133,3 +135,21 @@ def test_it_is_the_same_under_ddp(tmp_path):
 @pytest.mark.parametrize("sizes", [(2,), (2, 2)], ids=["2", "under FSDP2, 2 x 2"])
 def test_it_is_the_same_under_tensor_parallelism(tmp_path, sizes):
     compare(on_processes(split, math.prod(sizes), tmp_path / "ranks", sizes))
+
+
+def skipped(rank, world_size):
+    model = relora.add_low_rank_(Net(), "*", rank=RANK)
+    spectra = relora.UpdateSpectra(fully_shard(model), timeout=timedelta(seconds=3))
+    said = ""
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"rank 1\) did not come in 3 s") as caught:
+            spectra.keep_()
+        said = str(caught.value)
+        assert not any("lora" in name for name in spectra.state_dict())
+    dist.barrier()
+    return {"said": torch.tensor(len(said))}
+
+
+def test_a_process_that_skips_it_is_named(tmp_path):
+    first, _ = on_processes(skipped, 2, tmp_path / "ranks")
+    assert first["said"] > 0

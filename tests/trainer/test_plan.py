@@ -49,7 +49,7 @@ def test_what_is_said_is_what_is_done(tiny, tmp_path, capsys):
     assert "2 times 2 at once" in said["batch"]
     newest = checkpoint.complete(RUN / "checkpoints")[-1]
     size = sum(file.stat().st_size for file in newest.iterdir())
-    promised = float(re.search(r"of ([\d.]+) MB", said["files"])[1])
+    promised = float(re.search(r"then ([\d.]+) MB", said["files"])[1])
     assert size / 1e6 == pytest.approx(promised, rel=0.3)
     for file in RUN.iterdir():
         assert file.name in said["files"]
@@ -64,6 +64,8 @@ def test_a_run_that_is_there_is_gone_on_with(tiny, capsys):
         r"runs/first-run/data: tokens [\d,]+ of train, [\d,]+ of held_out", said["data"]
     )
     assert {file: file.stat().st_mtime_ns for file in Path().rglob("*")} == written
+    assert main(["train", "--resume", "--dry-run", "--optim.lr", "5"]) == 2
+    assert "was begun with another optim.lr" in capsys.readouterr().err
     assert main(["train", *tiny, "--dry-run"]) == 2
     assert "holds a run already" in capsys.readouterr().err
 

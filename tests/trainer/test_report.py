@@ -14,6 +14,7 @@ import pytest
 
 from reference_trainer.__main__ import main
 from reference_trainer.metrics import _line, read
+from reference_trainer.report.recorded import open_run
 from tests.trainer.conftest import TINY, records
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -137,6 +138,42 @@ def test_every_value_of_a_record_is_documented(runs):
         assert documented[event] == names
 
 
+def without(records, *names):
+    return [{k: v for k, v in record.items() if k not in names} for record in records]
+
+
+class TestOtherRuns:
+    def write(self, directory, records):
+        directory.mkdir()
+        (directory / "metrics.jsonl").write_text("".join(map(_line, records)))
+        return directory
+
+    def test_one_without_a_warm_start_is_handed_nothing_over(self, runs, tmp_path):
+        records = [
+            {**r, "phase": "relora"} if "phase" in r else r
+            for r in read(runs / "first-run/metrics.jsonl")
+        ]
+        run = open_run(self.write(tmp_path / "run", records))
+        assert run.handed_over is None
+        assert open_run(runs / "first-run").handed_over == 6
+
+    def test_ones_that_knew_less_are_shown_beside_others(self, runs, tmp_path):
+        lines = read(runs / "first-run/metrics.jsonl")
+        old = without(lines, "effective_ranks", "stable_ranks", "spectra", "peak_memory")
+        other = self.write(tmp_path / "old", old)
+        page = page_of(runs / "first-run", other, "--out", tmp_path / "page.html")
+        assert page.cells["relora.rank"] == ["4", "-"]
+        text = (tmp_path / "page.html").read_text()
+        assert "The same in all runs." in text
+
+    def test_the_last_steps_may_be_skipped_ones(self, runs, tmp_path):
+        lines = read(runs / "first-run/metrics.jsonl")
+        last = [r for r in lines if r["event"] != "step" or r["step"] < 19]
+        last.append({"event": "skipped", "step": 19, "phase": "relora", "loss": "nan"})
+        run = open_run(self.write(tmp_path / "run", last))
+        assert run.steps[0] == 20
+
+
 class TestRunsBesideEachOther:
     def test_each_has_a_column_and_what_differs_is_shown(self, runs, tmp_path):
         page = page_of(runs / "first-run", runs / "other", "--out", tmp_path / "page.html")
@@ -188,7 +225,9 @@ class TestWhileItRuns:
         watching = threading.Thread(target=main, args=[["report", str(half), "--watch", "1"]])
         watching.start()
         page = half / "report.html"
+        late = time.monotonic() + 60
         while not page.exists():
+            assert time.monotonic() < late
             time.sleep(0.05)
         assert '<meta http-equiv="refresh" content="1">' in page.read_text()
         finish()

@@ -275,6 +275,11 @@ def test_a_run_may_go_on_in_another_layout(tiny, precision, layouts):
             assert torch.equal(tensor, exported[name]), name
         else:
             torch.testing.assert_close(tensor, exported[name], atol=2e-3, rtol=0, msg=name)
+    (own,), (whole,) = (records(run, "end") for run in (again, Path("runs/whole")))
+    assert own["ranks"] == whole["ranks"]
+    within = 1e-3 if precision == "fp32" else 0.1
+    for name, values in whole["spectra"].items():
+        assert own["spectra"][name] == pytest.approx(values, rel=within, abs=within * values[0])
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from reference_trainer.__main__ import main
 from reference_trainer.study import tables
+from reference_trainer.study.picture import draw
 from reference_trainer.study.plans import TUNING_SEED
 
 ENDS = {
@@ -115,6 +116,24 @@ def test_ranks_of_the_change_are_medians_over_matrices(records):
         "2 matrices, 3 seeds",
     ]
     assert "LoRA" not in spectra
+
+
+def test_a_trial_that_diverged_is_counted_and_not_averaged(records, tmp_path):
+    broken = [
+        {**r, "diverged": True, "curve": r["curve"][:1], "spectra": {}, "flops": 40.0}
+        if r["seed"] == 0 and r["arm"] in ("full rank", "ReLoRA + warm start")
+        else r
+        for r in records
+    ]
+    found = rows(tables.outcomes(broken, ENDS, 0.9))
+    ends = ENDS["ReLoRA + warm start"][1:]
+    assert found["ReLoRA + warm start"][0].startswith(f"{statistics.mean(ends):.4f} ± ")
+    assert found["ReLoRA + warm start"][0].endswith(", 1 diverged")
+    assert found["LoRA"][3] == "0.75"
+    assert rows(tables.spectra(broken))["full rank"][3] == "2 matrices, 2 seeds"
+    draw([broken], tmp_path / "picture.png")
+    all_of_them = [{**r, "diverged": True} if r["arm"] == "LoRA" else r for r in records]
+    assert rows(tables.outcomes(all_of_them, ENDS, 0.9))["LoRA"][0] == "diverged"
 
 
 def test_a_study_of_which_little_is_known_is_shown_too(records):
