@@ -203,7 +203,7 @@ def test_a_bug_of_a_whole_restart_is_found(restart):
 
 
 def test_the_page_shows_what_its_example_says(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/how-to/prove-your-own.md").read_text()
     files = dict(re.findall(r"```python file=(\S+)\n(.*?)```", page, re.DOTALL))
     for name, text in files.items():
         (tmp_path / name).write_text(text)
