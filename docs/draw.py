@@ -29,6 +29,7 @@ from reference_trainer.report.picture import draw as draw_run
 from reference_trainer.report.recorded import open_run
 from reference_trainer.study import tables
 from reference_trainer.study.picture import draw as draw_study
+from reference_trainer.study.run import read as read_trials
 from reference_trainer.study.tables import Record
 from relora_core import layouts
 
@@ -249,7 +250,7 @@ def study(kind: str) -> str:
 def trials() -> dict[str, list[Record]]:
     """Return the study's records by size."""
     files = sorted(DOCS.glob("results/study/[0-9]*.jsonl"))
-    return {file.stem: list(map(json.loads, file.read_text().splitlines())) for file in files}
+    return {file.stem: read_trials(file) for file in files}
 
 
 def step_time(size: str) -> float:

@@ -225,11 +225,11 @@ def _run(directory: Path, given: dict[str, object]) -> Config:
 def _tell(lines: Iterable[str]) -> None:
     """Print what takes a while line by line."""
     for line in lines:
-        print(line, flush=True)  # noqa: T201
+        _say(line)
 
 
 def _say(*lines: str) -> None:
-    print(*lines, sep="\n")  # noqa: T201
+    print(*lines, sep="\n", flush=True)  # noqa: T201 - what the command was asked for
 
 
 if __name__ == "__main__":

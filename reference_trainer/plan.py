@@ -55,7 +55,7 @@ def plan(config: Config, *, processes: int, resume: bool) -> Iterator[str]:
     shape = shape_of(config, vocab_size_of(config, resume=resume))
     counted = {phase: count(config, shape, phase) for phase in phases(config)}
     first = next(iter(counted.values()))
-    whole = first.trained - first.factors + first.bases
+    whole = first.others + first.bases
     known = f"{shape.layers} blocks of width {shape.hidden_size}, {shape.vocab_size:,} tokens"
     yield _line("model", f"{known}: {whole:,} parameters")
     yield _line("data", _data(config, resume=resume))

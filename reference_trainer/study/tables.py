@@ -55,27 +55,29 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
         names: of the arms to show; those without a trial are left out.
         time: of a step with low-rank sites, of one in full rank, if it was measured.
     """
-    target = _mean_end(by_arm(records).get(LORA, []))
+    arms = by_arm(records)
+    target = _ends(arms.get(LORA, []))
     lines = [
         "| arm | held-out loss: mean ± deviation (lowest to highest) | seeds "
         f"| less {LORA} from the same seed | operations | time | of these until its loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, trials in by_arm(records).items():
+    for name, trials in arms.items():
         if name not in names:
             continue
-        ends = [_end(trial) for trial in trials if not trial["diverged"]]
+        ends = _ends(trials)
         if not ends:
             lines.append(f"| {name} | diverged | {len(trials)} | - | - | - | - |")
             continue
-        spread = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
-        shown = f"{statistics.mean(ends):.4f}{spread} ({min(ends):.4f} to {max(ends):.4f})"
+        shown = (
+            f"{statistics.mean(ends):.4f}{_deviation(ends)} ({min(ends):.4f} to {max(ends):.4f})"
+        )
         if len(ends) < len(trials):
             shown += f", {len(trials) - len(ends)} diverged"
-        apart = "-" if name == LORA else _apart(trials, by_arm(records).get(LORA, []))
+        apart = "-" if name == LORA else _apart(trials, arms.get(LORA, []))
         sound = next(trial for trial in trials if not trial["diverged"])
         cost = Cost(_operations(sound, records), time if trials[0]["rank"] else 1.0)
-        reached = [_reached(trial, target) for trial in trials] if target is not None else []
+        reached = [_reached(t, statistics.mean(target)) for t in trials] if target else []
         lines.append(
             f"| {name} | {shown} | {len(trials)} | {apart} | {_share(trials[0], cost.operations)} "
             f"| {_share(trials[0], cost.time)} | {_until(trials[0], reached, cost)} |"
@@ -123,9 +125,12 @@ def _end(trial: Record) -> float:
     return float("inf") if trial["diverged"] else float(trial["curve"][-1][1])
 
 
-def _mean_end(trials: Sequence[Record]) -> float | None:
-    ends = [_end(trial) for trial in trials if not trial["diverged"]]
-    return statistics.mean(ends) if ends else None
+def _ends(trials: Iterable[Record]) -> list[float]:
+    return [_end(trial) for trial in trials if not trial["diverged"]]
+
+
+def _deviation(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
 
 
 def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
@@ -135,8 +140,7 @@ def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
     found = [_end(trial) - of_seed[trial["seed"]] for trial in compared]
     if not found:
         return "-"
-    spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):+.4f}{spread}"
+    return f"{statistics.mean(found):+.4f}{_deviation(found)}"
 
 
 def _operations(trial: Record, records: Iterable[Record]) -> float | None:
