@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import socket
 import sys
@@ -24,6 +25,7 @@ from reference_trainer.report import run as pages
 from reference_trainer.report.picture import draw
 from reference_trainer.report.recorded import learned, open_run
 from reference_trainer.study import run as trials
+from reference_trainer.terminal import open_terminal
 from reference_trainer.train import train
 from reference_trainer.world import open_world, world_size
 
@@ -41,6 +43,8 @@ _EXAMPLES = """examples:
       go on after a crash, from the newest complete checkpoint
 """
 
+_QUIET = "--quiet", logging.WARNING, "no progress: results, warnings and errors only"
+_VERBOSE = "--verbose", logging.DEBUG, "a line for each record of a step and each checkpoint too"
 _LAUNCHERS = ("TORCHELASTIC", "SLURM")  # which count how often they have started a job again
 
 
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, unknown = parser().parse_known_args(arguments)
         if unknown:
             raise known.parser.unknown(unknown[0])
+        open_terminal(known.level)
         known.run(known)
     except (UserError, OSError) as error:
         if not isinstance(error, SharedError):  # which is told already
@@ -98,15 +103,31 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, help: str, *, usage: str | None = None, verbose: bool = False
+    ) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
-            name, help=help, description=help, formatter_class=formatting, allow_abbrev=False
+            name,
+            help=help,
+            usage=usage and f"{whole.prog} {name} {usage}",
+            description=help,
+            formatter_class=formatting,
+            allow_abbrev=False,
         )
         made.set_defaults(parser=made)
         made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        heard = made.add_mutually_exclusive_group()
+        for option, level, help in (_QUIET, _VERBOSE) if verbose else (_QUIET,):
+            heard.add_argument(option, action="store_const", dest="level", const=level, help=help)
+        made.set_defaults(level=logging.INFO)
         return made
 
-    one = command("train", "train a model, export it and draw its picture")
+    one = command(
+        "train",
+        "train a model, export it and draw its picture",
+        usage="[--config FILE] [--resume] [--dry-run [PROCESSES]] [--OPTION VALUE ...]",
+        verbose=True,
+    )
     one.epilog = _EXAMPLES
     one.add_argument("--config", type=Path, help="a YAML file of options; the command line wins")
     one.add_argument(
@@ -125,13 +146,21 @@ def parser() -> argparse.ArgumentParser:
     options.add_options(one)
     one.set_defaults(run=_train)
 
-    one = command("prepare", "tokenize text into memory-mapped shards, once for many runs")
+    one = command(
+        "prepare",
+        "tokenize text into memory-mapped shards, once for many runs",
+        usage="[--config FILE] [--data.OPTION VALUE ...] OUT",
+    )
     one.add_argument("out", type=Path, help="the directory to make; give it to --data.prepared")
     one.add_argument("--config", type=Path, help="a YAML file of options; the command line wins")
     options.add_options(one, only="data")
     one.set_defaults(run=_prepare)
 
-    one = command("export", "write a run's newest checkpoint as a merged Hugging Face Llama")
+    one = command(
+        "export",
+        "write a run's newest checkpoint as a merged Hugging Face Llama",
+        usage="[--parallel.OPTION VALUE ...] RUN",
+    )
     one.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
     options.add_options(one, only="parallel")
     one.set_defaults(run=_export)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from reference_trainer import checkpoint, options
-from reference_trainer.config import Config, phases
+from reference_trainer.config import Config
 from reference_trainer.data import open_windows
 from reference_trainer.documents import sources
 from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory
 from reference_trainer.model import Llama
+from reference_trainer.phases import phases
 from reference_trainer.prepare import SPLITS, prepare, read_index, verify_data
 from reference_trainer.pretrained import check_weights, copy_config, read_shape, shape_of
 from reference_trainer.stage import prepare_

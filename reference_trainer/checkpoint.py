@@ -6,7 +6,6 @@ checkpoints/step-00000200/
     manifest.json                     checksums; written last, so it marks completeness
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from reference_trainer.errors import DamagedError, UserError
 from reference_trainer.sealed import read_json, read_sealed, verify
+from reference_trainer.terminal import log
 from reference_trainer.world import World
 
 FORMAT, MANIFEST, STATE = 3, "manifest.json", "state.json"
@@ -66,7 +65,7 @@ def find(directory: Path, world: World) -> Path | None:
     if world.first:
         for damage in damages:
             goes_on = f"going on from {Path(newest).name}" if newest else "beginning again"
-            tqdm.write(f"warning: {damage}: {goes_on}", file=sys.stderr)
+            log.warning(f"{damage}: {goes_on}")
     return Path(newest) if newest else None
 
 

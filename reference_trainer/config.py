@@ -334,32 +334,3 @@ class Config:
     def checkpoints(self) -> Path:
         """Where the run's checkpoints lie."""
         return self.directory / "checkpoints"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the run with one set of trainable parameters.
-
-    Args:
-        name: "warm-start" or "relora".
-        start: its first step, counted over the whole run.
-        stop: the step after its last.
-        low_rank: whether the targets are low-rank sites.
-    """
-
-    name: str
-    start: int
-    stop: int
-    low_rank: bool
-
-
-def phases(config: Config) -> list[Phase]:
-    """Return the run's phases in order, without empty ones.
-
-    Examples:
-        >>> [phase.name for phase in phases(Config())]
-        ['warm-start', 'relora']
-    """
-    warm = config.relora.warm_start
-    both = [Phase("warm-start", 0, warm, False), Phase("relora", warm, config.steps, True)]
-    return [phase for phase in both if phase.start < phase.stop]

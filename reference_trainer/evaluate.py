@@ -31,4 +31,4 @@ def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> f
             logits, mine[:, 1:].flatten(), reduction="sum", ignore_index=_IGNORED
         )
     model.reshard()  # type: ignore[operator]
-    return world.mean(total) * world.size / (count * config.batch.length)
+    return world.sum(total) / (count * config.batch.length)

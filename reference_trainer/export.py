@@ -7,9 +7,10 @@ from pathlib import Path
 
 import relora_core as relora
 from reference_trainer import checkpoint
-from reference_trainer.config import Config, phases
+from reference_trainer.config import Config
 from reference_trainer.files import write_whole
 from reference_trainer.model import LlamaShape
+from reference_trainer.phases import phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.stage import build_stage, fill_

@@ -1,5 +1,6 @@
 """What happens in a run, turned into records and lines on the terminal."""
 
+import logging
 import statistics
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from reference_trainer.metrics import Metrics
 from reference_trainer.peak import PeakMemory
 from reference_trainer.rank import ranks_of, values_of
 from reference_trainer.stage import Stage
+from reference_trainer.terminal import hidden, log
 from reference_trainer.world import World
 
 
@@ -41,11 +43,10 @@ class Journal:
 
     def steps(self, start: int) -> Iterator[int]:
         """Iterate over the phase's steps from `start`, with a progress bar on a terminal."""
-        quiet = None if self.world.first else True  # None: unless there is no terminal
         with tqdm(
             total=self.config.steps,
             initial=start,
-            disable=quiet,
+            disable=hidden() if self.world.first else True,
             desc=self.stage.phase.name,
             unit="step",
         ) as bar:
@@ -67,9 +68,7 @@ class Journal:
         if skipped:
             found = {"loss": str(loss.item()), "gradient_norm": str(norm.item())}
             self.metrics.write("skipped", step, phase=self.stage.phase.name, **found)
-            self._say(
-                f"step {step}: skipped, with a loss of {loss:.3g} and a gradient of {norm:.3g}"
-            )
+            self._warn(step, f"skipped, with a loss of {loss:.3g} and a gradient of {norm:.3g}")
         else:
             self._losses.append(loss)
         last = (step + 1) % self.config.log.every == 0 or step + 1 == self.stage.phase.stop
@@ -78,7 +77,7 @@ class Journal:
         mean = self.world.mean(torch.stack(self._losses).mean())
         if is_spike(mean, self._means):
             self.metrics.write("spike", step, phase=self.stage.phase.name, loss=mean)
-            self._say(f"step {step}: the loss jumped to {mean:.3f}")
+            self._warn(step, f"the loss jumped to {mean:.3f}")
         self._means.append(mean)
         tokens = len(self._losses) * self.config.batch.sequences * self.config.batch.length
         speed = tokens / self._seconds
@@ -92,56 +91,59 @@ class Journal:
             peak_memory=self.world.largest(self._peak.bytes()),
             **{f"lr_{name}": rate for name, rate in rates.items()},
         )
-        restarts = self.stage.restarts
-        done = restarts.count(step - self.stage.phase.start) if restarts else 0
-        self._bar.set_postfix_str(
-            f"loss {mean:.3f}, lr {max(rates.values()):.1e}, {speed:,.0f} tokens/s, "
-            f"{done} restarts",
-            refresh=False,
-        )
+        done = self.stage.phase.restarts(step)
+        shown = f"loss {mean:.3f}, lr {max(rates.values()):.1e}, {speed:,.0f} tokens/s"
+        self._bar.set_postfix_str(f"{shown}, {done} restarts", refresh=False)
+        self._say(logging.DEBUG, step, shown)
         self._losses, self._seconds = [], 0.0
 
     def restart(self, step: int, report: relora.RestartReport) -> None:
         """Record the restart that ran before `step`."""
         seconds = time.perf_counter() - self._began
         norms = list(report.update_norms.values())
-        assert self.stage.restarts is not None
+        number = self.stage.phase.restarts(step)
         self.metrics.write(
             "restart",
             step,
-            restart=self.stage.restarts.count(step - self.stage.phase.start),
+            restart=number,
             sites=report.sites,
             mean_update_norm=sum(norms) / len(norms),
             zeroed_fraction=report.zeroed_fraction,
             seconds=seconds,
             **ranks_of(self._spectra()),
         )
+        merged = f"restart {number}: {report.sites} matrices merged"
+        self._say(logging.INFO, step, f"{merged}, {report.zeroed_fraction:.1%} of moments zeroed")
         self._began = time.perf_counter()
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record the held-out loss before `step`."""
         self.metrics.write("evaluation", step, phase=self.stage.phase.name, held_out_loss=loss)
-        steps, name = self.config.steps, self.stage.phase.name
-        self._say(f"step {step:>6} of {steps}  {name:<10}  held-out loss {loss:.4f}")
+        self._say(logging.INFO, step, f"held-out loss {loss:.4f}")
         self._began = time.perf_counter()
 
     def end(self) -> None:
         """Record the spectra that the phase has reached, its last cycle counted as merged."""
-        if self.stage.spectra is None or self.stage.restarts is None:
+        if self.stage.spectra is None:
             return
         spectra, phase = self._spectra(), self.stage.phase
         self.metrics.write(
             "end",
             phase.stop,
             phase=phase.name,
-            cycles=self.stage.restarts.count(phase.stop - 1 - phase.start) + 1,
+            cycles=phase.cycles,
             **ranks_of(spectra),
             spectra={name: values_of(spectrum) for name, spectrum in spectra.items()},
         )
 
-    def _say(self, line: str) -> None:
+    def _say(self, level: int, step: int, what: str) -> None:
         if self.world.first:
-            tqdm.write(line)
+            name, steps = self.stage.phase.name, self.config.steps
+            log.log(level, f"step {step:>{len(str(steps))}} of {steps}  {name:<10}  {what}")
+
+    def _warn(self, step: int, what: str) -> None:
+        if self.world.first:
+            log.warning(f"step {step}: {what}")
 
     def _spectra(self) -> dict[str, relora.Spectrum]:
         return self.stage.spectra.measure() if self.stage.spectra is not None else {}

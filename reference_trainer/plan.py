@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from reference_trainer.begin import vocab_size_of
-from reference_trainer.config import Config, Phase, phases
+from reference_trainer.config import Config
 from reference_trainer.documents import sources
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import compute_dtype
+from reference_trainer.phases import Phase, phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.stage import prepare_
 from reference_trainer.world import choose_device
-from relora_core import Restarts, low_rank_sites
+from relora_core import low_rank_sites
 
 _MOMENTS = 2  # AdamW's, of each trained number
 
@@ -79,8 +80,7 @@ def count(config: Config, shape: LlamaShape, phase: Phase) -> Numbers:
     sites = [site for _, site in low_rank_sites(model)]
     factors = sum(site.lora_A.numel() + site.lora_B.numel() for site in sites)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    cycles = _clock(config).count(phase.stop - 1 - phase.start) + 1
-    bounds = [min(*site.weight.shape, cycles * site.rank) for site in sites]
+    bounds = [min(*site.weight.shape, phase.cycles * site.rank) for site in sites]
     bases = sum(site.weight.numel() for site in sites)
     return Numbers(bases, factors, trained - factors, len(sites), max(bounds, default=0))
 
@@ -137,8 +137,8 @@ def _memory(config: Config, numbers: Numbers, processes: int) -> str:
 
 
 def _restarts(config: Config, phase: Phase, numbers: Numbers) -> Iterator[str]:
-    options, clock = config.relora, _clock(config)
-    steps = [s for s in range(phase.start, phase.stop) if clock.at(s - phase.start)]
+    options = config.relora
+    steps = [step for step in range(phase.start, phase.stop) if phase.restarts_at(step)]
     shown = ", ".join(f"{step:,}" for step in steps[:4]) + (", ..." if len(steps) > 4 else "")
     yield _line("restarts", f"{len(steps)}" + (f", before steps {shown}" if steps else ""))
     if not steps:
@@ -171,10 +171,6 @@ def _files(config: Config, counted: list[Numbers], *, resume: bool) -> Iterator[
     yield _line("", f"checkpoints/ after every {every:,} steps, of {shown} MB each,")
     yield _line("", f"of which the newest {keep} stay,")
     yield _line("", "export/ with the merged model, as a Hugging Face Llama")
-
-
-def _clock(config: Config) -> Restarts:
-    return Restarts(every=config.relora.every, warmup=config.relora.warmup)
 
 
 def _line(name: str, text: str) -> str:

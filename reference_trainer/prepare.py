@@ -16,6 +16,7 @@ from reference_trainer.config import DataConfig
 from reference_trainer.documents import documents, sources
 from reference_trainer.errors import DamagedError, UserError, one_line
 from reference_trainer.sealed import checksum, read_sealed, verify, write_sealed
+from reference_trainer.terminal import hidden
 from reference_trainer.tokenizer import load_tokenizer
 
 SPLITS = ("train", "held_out")
@@ -70,8 +71,7 @@ def prepare(config: DataConfig, directory: Path) -> Index:
     size = sum(path.stat().st_size for path in paths)
     label = f"tokenizing {len(paths)} files"
     try:
-        # disable=None: a bar only where there is a terminal
-        with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=hidden()) as bar:
             for path in paths:
                 found = documents(path, config.text_field)
                 while batch := list(itertools.islice(found, _BATCH_DOCUMENTS)):

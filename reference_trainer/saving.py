@@ -24,6 +24,7 @@ from reference_trainer.errors import SharedError
 from reference_trainer.files import write_whole
 from reference_trainer.sealed import checksum, write_sealed
 from reference_trainer.streamed import StreamedWriter
+from reference_trainer.terminal import log
 from reference_trainer.world import World
 
 
@@ -164,6 +165,7 @@ class Saver:
         for old in self._directory.glob("step-*"):
             if old.name < target.name and old not in kept:  # incomplete ones too
                 _remove(old)
+        log.debug(f"written: {target}")
 
 
 def _give_way() -> None:

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from reference_trainer.errors import DamagedError
 from reference_trainer.files import write_whole
+from reference_trainer.terminal import hidden
 
 _SEAL = "sha256"
 # Where there is a terminal, and what it waits for takes long.
-_BAR: dict[str, Any] = {"desc": "verifying", "unit": "file", "disable": None, "delay": 2}
 _LARGEST = 2**28  # bytes: no JSON of ours comes near it
 
 
@@ -37,8 +37,9 @@ def verify(directory: Path, checksums: Mapping[str, str]) -> None:
             raise DamagedError(f"{directory / name} is damaged (it is absent)")
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
         found = pool.map(checksum, (directory / name for name in checksums))
-        each = tqdm(zip(checksums, found, strict=True), total=len(checksums), **_BAR)
-        for name, actual in each:
+        total, pairs = len(checksums), zip(checksums, found, strict=True)
+        bar = tqdm(pairs, "verifying", total, unit="file", delay=2, disable=hidden())
+        for name, actual in bar:
             if actual != checksums[name]:
                 raise DamagedError(f"{directory / name} is damaged (its checksum is another)")
 

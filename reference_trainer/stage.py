@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import relora_core as relora
 from reference_trainer import checkpoint
-from reference_trainer.config import Config, Phase, ReLoRAConfig
+from reference_trainer.config import Config, ReLoRAConfig
 from reference_trainer.errors import UserError
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import build, compute_dtype, init_weights_, rows_of
+from reference_trainer.phases import Phase
 from reference_trainer.pretrained import fill_from_
 from reference_trainer.rank import spread
 from reference_trainer.saving import Saver
@@ -55,7 +57,6 @@ class Stage:
         model: sharded.
         parameters: those that are trained, by plain name.
         optimizer: theirs, with groups "adapters", "matrices" and "norms".
-        restarts: the clock, in steps of the phase; None without low-rank sites.
         schedule: of the learning rate.
         spectra: of what the updates of some sites have added to their W; None if none is followed.
     """
@@ -64,20 +65,19 @@ class Stage:
     model: Llama
     parameters: dict[str, nn.Parameter]
     optimizer: relora.ResettableOptimizer
-    restarts: relora.Restarts | None
     schedule: LRScheduler
     spectra: relora.UpdateSpectra | None
 
-    def restarts_at(self, step: int) -> bool:
-        """Whether a restart runs before the run's `step`."""
-        return self.restarts is not None and self.restarts.at(step - self.phase.start)
-
-    def restart_(self, config: ReLoRAConfig) -> relora.RestartReport:
+    def restart_(self, config: ReLoRAConfig, patience: timedelta) -> relora.RestartReport:
         """Merge, redraw and prune; what is followed is kept first."""
         if self.spectra is not None:
             self.spectra.keep_()
         return relora.restart_(
-            self.model, self.optimizer, prune_ratio=config.prune_ratio, masks=config.masks
+            self.model,
+            self.optimizer,
+            prune_ratio=config.prune_ratio,
+            masks=config.masks,
+            timeout=patience,
         )
 
     def step(self, *, skip: bool) -> None:
@@ -162,15 +162,14 @@ def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
     )
     envelope = Envelope(phase.start, config.steps, config.optim.warmup, config.optim.min_ratio)
     schedule: LRScheduler = LambdaLR(optimizer, envelope)
-    restarts = None
-    if phase.low_rank:
-        restarts = relora.Restarts(every=config.relora.every, warmup=config.relora.warmup)
-        schedule = relora.JaggedLR(schedule, restarts)
+    if phase.clock is not None:
+        schedule = relora.JaggedLR(schedule, phase.clock)
     spectra = None
     if phase.low_rank and config.log.rank_sites:
         names = [name for name, _ in relora.low_rank_sites(model)]
-        spectra = relora.UpdateSpectra(model, spread(names, config.log.rank_sites))
-    return Stage(phase, model, parameters, optimizer, restarts, schedule, spectra)
+        followed = spread(names, config.log.rank_sites)
+        spectra = relora.UpdateSpectra(model, followed, timeout=world.patience)
+    return Stage(phase, model, parameters, optimizer, schedule, spectra)
 
 
 def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
@@ -216,8 +215,8 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
         stage.take_bases_(tensors)
         return stage.phase.start
 
-    if continues and stage.spectra is not None and stage.restarts is not None:
-        stage.spectra.reserve_(stage.restarts.count(position.step - 1 - stage.phase.start))
+    if continues and stage.spectra is not None:
+        stage.spectra.reserve_(stage.phase.restarts(position.step - 1))
     checkpoint.load_(
         source,
         position,

@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1 of the ReLoRA paper, phase by phase."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from reference_trainer import checkpoint
 from reference_trainer.begin import begun, check, check_same, fixed, open_directory
-from reference_trainer.config import Config, phases
+from reference_trainer.config import Config
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
 from reference_trainer.errors import Stopped
@@ -21,11 +22,35 @@ from reference_trainer.interruption import Interruption
 from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
+from reference_trainer.phases import phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.saving import Saver
 from reference_trainer.stage import Stage, build_stage, fill_, save
 from reference_trainer.world import World, open_world, world_size
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the phases of a run share.
+
+    Args:
+        config: the run.
+        world: its processes.
+        batches: to train on, by step.
+        held_out: what is evaluated on.
+        metrics: where records go.
+        saver: of checkpoints.
+        interruption: what may ask it to stop.
+    """
+
+    config: Config
+    world: World
+    batches: Batches
+    held_out: Windows
+    metrics: Metrics
+    saver: Saver
+    interruption: Interruption
 
 
 def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
@@ -68,31 +93,21 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
             config.checkpoints, world, fixed=fixed(config), keep=keep, keep_every=keep_every
         )
         interruption = Interruption(config.checkpoint.stop_after)
-        with writer as metrics, saver, interruption:
+        run = Run(config, world, batches, held_out, writer, saver, interruption)
+        with writer, saver, interruption:
             known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
-            metrics.write("start", step, **environment(world.device), **known)
+            writer.write("start", step, **environment(world.device), **known)
             for phase in phases(config):
                 if step < phase.stop:
                     stage = build_stage(config, phase, shape, world)
                     step = fill_(stage, config, newest, world)
-                    sources = (batches, held_out, interruption)
-                    newest = train_stage(stage, config, step, *sources, metrics, saver, world)
+                    newest = train_stage(stage, step, run)
                     step = phase.stop
                     del stage  # its memory is the next phase's
         export(config, world)
 
 
-def train_stage(
-    stage: Stage,
-    config: Config,
-    start: int,
-    batches: Batches,
-    held_out: Windows,
-    interruption: Interruption,
-    metrics: Metrics,
-    saver: Saver,
-    world: World,
-) -> Path:
+def train_stage(stage: Stage, start: int, run: Run) -> Path:
     """Train `stage` from the run's step `start` to its phase's end; return the last checkpoint.
 
     A step without a finite loss and gradient, on whatever process, is skipped on all of them:
@@ -103,26 +118,26 @@ def train_stage(
             cannot be written.
         Stopped: if the run is asked to stop.
     """
-    model, phase = stage.model, stage.phase
+    config, world, saver, phase = run.config, run.world, run.saver, stage.phase
     micro_steps = config.batch.micro_steps(world.size)
-    journal = Journal(config, stage, metrics, world)
+    journal = Journal(config, stage, run.metrics, world)
     latest, skipped = Path(), 0
     if start == phase.start:
-        journal.evaluation(start, evaluate(model, held_out, config, world))
+        journal.evaluation(start, evaluate(stage.model, run.held_out, config, world))
 
     for step in journal.steps(start):
-        if stage.restarts_at(step):
+        if phase.restarts_at(step):
             try:
-                report = stage.restart_(config.relora)
+                report = stage.restart_(config.relora, world.patience)
             except ValueError as error:
                 world.refuse(f"the restart at step {step} was refused: {error}")
             journal.restart(step, report)
 
-        loss = forward_backward(model, batches.at(step), micro_steps, world)
+        loss = forward_backward(stage.model, run.batches.at(step), micro_steps, world)
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         broken, stop, save_now, unsaved = world.any(
-            ~(loss + norm).isfinite(), *interruption.asked(), saver.failed
+            ~(loss + norm).isfinite(), *run.interruption.asked(), saver.failed
         )
         if unsaved:
             saver.wait()  # which raises what has happened
@@ -133,7 +148,7 @@ def train_stage(
 
         done, last = step + 1, step + 1 == phase.stop
         if done % config.log.evaluate_every == 0 or last:
-            journal.evaluation(done, evaluate(model, held_out, config, world))
+            journal.evaluation(done, evaluate(stage.model, run.held_out, config, world))
         given_up = skipped == config.optim.most_skips
         ends = last or given_up or stop
         if last:

@@ -20,6 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reference_trainer.config import ParallelConfig
 from reference_trainer.errors import SharedError, UserError, one_line
+from relora_core import OutOfStepError
+
+_GOES_ON = "`train --resume` goes on from the newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,15 @@ class World:
         group = dist.new_group(backend="gloo", timeout=self.patience)
         return replace(self, device=torch.device("cpu"), group=group)
 
-    def mean(self, value: Tensor) -> float:
-        """Return the mean of a scalar over the processes."""
+    def sum(self, value: Tensor) -> float:
+        """Return the sum of a scalar over the processes."""
         value = value.detach().clone()
         dist.all_reduce(value, group=self.group)
-        return value.item() / self.size
+        return value.item()
+
+    def mean(self, value: Tensor) -> float:
+        """Return the mean of a scalar over the processes."""
+        return self.sum(value) / self.size
 
     def largest(self, value: int) -> int:
         """Return the largest of the processes' values."""
@@ -127,7 +134,7 @@ class World:
     def tell(self, line: str) -> None:
         """Have the first process print a line, for which all wait.
 
-        A launcher kills the others as soon as one process has left, whether they told or not.
+        A launcher kills the first as soon as another has left, whether it has told or not.
         """
         if self.first:
             sys.stderr.write(line + "\n")
@@ -135,8 +142,8 @@ class World:
         self.barrier()
 
     def barrier(self) -> None:
-        """Wait for every process."""
-        self.share(None)
+        """Wait for every process: none goes on before all have come."""
+        self.any(False)
 
 
 def world_size() -> int:
@@ -184,6 +191,8 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         world = lay_world(config, device)
         yield world
         world.barrier()  # a process that leaves while another still connects can abort it
+    except OutOfStepError as error:
+        raise UserError(f"{error}: {_GOES_ON}") from error
     except RuntimeError as error:
         # Those of gloo have no class of their own.
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
@@ -212,5 +221,5 @@ def _lost(patience: timedelta, error: RuntimeError) -> str:
     return (
         f"{len(absent)} of {len(ranks)} processes (rank {shown}) ended, which their own log "
         f"explains, or did not answer for {minutes} (parallel.timeout): "
-        "`train --resume` goes on from the newest checkpoint"
+        f"{_GOES_ON}"
     )

@@ -9,16 +9,19 @@ from relora_core.pruning import magnitude_prune_, random_prune_
 from relora_core.register import is_low_rank, register_low_rank, remove_low_rank
 from relora_core.reset import ResetReport, reset_optimizer_
 from relora_core.restart import RestartReport, restart_
+from relora_core.roll_call import OutOfStepError
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.serialization import base_state_dict, merged_state_dict, save_merged
-from relora_core.sites import Site, add_low_rank_, clean_name, low_rank_sites, merge_, reinit_
+from relora_core.sites import Site, clean_name, low_rank_sites, merge_, reinit_
 from relora_core.spectrum import Spectrum
+from relora_core.targets import add_low_rank_
 from relora_core.update_spectra import UpdateSpectra
 
 __all__ = [
     "JaggedCosine",
     "JaggedLR",
     "LowRank",
+    "OutOfStepError",
     "ResetReport",
     "ResettableOptimizer",
     "RestartReport",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,12 +70,21 @@ def sharding(tensor: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
 
 def shard_sum(counts: Tensor, like: Tensor | None) -> Tensor:
     """Add `counts` up, in place, over the processes that `like` is split over."""
+    return _reduced(counts, like, dist.ReduceOp.SUM)
+
+
+def shard_max(values: Tensor, like: Tensor) -> Tensor:
+    """Take the largest of `values`, in place, over the processes that `like` is split over."""
+    return _reduced(values, like, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, like: Tensor | None, operation: Any) -> Tensor:
     split = None if like is None else sharding(like)
     if split is not None:
         mesh, dims = split
         for dim in dims:
-            dist.all_reduce(counts, group=mesh.get_group(dim))
-    return counts
+            dist.all_reduce(values, operation, group=mesh.get_group(dim))
+    return values
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -279,7 +289,7 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     placed = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return placed.to_local()
+    return placed.to_local().to(like.device)  # FSDP2's CPU offload: not the mesh's device
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_core._sharding import copy_from_full_, full
+from relora_core.files import replaced
 from relora_core.peft_format import (
     CONFIG,
     TENSORS,
@@ -22,7 +23,7 @@ from relora_core.peft_format import (
     read_scales,
     read_tensors,
 )
-from relora_core.roll_call import roll_call
+from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
 
 _PREFIX = "base_model.model."
@@ -75,27 +76,26 @@ def save_adapters(
     sites = dict(sites_of(model))
     forms = {name: _form(name, site) for name, site in sites.items()}
     writes = not dist.is_initialized() or dist.get_rank() == 0
+    scales = {name: site.scale for name, site in sites.items()}
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         A, B = full(site.lora_A.detach()), full(site.lora_B.detach())
-        if not (A.isfinite().all() and B.isfinite().all() and math.isfinite(site.scale)):
+        if not (A.isfinite().all() and B.isfinite().all() and math.isfinite(scales[name])):
             raise ValueError(f"{name}: a factor or the scale is not finite")
         if writes:
             tensors |= {
                 f"{_PREFIX}{name}.{key}": tensor.cpu().clone(memory_format=torch.contiguous_format)
                 for key, tensor in forms[name].to_peft(A, B).items()
             }
-    scales = {name: site.scale for name, site in sites.items()}
     ranks = {name: site.rank for name, site in sites.items()}
     config = json.dumps(configuration(ranks, scales, base and os.fspath(base)), indent=2)
-    keys = {n: asdict(_Key(s.low_rank.seed, s.restart, s.scale)) for n, s in sites.items()}
+    keys = {n: asdict(_Key(s.low_rank.seed, s.restart, scales[n])) for n, s in sites.items()}
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
-        partials = directory / f"{TENSORS}.partial", directory / f"{CONFIG}.partial"
-        save_file(tensors, partials[0], metadata={"format": "pt", "relora": json.dumps(keys)})
-        partials[1].write_text(config + "\n", encoding="utf-8")
-        partials[0].replace(directory / TENSORS)
-        partials[1].replace(directory / CONFIG)
+        metadata = {"format": "pt", "relora": json.dumps(keys)}
+        with replaced(directory / CONFIG) as written, replaced(directory / TENSORS) as partial:
+            save_file(tensors, partial, metadata=metadata)
+            written.write_text(config + "\n", encoding="utf-8")
     return directory
 
 
@@ -115,7 +115,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ValueError: if a file is absent, damaged or of something else than W + s B A, or does not
             fit the model, or the model's parameters are FSDP's gathered copies. Nothing is changed
             then.
-        RuntimeError: of processes that share the model, if one of them refuses or does not come.
+        OutOfStepError: of processes that share the model, if one of them refuses or does not come.
             Nothing is changed then.
 
     Examples:
@@ -125,12 +125,8 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         >>> load_adapters(model, save_adapters(model, tempfile.mkdtemp()))
     """
     sites = dict(sites_of(model))
-    try:
+    with agreed(model, f"load_adapters of {len(sites)} sites", _PATIENCE):
         found = _read(sites, Path(directory))
-    except ValueError as error:
-        roll_call(model, f"load_adapters, which refuses: {error}", _PATIENCE)
-        raise
-    roll_call(model, f"load_adapters of {len(found)} sites", _PATIENCE)
     with torch.no_grad():
         for name, (A, B, scale, key) in found.items():
             low_rank = sites[name].low_rank

@@ -58,7 +58,7 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
     world size makes the same; the global generator is left alone.
 
     Args:
-        tensor: any shape and dtype, changed in place.
+        tensor: floating point, any shape, changed in place.
         ratio: from 0 to 1; 1 zeroes everything.
         seed: of the choice.
 

@@ -118,13 +118,17 @@ def reset_optimizer_(
     reset = Reset(prune_ratio, masks, rule, reset_step)
     params = list(params)
     states = plan_reset(optimizer, params, reset)
+    refuse_nan(states)
     return apply_reset_(states, reset, [f"{seed}/{index}" for index in range(len(params))])
 
 
 def plan_reset(
     optimizer: Optimizer, params: Iterable[nn.Parameter], reset: Reset
 ) -> list[ParameterState]:
-    """Return the states that a reset will change, or raise what `reset_optimizer_` raises."""
+    """Return the states that a reset will change, or raise what `reset_optimizer_` raises.
+
+    Without communication, and without a look at values: `refuse_nan` is for those.
+    """
     states = find_states(optimizer, params)
     for state in states:
         if state.factors and not state.moments and reset.prune_ratio < 1:
@@ -144,6 +148,11 @@ def plan_reset(
                 "the optimizer counts no steps for each parameter, so there is none to reset: "
                 "leave reset_step out"
             )
+    return states
+
+
+def refuse_nan(states: Sequence[ParameterState]) -> None:
+    """Raise ValueError if a moment holds NaN, on any of the processes that it is split over."""
     moments = (moment.values() for state in states for moment in state.moments)
     factors = (factor for state in states for factor in state.factors)
     if has_nan(itertools.chain(moments, factors)):
@@ -151,7 +160,6 @@ def plan_reset(
             "the optimizer's moments hold NaN, which has no magnitude: go back to a checkpoint "
             "from before, and skip steps whose gradients are not finite"
         )
-    return states
 
 
 @torch.no_grad()

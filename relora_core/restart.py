@@ -1,6 +1,7 @@
 """The restart: the inner block of Algorithm 1 as one call that does everything or nothing."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
@@ -9,10 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._sharding import full, shard_sum, sharding
+from relora_core._sharding import local, shard_max, shard_sum, sharding
 from relora_core.pruning import to_floats
-from relora_core.reset import Masks, Reset, ResetReport, Rule, apply_reset_, plan_reset
-from relora_core.roll_call import roll_call
+from relora_core.reset import (
+    Masks,
+    Reset,
+    ResetReport,
+    Rule,
+    apply_reset_,
+    plan_reset,
+    refuse_nan,
+)
+from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
 from relora_core.update import Update
 
@@ -72,8 +81,8 @@ def restart_(
     Raises:
         ValueError: if there is no site, a factor is not finite, or the reset refuses. Nothing is
             changed then.
-        RuntimeError: if a process does not call it in time, or otherwise than the others; it names
-            them. Nothing is changed then.
+        OutOfStepError: if a process does not call it in time, or otherwise than the others, or
+            refuses alone; it names them. Nothing is changed then, on any process.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -86,17 +95,20 @@ def restart_(
     """
     reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
-    roll_call(model, _call(sites, reset), timeout)
+    call = _call(sites, reset)
     factors = {
         f"{site.low_rank.seed}/{name}/{site.restart}/{which}": factor
         for name, site in sites
         for which, factor in (("lora_A", site.lora_A), ("lora_B", site.lora_B))
         if factor.requires_grad
     }
-    states = plan_reset(optimizer, factors.values(), reset)
-    updates = [site.update() for _, site in sites]
-    norms = update_norms(sites, updates)
-    refuse_overflow(sites, norms)
+    with agreed(model, call, timeout):  # before any communication
+        states = plan_reset(optimizer, factors.values(), reset)
+    with agreed(model, call, timeout):  # of what only one of them may see
+        refuse_nan(states)
+        updates = [site.update() for _, site in sites]
+        norms = update_norms(sites, updates)
+        refuse_overflow(sites, norms)
 
     for (_, site), update in zip(sites, updates, strict=True):
         site.merge_(update)
@@ -110,16 +122,26 @@ def update_norms(sites: list[tuple[str, Site]], updates: list[Update]) -> dict[s
 
     Sites that are sharded over the same processes share one collective.
     """
+    squares = _over_shards(sites, [update.square() for update in updates], shard_sum)
+    roots = [math.sqrt(max(square, 0.0)) for square in squares]  # rounded below 0; NaN stays NaN
+    return {name: root for (name, _), root in zip(sites, roots, strict=True)}
+
+
+def _over_shards(
+    sites: list[tuple[str, Site]],
+    values: list[Tensor],
+    reduced: Callable[[Tensor, Tensor], Tensor],
+) -> list[float]:
+    """Return a scalar of each site, reduced over the processes that the site's W is split over."""
     together: dict[object, list[int]] = {}
     for index, (_, site) in enumerate(sites):
-        place = (sharding(site.weight), site.weight.device, updates[index].A.dtype)
+        place = (sharding(site.weight), values[index].device, values[index].dtype)
         together.setdefault(place, []).append(index)
-    squares: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
     for members in together.values():
-        own = torch.stack([updates[index].square() for index in members])
-        squares |= dict(zip(members, shard_sum(own, sites[members[0]][1].weight), strict=True))
-    values = to_floats([squares[index].clamp(min=0) for index in range(len(sites))])  # rounding: -0
-    return {name: math.sqrt(square) for (name, _), square in zip(sites, values, strict=True)}
+        own = torch.stack([values[index] for index in members])
+        found |= dict(zip(members, reduced(own, sites[members[0]][1].weight), strict=True))
+    return to_floats([found[index] for index in range(len(sites))])
 
 
 def _call(sites: list[tuple[str, Site]], reset: Reset) -> str:
@@ -138,11 +160,16 @@ def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> N
             "checkpoint from before, and skip steps whose gradients are not finite"
         )
     # No entry of s B A exceeds its norm. Only fp16 has so little range that it matters.
-    half = [(name, site.weight) for name, site in sites if site.weight.dtype == torch.float16]
-    largest = to_floats([full(weight.detach().abs().max()).float() for _, weight in half])
-    for (name, _), entry in zip(half, largest, strict=True):
+    half = [(name, site) for name, site in sites if site.weight.dtype == torch.float16]
+    own = [_largest(local(site.weight.detach())) for _, site in half]
+    for (name, _), entry in zip(half, _over_shards(half, own, shard_max), strict=True):
         if entry + norms[name] > torch.finfo(torch.float16).max:
             raise ValueError(
                 f"{name}: a merge of an update of norm {norms[name]:g} into a float16 weight may "
                 "overflow: store W in float32 or bfloat16"
             )
+
+
+def _largest(part: Tensor) -> Tensor:
+    """Return the largest magnitude; 0 of a process's part that is empty."""
+    return part.abs().max().float() if part.numel() else part.new_zeros((), dtype=torch.float32)

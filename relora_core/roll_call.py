@@ -1,5 +1,7 @@
 """All processes that share a model say that they are here, or an error names those that are not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
 
@@ -9,6 +11,33 @@ from torch import nn
 from relora_core._sharding import sharers
 
 _AGREED = "agreed"
+
+
+class OutOfStepError(RuntimeError):
+    """Of the processes that share a model, some did not make a call, or made another, or refused.
+
+    Its text names them. Every process that made the call raises it, and nothing is changed on any.
+    """
+
+
+@contextmanager
+def agreed(model: nn.Module, call: str, timeout: timedelta) -> Iterator[None]:
+    """Run a block that changes nothing, and go on only if it passes on every process.
+
+    Args:
+        model: as for `roll_call`.
+        call: what the block belongs to, which must be the same everywhere.
+        timeout: how long to wait for the last process.
+
+    Raises:
+        OutOfStepError: if a process does not come, comes with another call, or refuses alone.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        roll_call(model, f"{call}, which refuses: {error}", timeout)
+        raise
+    roll_call(model, call, timeout)
 
 
 def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
@@ -28,7 +57,7 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
         timeout: how long to wait for the last one.
 
     Raises:
-        RuntimeError: on every process, if some do not come in time, which it names, or if answers
+        OutOfStepError: on every process, if some do not come in time, which it names, or if answers
             differ.
     """
     ranks = sharers(model)
@@ -50,7 +79,7 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
         store.compare_set(f"{call}/verdict", "", f"{answer}: {_missed(absent, timeout)}")
     verdict = store.get(f"{call}/verdict").decode()
     if verdict != _AGREED:
-        raise RuntimeError(verdict)
+        raise OutOfStepError(verdict)
 
 
 def _compared(answers: dict[int, str]) -> str:

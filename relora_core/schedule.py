@@ -1,7 +1,7 @@
 """When to restart, and the learning rate around it: one clock, in optimizer steps."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -240,7 +240,8 @@ class JaggedLR(LRScheduler):
         Raises:
             ValueError: if it was saved under another clock. Nothing is changed then.
         """
-        if Restarts(**state_dict["restarts"]) != self.restarts:
+        saved, own = Restarts(**state_dict["restarts"]), self.restarts
+        if replace(saved, first=saved._first) != replace(own, first=own._first):
             raise ValueError(
                 f"the schedule was saved under the clock {state_dict['restarts']}, this one has "
                 f"{asdict(self.restarts)}: a run keeps one clock"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_core._sharding import full
+from relora_core.files import replaced
 from relora_core.register import low_rank_tensors
 from relora_core.sites import Site, clean_name, unwrapped
 
@@ -82,9 +83,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             tensors[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(path)
+        with replaced(path) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
     return path
 
 

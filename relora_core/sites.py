@@ -1,22 +1,14 @@
-"""The low-rank sites of a whole model: choose, iterate, merge, redraw."""
+"""The low-rank sites of a whole model: iterate, merge, redraw."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from relora_core._sharding import full, is_fully_sharded, reshard_, sharded_like
-from relora_core.low_rank import LowRank, check_low_rank
-from relora_core.register import (
-    check_target,
-    low_rank_and_base,
-    low_rank_tensors,
-    register_low_rank,
-)
+from relora_core._sharding import full, reshard_, sharded_like
+from relora_core.low_rank import LowRank
+from relora_core.register import low_rank_and_base, low_rank_tensors
 from relora_core.update import Update
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -127,6 +119,7 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     tensor's name follows, so that names are unique.
 
     Examples:
+        >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
         >>> _ = add_low_rank_(model, ["*"], rank=2)
         >>> [(name, site.rank) for name, site in low_rank_sites(model)]
@@ -140,101 +133,6 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
             yield clean_name(path.removeprefix(".")), site
 
 
-def add_low_rank_(
-    model: nn.Module,
-    targets: str | Iterable[str],
-    *,
-    rank: int,
-    alpha: float | None = None,
-    seed: int = 0,
-    rank_pattern: Mapping[str, int] | None = None,
-    dropout: float = 0.0,
-    trainable_scale: bool = False,
-) -> nn.Module:
-    r"""Make the `weight` of every matching module a low-rank site, in place.
-
-    Matching base weights are frozen; all that does not match (biases, norms, embeddings, the
-    head) stays as trainable as it was. Order: build, this, activation checkpointing, compile,
-    `fully_shard`, optimizer.
-
-    Args:
-        model: the model to change. It may be on the meta device; after `to_empty` fill the plain
-            weights through `base_state_dict(model)`, and the factors by `reset_parameters` of
-            each site's `low_rank`.
-        targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
-            if it has a `weight` Parameter of two or more dimensions.
-        rank: $r$.
-        alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
-        seed: of every draw, which is also keyed by the module's name and the restart.
-        rank_pattern: `{glob: rank}` for sites of another rank; the first glob that matches counts.
-        dropout: of the low-rank path's input while training, from 0 to below 1; for linear layers
-            only. It keeps a mask and a copy of the input for backward at every site.
-        trainable_scale: whether each site's $s$ is trained, from `alpha / rank` on. A restart
-            merges with its value, and keeps it.
-
-    Returns:
-        `model`.
-
-    Raises:
-        ValueError: if a glob matches nothing, a weight is tied, parametrized, sharded or in
-            DistributedDataParallel, or a rank exceeds min(out, in). Nothing is changed then.
-        TypeError: if a weight is not floating point.
-
-    Examples:
-        >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
-        >>> _ = add_low_rank_(model, ["0"], rank=2, alpha=4)
-        >>> model[0].weight, type(model[2].weight).__name__
-        (LazyWeight(shape=(4, 6), rank=2, dtype=torch.float32), 'Parameter')
-
-    Reference: https://arxiv.org/abs/2307.05695, section 3: attention and MLP projections.
-    """
-    globs = [targets] if isinstance(targets, str) else list(targets)
-    rank_pattern = dict(rank_pattern or {})
-    if not globs:
-        raise ValueError("targets is empty: name at least one glob, such as '*.mlp.*'")
-    if is_fully_sharded(model):
-        raise ValueError("the model is sharded already: add low-rank sites before fully_shard")
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "the model is in DistributedDataParallel already, which would not reduce the factors' "
-            "gradients: add low-rank sites before it"
-        )
-
-    model = unwrapped(model)
-    candidates = {
-        clean_name(name): module
-        for name, module in model.named_modules()
-        if name and (parametrize.is_parametrized(module, "weight") or _has_matrix(module))
-    }
-    chosen = {
-        name: module
-        for name, module in candidates.items()
-        if any(fnmatchcase(name, glob) for glob in globs)
-    }
-    check_globs("target", globs, candidates)
-    check_globs("rank_pattern", rank_pattern, chosen)
-    _check_ties(model, chosen)
-
-    ranks = {name: _rank_of(name, rank, rank_pattern) for name in chosen}
-    for name, module in chosen.items():
-        try:
-            base = check_target(module, "weight")
-            check_low_rank(base, rank=ranks[name], alpha=alpha, seed=seed, dropout=dropout)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from None
-    for name, module in chosen.items():
-        register_low_rank(
-            module,
-            rank=ranks[name],
-            alpha=alpha,
-            seed=seed,
-            name=name,
-            dropout=dropout,
-            trainable_scale=trainable_scale,
-        )
-    return model
-
-
 def merge_(model: nn.Module) -> None:
     r"""$W \leftarrow W + s B A$ and $B \leftarrow 0$ at every site: the function stays.
 
@@ -245,6 +143,7 @@ def merge_(model: nn.Module) -> None:
         ValueError: if `model` has no site.
 
     Examples:
+        >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
         >>> merge_(model)
@@ -265,6 +164,7 @@ def reinit_(model: nn.Module) -> None:
         ValueError: if `model` has no site.
 
     Examples:
+        >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
         >>> reinit_(model)
@@ -282,39 +182,3 @@ def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
     if not sites:
         raise ValueError("the model has no low-rank site: call add_low_rank_ first")
     return sites
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    # A lazy module's weight has no shape yet: a candidate, so that it is refused by name.
-    return weight is not None and (is_lazy(weight) or weight.ndim >= 2)
-
-
-def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
-    matches = (value for glob, value in rank_pattern.items() if fnmatchcase(name, glob))
-    return next(matches, rank)
-
-
-def check_globs(kind: str, globs: Iterable[str], names: Iterable[str]) -> None:
-    """Raise ValueError if a glob matches no name."""
-    known = list(names)
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in known):
-            shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise ValueError(
-                f"{kind} {glob!r} matches no module that has a weight of two or more dimensions; "
-                f"there are: {shown or 'none'}"
-            )
-
-
-def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(clean_name(name))
-    for name, module in chosen.items():
-        tied = owners.get(id(module._parameters.get("weight")), [])
-        if len(tied) > 1:
-            raise ValueError(
-                f"{name}.weight is tied ({', '.join(tied)}): a merge would change every use of "
-                "it; untie it, or leave it out of targets"
-            )

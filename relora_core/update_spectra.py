@@ -1,8 +1,8 @@
 """The spectrum of W_k - W_0 of every site, without W_0: streamed from restart to restart."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from relora_core._sharding import (
     split_once,
 )
 from relora_core.restart import refuse_overflow, update_norms
-from relora_core.roll_call import roll_call
-from relora_core.sites import Site, check_globs, sites_of
+from relora_core.roll_call import agreed
+from relora_core.sites import Site, sites_of
 from relora_core.spectrum import Spectrum
+from relora_core.targets import matching
 from relora_core.update import Update
 
 Factors = tuple[Tensor, Tensor]
@@ -74,14 +75,10 @@ class UpdateSpectra:
         *,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        globs = [targets] if isinstance(targets, str) else list(targets)
-        if not globs:
-            raise ValueError("targets is empty: name at least one glob, such as '*'")
         sites = dict(sites_of(model))
-        check_globs("target", globs, sites)
         self._model = model
         self._timeout = timeout
-        self._names = [name for name in sites if any(fnmatchcase(name, g) for g in globs)]
+        self._names = matching(targets, sites, "low-rank site")
         self._next = {name: torch.tensor(sites[name].restart) for name in self._names}
         self._kept: dict[str, Factors] = {}
 
@@ -92,18 +89,19 @@ class UpdateSpectra:
         Raises:
             ValueError: if this cycle is kept already, one before was not, or a factor is not
                 finite. Nothing is kept then.
-            RuntimeError: if a process does not call it in time; it names them.
+            OutOfStepError: if a process does not call it in time, or refuses alone; it names them.
         """
         sites = self._sites()
-        self._meet("keep_", sites)
-        for name, site in sites:
-            if not self._is_new(name, site):
-                raise ValueError(
-                    f"{name}: the update of cycle {site.restart} is kept already: keep_ is called "
-                    "once before each restart_"
-                )
-        updates = [site.update() for _, site in sites]
-        refuse_overflow(sites, update_norms(sites, updates))
+        with self._agreed("keep_", sites):
+            for name, site in sites:
+                if not self._is_new(name, site):
+                    raise ValueError(
+                        f"{name}: the update of cycle {site.restart} is kept already: keep_ is "
+                        "called once before each restart_"
+                    )
+        with self._agreed("keep_", sites):
+            updates = [site.update() for _, site in sites]
+            refuse_overflow(sites, update_norms(sites, updates))
         for (name, site), update in zip(sites, updates, strict=True):
             self._kept[name] = _compressed(*self._so_far(name, _factors(site, update)))
             self._next[name] = self._next[name] + 1  # a state that was given out stays
@@ -114,14 +112,14 @@ class UpdateSpectra:
 
         Raises:
             ValueError: if a restart went by without `keep_`, or a factor is not finite.
-            RuntimeError: if a process does not call it in time; it names them.
+            OutOfStepError: if a process does not call it in time, or refuses alone; it names them.
         """
         found = {}
         sites = self._sites()
-        self._meet("measure", sites)
+        with self._agreed("measure", sites):
+            new = {name: self._is_new(name, site) for name, site in sites}
         for name, site in sites:
-            new = self._is_new(name, site)
-            B, A = self._so_far(name, _factors(site)) if new else self._kept[name]
+            B, A = self._so_far(name, _factors(site)) if new[name] else self._kept[name]
             shape = (B.shape[0], A.shape[1:].numel())
             grams = _grams(B, A)
             if not all(gram.isfinite().all() for gram in grams):
@@ -189,9 +187,9 @@ class UpdateSpectra:
             room[name] = _spread((columns, rows), B, A)
         return room
 
-    def _meet(self, call: str, sites: list[tuple[str, Site]]) -> None:
+    def _agreed(self, call: str, sites: list[tuple[str, Site]]) -> AbstractContextManager[None]:
         name, site = sites[0]
-        roll_call(self._model, f"{call} of {name} in cycle {site.restart}", self._timeout)
+        return agreed(self._model, f"{call} of {name} in cycle {site.restart}", self._timeout)
 
     def _sites(self) -> list[tuple[str, Site]]:
         sites = dict(sites_of(self._model))

@@ -14,9 +14,9 @@ from reference_trainer.config import (
     ModelConfig,
     OptimConfig,
     ReLoRAConfig,
-    phases,
 )
 from reference_trainer.model import LlamaShape
+from reference_trainer.phases import phases
 from reference_trainer.saving import Saver
 from reference_trainer.stage import build_stage, fill_, save
 from reference_trainer.train import forward_backward

@@ -19,9 +19,9 @@ from reference_trainer.config import (
     ParallelConfig,
     Precision,
     ReLoRAConfig,
-    phases,
 )
 from reference_trainer.model import LlamaShape
+from reference_trainer.phases import phases
 from reference_trainer.stage import Stage, build_model, staged
 from reference_trainer.world import World, lay_world
 

@@ -12,6 +12,7 @@ from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.memory import kept_bytes, peak_bytes, state_bytes
 from reference_trainer.bench.subjects import Subject
 from reference_trainer.flops import counted_flops
+from reference_trainer.terminal import hidden
 from reference_trainer.world import World
 
 WARM_UPS = 2
@@ -28,7 +29,7 @@ def interleaved(
     names = list(timed)
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     total = (WARM_UPS + repeats) * len(names)
-    with tqdm(total=total, desc=description, unit="run", disable=None) as bar:
+    with tqdm(total=total, desc=description, unit="run", disable=hidden()) as bar:
         for number in range(WARM_UPS + repeats):
             first = number % len(names)
             for name in names[first:] + names[:first]:
@@ -62,7 +63,7 @@ def measure(
     """
     timed: dict[str, Timed] = {}
     records: dict[str, dict[str, Any]] = {}
-    for name, arm, compiled in tqdm(arms, desc=f"{subject.name}: building", disable=None):
+    for name, arm, compiled in tqdm(arms, desc=f"{subject.name}: building", disable=hidden()):
         prepare_ = _preparing(arm, rank)
         torch.manual_seed(seed)
         work = subject.work(prepare_, world, compiled=compiled, recompute=recompute)

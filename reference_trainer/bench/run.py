@@ -23,6 +23,7 @@ from reference_trainer.config import ParallelConfig
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
+from reference_trainer.terminal import hidden
 from reference_trainer.world import World, open_world, world_size
 
 _OF_ARMS = ("linear", "block", "model")
@@ -177,7 +178,7 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
         cases = [
             dataclasses.replace(step, recompute=again) for step in steps for again in (False, True)
         ]
-        records = [track_peak(step, processes=count) for step in tqdm(cases, disable=None)]
+        records = [track_peak(step, processes=count) for step in tqdm(cases, disable=hidden())]
         if world_size() > 1:
             with open_world(ParallelConfig(device="cpu")) as world:
                 for step, record in zip(cases, records, strict=True):
@@ -190,7 +191,7 @@ def _of_layouts(arguments: argparse.Namespace, shape: LlamaShape) -> list[str]:
             if not world.first:
                 return []
     else:
-        for step in tqdm(steps, disable=None):
+        for step in tqdm(steps, disable=hidden()):
             with pretended(arguments.processes):
                 records.append(measure_traffic(step))
     out.parent.mkdir(parents=True, exist_ok=True)

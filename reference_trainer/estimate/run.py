@@ -24,6 +24,7 @@ from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import Peak, estimate_peak
 from reference_trainer.flops import Form, recomputed_flops, step_flops
 from reference_trainer.model import PRESETS, LlamaShape, preset
+from reference_trainer.terminal import hidden
 
 KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
 _PHASES = {FULL: "warm start", SHARD: "ReLoRA, shard", REPLICATE: "ReLoRA, replicate"}
@@ -112,7 +113,7 @@ def estimate(arguments: argparse.Namespace) -> list[str]:
     sent: dict[Layout, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         found = pool.map(partial(_tracked, **options), work)
-        for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=None):
+        for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=hidden()):
             own = sent.setdefault(peak.step.layout, counted)  # what is recomputed is not sent again
             rows.append(_row(peak, own, shape, sequences, arguments, room, cluster))
     if arguments.out:

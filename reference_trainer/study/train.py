@@ -27,6 +27,7 @@ from reference_trainer.parallel import init_weights_
 from reference_trainer.rank import values_of
 from reference_trainer.stage import Envelope
 from reference_trainer.study.trial import Trial
+from reference_trainer.terminal import hidden
 
 TARGETS = ("*.self_attn.*", "*.mlp.*")
 WARMUP, MIN_RATIO = 100, 0.1  # of the cosine: steps at the start, and its end
@@ -176,7 +177,7 @@ def _train(
     losses: list[float] = []
     label = f"{trial.model} {trial.arm.name}, seed {trial.seed}"
     todo = range(course.step, stop)
-    steps = tqdm(todo, label, initial=course.step, total=trial.steps, disable=None)
+    steps = tqdm(todo, label, initial=course.step, total=trial.steps, disable=hidden())
     for step in steps:
         before_step(step)
         batch = batches.at(step)

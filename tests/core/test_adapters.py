@@ -317,3 +317,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="PEFT's format holds adapters of the weight of"):
             relora.save_adapters(model, tmp_path / "none")
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing_beside_it(tmp_path, file):
+    (tmp_path / file / "taken").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        relora.save_adapters(learned(), tmp_path)
+    assert not list(tmp_path.glob("*.partial"))

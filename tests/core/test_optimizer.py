@@ -134,3 +134,27 @@ def test_what_the_inner_one_has_beyond_torch_is_reached():
 def test_what_is_not_an_optimizer_is_refused():
     with pytest.raises(TypeError, match="got int"):
         relora.ResettableOptimizer(3)
+
+
+OPTIONS = [
+    {"prune_ratio": 0.6},
+    {"masks": "independent"},
+    {"rule": "random", "seed": 5},
+    {"reset_step": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=[next(iter(o)) for o in OPTIONS])
+def test_resets_as_the_function_does_and_otherwise_than_by_default(options):
+    states = []
+    for reset_ in (
+        lambda optimizer, params: relora.ResettableOptimizer(optimizer).reset_(params, **options),
+        lambda optimizer, params: relora.reset_optimizer_(optimizer, params, **options),
+        relora.reset_optimizer_,
+    ):
+        optimizer, params = stepped()
+        reset_(optimizer, params)
+        states.append(optimizer.state_dict()["state"])
+    one, same, default = (raw(state) for state in states)
+    assert one == same
+    assert one != default

@@ -157,6 +157,20 @@ def test_another_clock_s_state_is_refused():
     assert made[1].state_dict() == before
 
 
+def test_the_same_clock_given_otherwise_is_no_other():
+    one, same = (
+        relora.JaggedLR(lr_scheduler.ExponentialLR(sgd(), 0.9), restarts)
+        for restarts in (
+            relora.Restarts(every=10, warmup=4),
+            relora.Restarts(every=10, warmup=4, first=10),
+        )
+    )
+    same.optimizer.step()
+    same.step()
+    one.load_state_dict(same.state_dict())
+    assert one.last_epoch == 1
+
+
 def test_a_group_added_later_takes_part():
     optimizer = sgd()
     schedule = relora.JaggedLR(plateau(optimizer), relora.Restarts(every=4, warmup=2))

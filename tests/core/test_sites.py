@@ -122,7 +122,7 @@ REFUSALS = [
     (Model, [], {}, ValueError, "targets is empty"),
     (Model, TARGETS, {"rank": 9}, ValueError, r"layers.0.self_attn.q_proj: rank.*= 8.*got 9"),
     (Model, TARGETS, {"rank_pattern": {"*.up": 99}}, ValueError, "layers.0.mlp.up: rank"),
-    (Model, TARGETS, {"rank_pattern": {"embed": 1}}, ValueError, "rank_pattern 'embed' matches no"),
+    (Model, TARGETS, {"rank_pattern": {"embed": 1}}, ValueError, "rank_pattern: 'embed' matches"),
     (Model, TARGETS, {"alpha": -1.0}, ValueError, "alpha must be positive"),
     (_tied, ["head"], {}, ValueError, r"head.weight is tied \(embed.weight, head.weight\)"),
     (_shared, TARGETS, {}, ValueError, "is tied"),
@@ -306,3 +306,16 @@ def test_repeated_small_merges_into_sixteen_bits_keep_fewer_digits_than_fp32():
         errors[dtype] = ((site.weight.double() - first - exact).norm() / exact.norm()).item()
     assert errors[torch.float32] < 1e-4
     assert errors[torch.bfloat16] > 0.05
+
+
+def test_what_is_given_is_returned_wrapped_as_it_was():
+    compiled = torch.compile(nn.Sequential(nn.Linear(6, 4)))
+    assert relora.add_low_rank_(compiled, "0", rank=2) is compiled
+    assert [name for name, _ in relora.low_rank_sites(compiled)] == ["0"]
+
+
+def test_a_file_that_cannot_be_put_in_place_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "model.safetensors/taken").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        relora.save_merged(low_rank_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -231,7 +231,7 @@ class TestRefusals:
 
     def test_a_target_that_matches_nothing_is_refused(self):
         model, _ = sited()
-        with pytest.raises(ValueError, match="target 'head' matches no"):
+        with pytest.raises(ValueError, match="'head' matches no low-rank site"):
             relora.UpdateSpectra(model, "head")
 
     def test_a_model_without_sites_is_refused(self):

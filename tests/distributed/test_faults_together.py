@@ -16,12 +16,12 @@ from reference_trainer.config import (
     LogConfig,
     ModelConfig,
     ReLoRAConfig,
-    phases,
 )
 from reference_trainer.data import Batches, Windows
 from reference_trainer.errors import Stopped
 from reference_trainer.interruption import Interruption
 from reference_trainer.metrics import Metrics
+from reference_trainer.phases import phases
 from reference_trainer.saving import Saver
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import lay_world
@@ -65,8 +65,8 @@ def run(rank, world_size, directory, *, stops=False):
     try:
         metrics = Metrics(config.directory, writes=False)
         with Interruption(None) as interruption, saver:
-            others = (interruption, metrics, saver, world)
-            train.train_stage(stage, config, 0, batches, windows, *others)
+            parts = (config, world, batches, windows, metrics, saver, interruption)
+            train.train_stage(stage, 0, train.Run(*parts))
         assert not stops
     except Stopped:
         assert stops

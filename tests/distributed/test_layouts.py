@@ -43,7 +43,7 @@ def train(rank, world_size, precision, layout, replicas):
     torch.rand(rank + 1)
     result, losses = {}, []
     for step in range(STEPS):
-        if stage.restarts_at(step):
+        if stage.phase.restarts_at(step):
             relora.restart_(stage.model, stage.optimizer, prune_ratio=config.relora.prune_ratio)
             for name, site in relora.low_rank_sites(stage.model):
                 for which in ("lora_A", "lora_B"):

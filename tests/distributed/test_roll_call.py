@@ -104,3 +104,55 @@ def alone(rank, world_size):
 def test_a_model_of_one_process_waits_for_nobody(tmp_path):
     results = on_processes(alone, 2, tmp_path / "ranks")
     assert [result["number"].item() for result in results] == [1, 0]
+
+
+def refuses_alone(rank, world_size):
+    """ZeRO keeps a parameter's moments on one process, so that only it sees a NaN in them."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns as it is imported
+
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 5)), "0", rank=2)
+    model = DistributedDataParallel(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)
+    model(torch.ones(3, 6)).sum().backward()
+    optimizer.step()
+    moments = [state["exp_avg"] for state in optimizer.optim.state.values()]
+    if rank == 0:
+        moments[0].view(-1)[0] = torch.nan
+    with pytest.raises(relora.OutOfStepError, match=r"(?s)rank 0 .*which refuses: .*moments hold"):
+        relora.restart_(model, optimizer, timeout=LONG)
+    before = number(model)
+    if rank == 0:
+        moments[0].view(-1)[0] = 0.0
+    relora.restart_(model, optimizer, timeout=LONG)
+    return {"number": torch.tensor([before, number(model), len(moments)])}
+
+
+def test_what_one_process_refuses_no_process_does(tmp_path):
+    results = on_processes(refuses_alone, 2, tmp_path / "ranks")
+    before, after, moments = torch.stack([result["number"] for result in results]).T.tolist()
+    assert before == [0, 0]
+    assert after == [1, 1]
+    assert sum(moments) == 3  # a bias, A and B: each on one process
+
+
+def all_refuse(rank, world_size):
+    """Half precision, and on one process an empty part of W."""
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 1, bias=False)).half(), "0", rank=1)
+    model = fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    relora.restart_(model, optimizer, timeout=LONG)
+    site = next(iter(relora.low_rank_sites(model)))[1]
+    held = site.weight.to_local().numel()
+    with torch.no_grad():
+        for part in (site.weight, site.lora_B):
+            part.to_local().fill_(60000.0)
+        site.lora_A.to_local().fill_(1.0)
+    with pytest.raises(ValueError, match="may overflow"):
+        relora.restart_(model, optimizer, timeout=LONG)
+    return {"number": torch.tensor([number(model), held])}
+
+
+def test_what_all_refuse_is_refused_for_its_own_reason(tmp_path):
+    results = on_processes(all_refuse, 2, tmp_path / "ranks")
+    assert [result["number"].tolist() for result in results] == [[1, 6], [1, 0]]

@@ -183,7 +183,7 @@ BREAKAGES = {
         "tests/distributed/test_sharded_equals_single.py",
     ),
     "a shard's part taken for the norm": (
-        *("relora_core/restart.py", "shard_sum(own, sites[members[0]][1].weight)", "own"),
+        *("relora_core/restart.py", "reduced(own, sites[members[0]][1].weight)", "own"),
         "tests/distributed/test_sharded_equals_single.py",
     ),
     "the bias added by every process": (

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from reference_trainer import options
-from reference_trainer.config import Config, phases
+from reference_trainer.config import Config
 from reference_trainer.errors import UserError
+from reference_trainer.phases import phases
 
 
 def resolve(*arguments, file=None):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from reference_trainer import checkpoint, options
 from reference_trainer.__main__ import main
 from reference_trainer.bench.layouts import LAYOUTS, Step, laid_out, pretended, world_of
-from reference_trainer.config import phases
+from reference_trainer.phases import phases
 from reference_trainer.plan import count, memory
 from tests.trainer.conftest import records
 from tests.trainer.test_run import RUN, train

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reference_trainer import options
 from reference_trainer.__main__ import main
-from reference_trainer.config import phases
 from reference_trainer.model import Llama
+from reference_trainer.phases import phases
 from reference_trainer.pretrained import fill_from_, read_shape
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from reference_trainer import checkpoint, options
 from reference_trainer.__main__ import main
-from reference_trainer.config import phases
 from reference_trainer.data import open_windows
 from reference_trainer.files import locked
 from reference_trainer.metrics import read
+from reference_trainer.phases import phases
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
 from tests.trainer.conftest import SOURCES, losses, records

@@ -1,0 +1,54 @@
+"""The phases of a run: the full-rank warm start, then ReLoRA, each with its clock."""
+
+from dataclasses import dataclass
+
+from reference_trainer.config import Config
+from relora_core import Restarts
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run with one set of trainable parameters.
+
+    Args:
+        name: "warm-start" or "relora".
+        start: its first step, counted over the whole run.
+        stop: the step after its last.
+        clock: of the restarts, in steps of the phase; None without low-rank sites.
+    """
+
+    name: str
+    start: int
+    stop: int
+    clock: Restarts | None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the targets are low-rank sites."""
+        return self.clock is not None
+
+    @property
+    def cycles(self) -> int:
+        """How many low-rank updates are summed from its start to its end."""
+        return self.restarts(self.stop - 1) + 1 if self.low_rank else 0
+
+    def restarts_at(self, step: int) -> bool:
+        """Whether a restart runs before the run's `step`."""
+        return self.clock is not None and self.clock.at(step - self.start)
+
+    def restarts(self, step: int) -> int:
+        """How many have run when the run's `step` runs, the one before it included."""
+        return self.clock.count(step - self.start) if self.clock is not None else 0
+
+
+def phases(config: Config) -> list[Phase]:
+    """Return the run's phases in order, without empty ones.
+
+    Examples:
+        >>> [(phase.name, phase.cycles) for phase in phases(Config())]
+        [('warm-start', 0), ('relora', 5)]
+    """
+    warm = config.relora.warm_start
+    clock = Restarts(every=config.relora.every, warmup=config.relora.warmup)
+    both = [Phase("warm-start", 0, warm, None), Phase("relora", warm, config.steps, clock)]
+    return [phase for phase in both if phase.start < phase.stop]

@@ -1,0 +1,29 @@
+"""What a command writes while it works: lines by their level, and progress bars."""
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+log = logging.getLogger("reference_trainer")
+
+
+class _Lines(logging.Handler):
+    """Writes lines above a progress bar: warnings to stderr, what else there is to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        stream = sys.stderr if warning else sys.stdout
+        tqdm.write(f"{'warning: ' if warning else ''}{record.getMessage()}", file=stream)
+        stream.flush()  # a job's log is read while it runs
+
+
+def open_terminal(level: int) -> None:
+    """Write what is logged from `level` on, one of `logging`'s."""
+    log.handlers = [_Lines()]
+    log.setLevel(level)
+
+
+def hidden() -> bool | None:
+    """Return tqdm's `disable`: None, a bar where there is a terminal only, or True if quiet."""
+    return None if log.isEnabledFor(logging.INFO) else True
