@@ -5,6 +5,8 @@ python docs/draw.py
 
 import json
 import re
+import shutil
+import subprocess
 from collections import Counter
 from contextlib import chdir, redirect_stdout
 from functools import partial
@@ -18,20 +20,21 @@ from reference_trainer.__main__ import parser
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, step_seconds
+from reference_trainer.estimate.command import KEPT_FREE, Row, advice, table
 from reference_trainer.estimate.gpus import GPUS
-from reference_trainer.estimate.run import KEPT_FREE, Row, advice, table
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.metrics import read
 from reference_trainer.model import PRESETS, preset
 from reference_trainer.options import leaves
+from reference_trainer.report.page import page
 from reference_trainer.report.picture import draw as draw_run
 from reference_trainer.report.recorded import open_run
 from reference_trainer.study import tables
+from reference_trainer.study.command import read as read_trials
 from reference_trainer.study.picture import draw as draw_study
-from reference_trainer.study.run import read as read_trials
 from reference_trainer.study.tables import Record
-from relora_core import layouts
+from relora_core import state_layouts
 
 DOCS = Path(__file__).parent
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -95,17 +98,16 @@ def optimizers() -> str:
         "| optimizer | pruned, the first one leads | also |",
         "| --- | --- | --- |",
     ]
-    known = {
-        f"{cls.__module__}.{cls.__qualname__}": layout for cls, layout in layouts.TORCH.items()
-    }
-    for path, layout in {**known, **layouts.FOREIGN}.items():
+    torchs = state_layouts.TORCH.items()
+    known = {f"{cls.__module__}.{cls.__qualname__}": layout for cls, layout in torchs}
+    for path, layout in {**known, **state_layouts.FOREIGN}.items():
         also = [
-            *(f"{key}: zeroed by a full reset only" for key in layout.factors),
+            *(f"{key}: zeroed by a full reset only" for key in layout.shared),
             *(f"{key}: set to the parameter" for key in layout.copies),
             *(["no count of steps for each parameter"] if not layout.clock else []),
         ]
         lines.append(f"| {_short(path)} | {', '.join(layout.moments) or '-'} | {'; '.join(also)} |")
-    for path, reason in layouts.REFUSED.items():
+    for path, reason in state_layouts.REFUSED.items():
         lines.append(f"| {_short(path)} | refused | {reason} |")
     return "\n".join(lines)
 
@@ -311,11 +313,28 @@ def run_options() -> str:
 
 def draw_tutorial(picture: Path) -> None:
     """Run the tutorial's blocks and keep the picture that the last one draws."""
-    page = (DOCS / "tutorial/first-restart.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    text = (DOCS / "tutorial/first-restart.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     with TemporaryDirectory() as directory, chdir(directory), redirect_stdout(None):
         exec(compile(code, "first-restart.md", "exec"), {"__name__": "__main__"})
         picture.write_bytes(Path(picture.name).read_bytes())
+
+
+def screenshot(picture: Path) -> None:
+    """Draw the page of the first run as a browser shows it; leave the picture without a browser."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        print(f"{picture} stays as it is: there is no Chromium to draw it")  # noqa: T201
+        return
+    with TemporaryDirectory() as directory:
+        html, png = Path(directory) / "page.html", Path(directory) / "page.png"
+        html.write_text(page([open_run(DOCS / "results/first-run")], made="", refresh=None))
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        where = [f"--user-data-dir={directory}/profile", f"--screenshot={png}", html.as_uri()]
+        subprocess.run(
+            [browser, *flags, "--window-size=1100,1650", *where], check=True, capture_output=True
+        )
+        picture.write_bytes(png.read_bytes())
 
 
 TABLES = {
@@ -336,7 +355,7 @@ TABLES = {
 }
 
 
-def with_tables(page: str) -> str:
+def with_tables(text: str) -> str:
     """Return a page with every marked table made anew."""
 
     def fill(match: re.Match[str]) -> str:
@@ -344,19 +363,20 @@ def with_tables(page: str) -> str:
         table = TABLES[source]() if source in TABLES else results.table(results.read(DOCS / source))
         return f"{match[1]}{table}\n{match[3]}"
 
-    return MARK.sub(fill, page)
+    return MARK.sub(fill, text)
 
 
 def main() -> None:
     """Write every page's tables and draw the pictures."""
-    for page in (*DOCS.rglob("*.md"), DOCS.parent / "README.md"):
-        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for file in (*DOCS.rglob("*.md"), DOCS.parent / "README.md"):
+        file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
     blocks = [
         results.read(DOCS / f"results/cost/block-{dtype}.jsonl") for dtype in ("fp32", "bf16")
     ]
     draw(blocks, DOCS / "figures/cost.png")
     traffic(DOCS / "figures/traffic.png")
     draw_run(open_run(DOCS / "results/first-run"), DOCS / "figures/first-run.png")
+    screenshot(DOCS / "figures/report.png")
     draw_tutorial(DOCS / "figures/first-restart.png")
     draw_study(list(trials().values()), DOCS / "figures/study.png")
 

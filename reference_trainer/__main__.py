@@ -13,18 +13,18 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from reference_trainer import options
 from reference_trainer.begin import check, check_begun_alike, check_new
-from reference_trainer.bench import run
+from reference_trainer.bench import command as bench
 from reference_trainer.config import Config, DataConfig
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
-from reference_trainer.estimate import run as needs
+from reference_trainer.estimate import command as estimate
 from reference_trainer.export import export
 from reference_trainer.files import fresh_directory
 from reference_trainer.plan import plan
 from reference_trainer.prepare import prepare
-from reference_trainer.report import run as pages
+from reference_trainer.report import command as report
 from reference_trainer.report.picture import draw
 from reference_trainer.report.recorded import learned, open_run
-from reference_trainer.study import run as trials
+from reference_trainer.study import command as study
 from reference_trainer.terminal import open_terminal
 from reference_trainer.train import train
 from reference_trainer.world import open_world, world_size
@@ -166,24 +166,24 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(run=_export)
 
     one = command("bench", "measure the arms that a user would pick instead, interleaved")
-    one.epilog = run.EXAMPLES
-    run.add_arguments(one)
-    one.set_defaults(run=lambda arguments: _say(*run.bench(arguments)))
+    one.epilog = bench.EXAMPLES
+    bench.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _say(*bench.bench(arguments)))
 
     one = command("estimate", "say what a run would need and how fast it would be, without a GPU")
-    one.epilog = needs.EXAMPLES
-    needs.add_arguments(one)
-    one.set_defaults(run=lambda arguments: _say(*needs.estimate(arguments)))
+    one.epilog = estimate.EXAMPLES
+    estimate.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _say(*estimate.estimate(arguments)))
 
     one = command("study", "train the paper's arms side by side at sizes for a CPU")
-    one.epilog = trials.EXAMPLES
-    trials.add_arguments(one)
-    one.set_defaults(run=lambda arguments: _tell(trials.study(arguments)))
+    one.epilog = study.EXAMPLES
+    study.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _tell(study.study(arguments)))
 
     one = command("report", "make one page of a run, or of several, also while they run")
-    one.epilog = pages.EXAMPLES
-    pages.add_arguments(one)
-    one.set_defaults(run=lambda arguments: _tell(pages.report(arguments)))
+    one.epilog = report.EXAMPLES
+    report.add_arguments(one)
+    one.set_defaults(run=lambda arguments: _tell(report.report(arguments)))
     return whole
 
 

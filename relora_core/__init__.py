@@ -2,7 +2,6 @@
 
 from relora_core.adapters import load_adapters, save_adapters
 from relora_core.bases import split_bases_
-from relora_core.layouts import declare_moments
 from relora_core.low_rank import LowRank
 from relora_core.optimizer import ResettableOptimizer
 from relora_core.pruning import magnitude_prune_, random_prune_
@@ -14,6 +13,7 @@ from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.serialization import base_state_dict, merged_state_dict, save_merged
 from relora_core.sites import Site, clean_name, low_rank_sites, merge_, reinit_
 from relora_core.spectrum import Spectrum
+from relora_core.state_layouts import declare_moments
 from relora_core.targets import add_low_rank_
 from relora_core.update_spectra import UpdateSpectra
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.layouts import StateLayout, layout_of, refuse_unfit
 from relora_core.pruning import check_prunable, zero_where_
 from relora_core.quantized import QuantizedMoment, TableMoment, is_quantized
+from relora_core.state_layouts import StateLayout, layout_of, refuse_unfit
 
 
 class Moment(Protocol):
@@ -54,7 +54,7 @@ class ParameterState:
         index: of the parameter among those asked for.
         parameter: itself.
         moments: of its shape, the leading one first.
-        factors: of other shapes.
+        shared: statistics of other shapes.
         copies: of its values.
         state: the optimizer's own dict of it.
         clock: keys of `state` that count steps, and where they begin.
@@ -63,7 +63,7 @@ class ParameterState:
     index: int
     parameter: nn.Parameter
     moments: list[Moment]
-    factors: list[Tensor]
+    shared: list[Tensor]
     copies: list[Tensor]
     state: dict[str, Any]
     clock: Mapping[str, float]
@@ -143,8 +143,8 @@ def _state_of(
             )
     keys = [key for key in layout.moments if state.get(key) is not None]
     moments = [_moment(layout, key, state) for key in keys]
-    factors, copies = present(layout.factors), present(layout.copies)
-    return ParameterState(index, p, moments, factors, copies, state, layout.clock)
+    shared, copies = present(layout.shared), present(layout.copies)
+    return ParameterState(index, p, moments, shared, copies, state, layout.clock)
 
 
 def _moment(layout: StateLayout, key: str, state: dict[str, Any]) -> Moment:

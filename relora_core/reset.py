@@ -131,7 +131,7 @@ def plan_reset(
     """
     states = find_states(optimizer, params)
     for state in states:
-        if state.factors and not state.moments and reset.prune_ratio < 1:
+        if state.shared and not state.moments and reset.prune_ratio < 1:
             raise ValueError(
                 "the optimizer keeps factored statistics, which no entry of a parameter owns, so "
                 f"they cannot be pruned; got prune_ratio={reset.prune_ratio:g}: give 1, which "
@@ -154,8 +154,8 @@ def plan_reset(
 def refuse_nan(states: Sequence[ParameterState]) -> None:
     """Raise ValueError if a moment holds NaN, on any of the processes that it is split over."""
     moments = (moment.values() for state in states for moment in state.moments)
-    factors = (factor for state in states for factor in state.factors)
-    if has_nan(itertools.chain(moments, factors)):
+    shared = (statistic for state in states for statistic in state.shared)
+    if has_nan(itertools.chain(moments, shared)):
         raise ValueError(
             "the optimizer's moments hold NaN, which has no magnitude: go back to a checkpoint "
             "from before, and skip steps whose gradients are not finite"
@@ -174,11 +174,11 @@ def apply_reset_(
         entries += moment.tensor.numel()
         zeroed += drop_count(moment.tensor.numel(), reset.prune_ratio)
     for state in states:
-        for factor in state.factors:
-            entries += factor.numel()
+        for statistic in state.shared:
+            entries += statistic.numel()
             if reset.prune_ratio == 1:
-                factor.zero_()
-                zeroed += factor.numel()
+                statistic.zero_()
+                zeroed += statistic.numel()
         for copy in state.copies:
             local(copy).copy_(local(state.parameter.detach()))
         if reset.reset_step:

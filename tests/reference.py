@@ -47,14 +47,6 @@ def mask_by_sorting(tensor: Tensor, ratio: float) -> Tensor:
     return mask.view(tensor.shape)
 
 
-def prune_by_sorting(values: list[float], ratio: float) -> list[float]:
-    """Zero the smallest by magnitude, the first among equals first."""
-    count = dropped(len(values), ratio)
-    order = sorted(range(len(values)), key=lambda i: (abs(values[i]), i))
-    gone = set(order[:count])
-    return [0.0 if i in gone else value for i, value in enumerate(values)]
-
-
 def randomize_(model: nn.Module, std: float = 0.5) -> None:
     """Give every site factors that matter."""
     for _, site in relora.low_rank_sites(model):

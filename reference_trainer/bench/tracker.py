@@ -20,13 +20,13 @@ class Tracked:
     Args:
         weights: all parameters.
         optimizer: AdamW's moments.
-        moments: all tensors, after each operation of forward and backward, and the most that
+        timeline: all tensors, after each operation of forward and backward, and the most that
             clipping and the optimizer's step take.
     """
 
     weights: int
     optimizer: int
-    moments: list[int]
+    timeline: list[int]
 
 
 def track(step: Step, *, processes: int) -> Tracked:
@@ -55,14 +55,14 @@ def track(step: Step, *, processes: int) -> Tracked:
             tracker.track_external(*states)
             with tracker:
                 forward_backward(stage.model, batch, 1, world)
-                count = len(tracker.moments)
+                count = len(tracker.timeline)
                 # On all tensors at once it would be tracked at their whole sizes.
                 clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
                 stage.optimizer.step()
                 stage.optimizer.zero_grad()
             weights = sum(local(p).nbytes for p in stage.model.parameters())
-            moments = [*tracker.moments[:count], max(tracker.moments[count:])]
-            return Tracked(weights, sum(local(t).nbytes for t in states), moments)
+            timeline = [*tracker.timeline[:count], max(tracker.timeline[count:])]
+            return Tracked(weights, sum(local(t).nbytes for t in states), timeline)
 
 
 def measure_peak(step: Step) -> int:
@@ -97,7 +97,7 @@ def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
         "recompute": step.recompute,
         "weights": found.weights,
         "optimizer": found.optimizer,
-        "total": max(found.moments),
+        "total": max(found.timeline),
     }
 
 
@@ -107,8 +107,8 @@ class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.moments: list[int] = []
+        self.timeline: list[int] = []
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         now = self._curr_mem_snap.values()  # get_tracker_snapshot() copies it each time
-        self.moments.append(sum(parts["Total"] for parts in now))
+        self.timeline.append(sum(parts["Total"] for parts in now))

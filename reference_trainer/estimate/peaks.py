@@ -58,7 +58,7 @@ def estimate_peak(step: Step, *, processes: int, moments: float = 1.0) -> Peak:
         return track(replace(step, sequences=sequences), processes=processes)
 
     one, two = tracked(1), tracked(2)
-    first, second = (np.array(t.moments, np.float64) for t in (one, two))
+    first, second = (np.array(t.timeline, np.float64) for t in (one, two))
     saved = (1 - moments) * one.optimizer
     return Peak(
         step,

@@ -9,9 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reference_trainer.files import replaced
-from reference_trainer.study.tables import FULL, LORA, RELORA, Record, by_arm, spectra_of
+from reference_trainer.study.tables import Record, by_arm, spectra_of
+from reference_trainer.study.trial import FULL, LORA, PLAIN, RELORA
 
-_COLORS = {FULL: "black", "LoRA": "#969696", LORA: "#08519c", RELORA: "#d94801"}
+_COLORS = {FULL: "black", PLAIN: "#969696", LORA: "#08519c", RELORA: "#d94801"}
 
 
 def draw(sizes: Sequence[Sequence[Record]], picture: Path) -> None:
@@ -92,7 +93,7 @@ def _draw_spectrum(axes: Axes, records: Sequence[Record]) -> None:
     arms = by_arm(records)
     for name, color in _COLORS.items():
         found = [s.values.tolist() for trial in arms.get(name, []) for s in spectra_of(trial)]
-        if not found or name == "LoRA":
+        if not found or name == PLAIN:
             continue
         places = range(min(map(len, found)))
         columns = [sorted(values[i] for values in found) for i in places]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reference_trainer.errors import UserError
-from reference_trainer.study.trial import Arm, Trial
+from reference_trainer.study.trial import FULL, LORA, PLAIN, RELORA, Arm, Trial
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
 RATE, MULTIPLE = 1e-3, 4.0  # where the search for the best ones begins
@@ -37,10 +37,10 @@ def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
     Of every arm alike: one and its double, then on in the better one's direction, until the best
     lies between two that are worse. A trial depends on the results of those before it.
     """
-    trials = _search(scale, records, Arm("full rank", RATE), "lr")
+    trials = _search(scale, records, Arm(FULL, RATE), "lr")
     if left(trials, records):
         return trials
-    lr = best(records, "full rank")["lr"]
+    lr = best(records, FULL)["lr"]
     for arm in _tuned(scale):
         first = replace(arm, lr=lr, lr_multiple=MULTIPLE)
         trials += _search(scale, records, first, "lr_multiple")
@@ -49,7 +49,7 @@ def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
 
 def arms(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
     """Return the four arms of the paper from every seed."""
-    chosen = [*_tuned(scale)[1:], Arm("full rank", 0.0), _tuned(scale)[0]]
+    chosen = [*_tuned(scale)[1:], Arm(FULL, 0.0), _tuned(scale)[0]]
     best = [_at_its_best(scale, records, arm) for arm in chosen]
     return [_trial(scale, arm, seed) for seed in SEEDS for arm in best]
 
@@ -59,9 +59,9 @@ def ablation(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
     lora = _at_its_best(scale, records, _tuned(scale)[0])
     restarts = replace(lora, cycles=scale.cycles)
     chosen = [
-        replace(restarts, name="LoRA, restarts", prune_ratio=None, rewarm=0.0),
-        replace(restarts, name="LoRA, restarts, reset", rewarm=0.0),
-        replace(restarts, name="LoRA, restarts, reset, jagged"),
+        replace(restarts, name=f"{PLAIN}, restarts", prune_ratio=None, rewarm=0.0),
+        replace(restarts, name=f"{PLAIN}, restarts, reset", rewarm=0.0),
+        replace(restarts, name=f"{PLAIN}, restarts, reset, jagged"),
     ]
     return [_trial(scale, arm, seed) for seed in SEEDS for arm in chosen]
 
@@ -126,9 +126,9 @@ def _search(scale: Scale, records: Sequence[dict[str, Any]], first: Arm, name: s
 
 
 def _tuned(scale: Scale) -> list[Arm]:
-    warm = Arm("LoRA + warm start", 0.0, rank=scale.rank)
-    lora = replace(warm, name="LoRA", warm_start=0.0)
-    return [lora, warm, replace(warm, name="ReLoRA + warm start", cycles=scale.cycles)]
+    warm = Arm(LORA, 0.0, rank=scale.rank)
+    lora = replace(warm, name=PLAIN, warm_start=0.0)
+    return [lora, warm, replace(warm, name=RELORA, cycles=scale.cycles)]
 
 
 def _at_its_best(scale: Scale, records: Sequence[dict[str, Any]], arm: Arm) -> Arm:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from reference_trainer.study.plans import TUNING_SEED
+from reference_trainer.study.trial import FULL, LORA, RELORA
 from relora_core import Spectrum
 
 Record = dict[str, Any]
-FULL, LORA, RELORA = "full rank", "LoRA + warm start", "ReLoRA + warm start"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from reference_trainer.model import LlamaShape, preset
 
 VOCAB = 256  # bytes
+FULL, PLAIN, LORA, RELORA = "full rank", "LoRA", "LoRA + warm start", "ReLoRA + warm start"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Trial:
 
     def of_full_rank(self) -> "Trial":
         """Return the trial of full rank that this one begins as."""
-        return replace(self, arm=Arm("full rank", self.arm.lr, self.arm.warm_start))
+        return replace(self, arm=Arm(FULL, self.arm.lr, self.arm.warm_start))
 
     def key(self) -> dict[str, Any]:
         """Return what tells this trial from another, as JSON values."""

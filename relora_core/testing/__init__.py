@@ -45,6 +45,11 @@ from relora_core.testing.modules import (
     with_sites,
     with_split_bases,
 )
+from relora_core.testing.prunes import (
+    assert_any_size_is_pruned,
+    assert_full_reset_stands_still,
+    assert_prune_keeps_its_share,
+)
 from relora_core.testing.redraws import (
     assert_learns,
     assert_rank_grows,
@@ -52,11 +57,8 @@ from relora_core.testing.redraws import (
 )
 from relora_core.testing.reset_battery import check_resettable
 from relora_core.testing.resets import (
-    assert_any_size_is_pruned,
-    assert_full_reset_stands_still,
     assert_nan_is_refused,
     assert_next_step_is_bounded,
-    assert_prune_keeps_its_share,
     assert_reset_before_the_first_step,
     assert_reset_commutes_with_saving,
     assert_reset_leaves_the_rest,

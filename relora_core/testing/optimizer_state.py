@@ -30,10 +30,10 @@ def first_moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[T
     return [state.moments[0].values().clone() for state in states if state.moments]
 
 
-def factors_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
+def shared_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
     """Return copies of the statistics that entries share."""
     states = find_states(optimizer, params)
-    return [factor.clone() for state in states for factor in state.factors]
+    return [statistic.clone() for state in states for statistic in state.shared]
 
 
 def scalars_of(optimizer: Optimizer, p: nn.Parameter) -> list[dict[str, Any]]:

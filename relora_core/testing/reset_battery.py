@@ -8,9 +8,9 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from relora_core.testing import resets
+from relora_core.testing import prunes, resets
 from relora_core.testing.expressions import Call, as_factory, code, written
-from relora_core.testing.resets import Reset, reset_by_relora
+from relora_core.testing.resets import ResetFunction, reset_by_relora
 from relora_core.testing.runner import CI, Battery, Held
 from relora_core.testing.strategies import ratios, trained
 from relora_core.testing.training import OptimizerFactory, Trained
@@ -20,12 +20,12 @@ _ANY_SIZE = "a ratio zeroes its share of more than 2**24 entries"
 _PROMISES: list[tuple[str, Callable[..., None], bool]] = [
     (
         "a full reset leaves nothing by which a step could move",
-        resets.assert_full_reset_stands_still,
+        prunes.assert_full_reset_stands_still,
         False,
     ),
     (
         "a ratio zeroes its share, and keeps the bits of the rest",
-        resets.assert_prune_keeps_its_share,
+        prunes.assert_prune_keeps_its_share,
         True,
     ),
     ("a reset leaves all else", resets.assert_reset_leaves_the_rest, True),
@@ -39,7 +39,7 @@ _PROMISES: list[tuple[str, Callable[..., None], bool]] = [
 def check_resettable(
     make: OptimizerFactory | SearchStrategy[Call],
     *,
-    reset: Reset = reset_by_relora,
+    reset: ResetFunction = reset_by_relora,
     prune_ratios: SearchStrategy[float] | None = None,
     sizes: SearchStrategy[tuple[tuple[int, ...], ...]] | None = None,
     by_magnitude: bool = True,
@@ -84,7 +84,7 @@ def check_resettable(
     factories = make if isinstance(make, SearchStrategy) else st.just(make)
     share = ratios() if prune_ratios is None else prune_ratios
     rules: dict[Callable[..., None], dict[str, bool]] = {
-        resets.assert_prune_keeps_its_share: {"by_magnitude": by_magnitude},
+        prunes.assert_prune_keeps_its_share: {"by_magnitude": by_magnitude},
         resets.assert_reset_leaves_the_rest: {"keeps_counts": keeps_counts},
     }
     battery = Battery(profile, [*(words for words, *_ in _PROMISES), _ANY_SIZE], skip)
@@ -104,7 +104,7 @@ def check_resettable(
 
 
 def _check(
-    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, Any]]
+    assertion: Callable[..., None], reset: ResetFunction, drawn: tuple[Trained, dict[str, Any]]
 ) -> bool:
     case, options = drawn
     if assertion is resets.assert_nan_is_refused and not resets.can_hold_nan(case):
@@ -114,7 +114,7 @@ def _check(
 
 
 def _show(
-    assertion: Callable[..., None], reset: Reset, drawn: tuple[Trained, dict[str, Any]]
+    assertion: Callable[..., None], reset: ResetFunction, drawn: tuple[Trained, dict[str, Any]]
 ) -> str:
     case, options = drawn
     given = ["case", *(f"{k}={v!r}" for k, v in options.items() if v is not True), *_given(reset)]
@@ -122,17 +122,17 @@ def _show(
     return code([f"case = {case!r}", call], case.factory, reset)
 
 
-def _check_large(reset: Reset, drawn: tuple[OptimizerFactory, float]) -> bool:
+def _check_large(reset: ResetFunction, drawn: tuple[OptimizerFactory, float]) -> bool:
     factory, ratio = drawn
-    resets.assert_any_size_is_pruned(factory, ratio=ratio, reset=reset)
+    prunes.assert_any_size_is_pruned(factory, ratio=ratio, reset=reset)
     return True
 
 
-def _show_large(reset: Reset, drawn: tuple[Any, float]) -> str:
+def _show_large(reset: ResetFunction, drawn: tuple[Any, float]) -> str:
     factory, ratio = drawn
     given = ", ".join([as_factory(factory, "params"), f"ratio={ratio!r}", *_given(reset)])
     return code([f"testing.assert_any_size_is_pruned({given})"], factory, reset)
 
 
-def _given(reset: Reset) -> list[str]:
+def _given(reset: ResetFunction) -> list[str]:
     return [] if reset is reset_by_relora else [f"reset={written(reset)}"]

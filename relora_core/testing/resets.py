@@ -1,4 +1,4 @@
-"""What a reset of an optimizer's moments promises, an assertion each."""
+"""What a reset of an optimizer's moments leaves as it was, and refuses: an assertion each."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,8 +12,6 @@ from relora_core.reset import ResetReport, reset_optimizer_
 from relora_core.testing.optimizer_state import (
     copied,
     equal,
-    factors_of,
-    first_moments_of,
     groups_of,
     is_known,
     is_plain,
@@ -22,9 +20,9 @@ from relora_core.testing.optimizer_state import (
     states_of,
 )
 from relora_core.testing.subjects import BrokenPromiseError
-from relora_core.testing.training import OptimizerFactory, Trained
+from relora_core.testing.training import Trained, moved_without_gradient
 
-Reset = Callable[[Optimizer, list[nn.Parameter], float], object]
+ResetFunction = Callable[[Optimizer, list[nn.Parameter], float], object]
 
 
 def reset_by_relora(optimizer: Optimizer, params: list[nn.Parameter], ratio: float) -> ResetReport:
@@ -32,108 +30,11 @@ def reset_by_relora(optimizer: Optimizer, params: list[nn.Parameter], ratio: flo
     return reset_optimizer_(optimizer, params, prune_ratio=ratio)
 
 
-def assert_full_reset_stands_still(case: Trained, *, reset: Reset = reset_by_relora) -> None:
-    """Assert that after a full reset a step without gradient moves nothing, wherever p is.
-
-    The Parameters are redrawn before, as a restart does; then all moments are reset (ratio 1), and
-    a step follows whose gradients are zero. It tells true zeros from codes that only look like
-    them, and an optimizer that steps copies of its own from one that steps the Parameters.
-
-    Args:
-        case: the optimizer.
-        reset: of (optimizer, params, ratio).
-
-    Raises:
-        BrokenPromiseError: if an entry moves.
-
-    Examples:
-        >>> assert_full_reset_stands_still(Trained(torch.optim.AdamW))
-    """
-    optimizer, params = case()
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    with torch.no_grad():
-        for p in params:
-            p.copy_(torch.randn(p.shape, generator=generator))
-    reset(optimizer, params, 1.0)
-    factors = factors_of(optimizer, params) if is_known(optimizer, params) else []
-    moved = [int(mask.sum()) for mask in _moved_without_gradient(optimizer, params)]
-    if any(moved):
-        raise BrokenPromiseError(
-            f"after a full reset, a step with zero gradients moved {sum(moved)} of "
-            f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
-            "parameters, which a redraw did not reach; or it decays what has no gradient: then "
-            "make it without)"
-        )
-    if any(bool(factor.any()) for factor in factors):
-        raise BrokenPromiseError("a full reset left statistics that entries of a moment share")
-
-
-def assert_prune_keeps_its_share(
-    case: Trained,
-    *,
-    ratio: float = 0.5,
-    reset: Reset = reset_by_relora,
-    by_magnitude: bool = True,
-) -> None:
-    r"""Assert that a reset zeroes `ratio` of the entries of each moment, and leaves the others.
-
-    Counted by value, to within one entry of $ratio \cdot n$, ties or none; what is not zero has the
-    bits that it had. Of a Parameter's first moment the smallest go. Where the optimizer's state is
-    not known to this library (`declare_moments`), the entries that a step without gradient moves
-    are counted instead.
-
-    Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
-        by_magnitude: whether the smallest must go; False for a reset that chooses otherwise.
-
-    Raises:
-        BrokenPromiseError: if more or fewer are zeroed, others change, or the report is untrue.
-
-    Examples:
-        >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
-    """
-    optimizer, params = case()
-    if not is_known(optimizer, params):
-        _count_moving(case, ratio, reset)
-        return
-    before, first = moments_of(optimizer, params), first_moments_of(optimizer, params)
-    report = reset(optimizer, params, ratio)
-    after = moments_of(optimizer, params)
-    leading = list(zip(first, first_moments_of(optimizer, params), strict=False))
-    if len(before) != len(after):
-        raise BrokenPromiseError(
-            f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
-        )
-    for old, new in zip(before, after, strict=True):
-        count, zeros = old.numel(), int((new == 0).sum())
-        most = ratio * count + 1 + int((old == 0).sum())
-        if not ratio * count - 1 <= zeros <= most:
-            raise BrokenPromiseError(
-                f"a reset of ratio {ratio:g} left {zeros} of a moment's {count} entries zero"
-            )
-        if bool(((new != old) & (new != 0)).any()):
-            raise BrokenPromiseError("a reset changed a moment's entry that it did not zero")
-    for old, new in leading if by_magnitude else []:
-        gone, kept = old[new == 0].abs(), old[new != 0].abs()
-        if gone.numel() and kept.numel() and gone.max() > kept.min():
-            raise BrokenPromiseError(
-                f"a reset zeroed an entry of the first moment of magnitude {gone.max():.3g}, and "
-                f"kept one of {kept.min():.3g}"
-            )
-    if isinstance(report, ResetReport) and before:
-        counts = sum(int((new == 0).sum()) for new in after)
-        already = sum(int((old == 0).sum()) for old in before)
-        if not counts - already <= report.zeroed <= counts:
-            raise BrokenPromiseError(f"the report says {report.zeroed} zeroed; {counts} are zero")
-
-
 def assert_reset_leaves_the_rest(
     case: Trained,
     *,
     ratio: float = 0.5,
-    reset: Reset = reset_by_relora,
+    reset: ResetFunction = reset_by_relora,
     keeps_counts: bool = True,
 ) -> None:
     """Assert that a reset of one Parameter's moments changes nothing else, now or later.
@@ -172,7 +73,7 @@ def assert_reset_leaves_the_rest(
 
 
 def assert_next_step_is_bounded(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
     """Assert that a step without gradient after a reset is no larger than four usual ones.
 
@@ -198,7 +99,7 @@ def assert_next_step_is_bounded(
         usual = max(usual, _farthest(params, before))
     before = [p.detach().clone() for p in params]
     reset(optimizer, params, ratio)
-    _moved_without_gradient(optimizer, params)
+    moved_without_gradient(optimizer, params)
     leap = _farthest(params, before)
     if not leap <= 4 * usual:
         raise BrokenPromiseError(
@@ -208,7 +109,7 @@ def assert_next_step_is_bounded(
 
 
 def assert_reset_before_the_first_step(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
     """Assert that a reset of an optimizer without state makes none, and changes no later step.
 
@@ -240,7 +141,7 @@ def assert_reset_before_the_first_step(
 
 
 def assert_reset_commutes_with_saving(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
     """Assert that to save, load and reset is to reset, save and load, and neither loses anything.
 
@@ -290,7 +191,7 @@ def can_hold_nan(case: Trained) -> bool:
 
 
 def assert_nan_is_refused(
-    case: Trained, *, ratio: float = 0.5, reset: Reset = reset_by_relora
+    case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
     """Assert that a reset of moments that hold NaN raises, and changes nothing.
 
@@ -325,54 +226,6 @@ def assert_nan_is_refused(
             ) from None
         return
     raise BrokenPromiseError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
-
-
-def assert_any_size_is_pruned(
-    factory: OptimizerFactory, *, ratio: float = 0.9, reset: Reset = reset_by_relora
-) -> None:
-    """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
-
-    Beyond that `torch.quantile` raises, and a reset that passes over what it cannot rank does
-    nothing.
-
-    Args:
-        factory: makes the optimizer from a list of Parameters.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
-
-    Raises:
-        BrokenPromiseError: if the share is another.
-
-    Examples:
-        >>> from functools import partial
-        >>> assert_any_size_is_pruned(partial(torch.optim.SGD, momentum=0.9))
-    """
-    large = ((2**12, 2**12 + 1),)
-    case = Trained(factory, shapes=large, steps=1)
-    assert_prune_keeps_its_share(case, ratio=ratio, reset=reset, by_magnitude=False)
-
-
-def _moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[Tensor]:
-    before = [p.detach().clone() for p in params]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad()
-    return [p.detach() != old for p, old in zip(params, before, strict=True)]
-
-
-def _count_moving(case: Trained, ratio: float, reset: Reset) -> None:
-    (optimizer, params), (twin, same) = case(), case()
-    reset(optimizer, params, ratio)
-    moved = _moved_without_gradient(optimizer, params)
-    usual = _moved_without_gradient(twin, same)
-    for p, now, before in zip(params, moved, usual, strict=True):
-        most, least = p.numel() * (1 - ratio) + 1, int(before.sum()) - p.numel() * ratio - 1
-        if not least <= int(now.sum()) <= most:
-            raise BrokenPromiseError(
-                f"after a reset of ratio {ratio:g}, a step with zero gradients moved "
-                f"{int(now.sum())} of {p.numel()} entries; without it, {int(before.sum())}"
-            )
 
 
 def _farthest(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:

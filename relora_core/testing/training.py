@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core.moments import inner_optimizers
@@ -74,3 +74,13 @@ class Trained:
             f"testing.Trained({factory}, shapes={self.shapes!r}, steps={self.steps}, "
             f"seed={self.seed}, ties={self.ties}, dtype={self.dtype})"
         )
+
+
+def moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Take a step with zero gradients; return for each parameter which entries it moved."""
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    return [p.detach() != old for p, old in zip(params, before, strict=True)]

@@ -22,7 +22,7 @@ class Row:
         options: beside `lr`.
         moments: keys that a reset prunes, the leading one first.
         copies: keys that a reset sets to the parameter.
-        factors: keys that only a full reset zeroes.
+        shared: keys that only a full reset zeroes.
         clock: keys that `reset_step` begins anew, and where.
         shapes: of its parameters.
         sparse: whether it takes sparse gradients only.
@@ -36,7 +36,7 @@ class Row:
     options: Mapping[str, object] = field(default_factory=dict)
     moments: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
-    factors: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     clock: Mapping[str, float] = field(default_factory=lambda: {"step": 0})
     shapes: tuple[tuple[int, ...], ...] = ((6, 5), (7,))
     sparse: bool = False
@@ -144,7 +144,7 @@ OPTIMIZERS = {
     "Adadelta": of("torch.optim.Adadelta", "acc_delta", "square_avg"),
     "Adafactor": Row(
         "torch.optim.Adafactor",
-        factors=("row_var", "col_var"),
+        shared=("row_var", "col_var"),
         shapes=((6, 5), (7, 4)),
         refused=FACTORED,
     ),
@@ -175,13 +175,13 @@ OPTIMIZERS = {
         "transformers.Adafactor",
         {"relative_step": False, "scale_parameter": False, "beta1": 0.9},
         ("exp_avg",),
-        factors=("exp_avg_sq_row", "exp_avg_sq_col"),
+        shared=("exp_avg_sq_row", "exp_avg_sq_col"),
         shapes=((6, 5), (7, 4)),
     ),
     "transformers Adafactor without beta1": Row(
         "transformers.Adafactor",
         {"relative_step": False, "scale_parameter": False},
-        factors=("exp_avg_sq_row", "exp_avg_sq_col"),
+        shared=("exp_avg_sq_row", "exp_avg_sq_col"),
         shapes=((6, 5), (7, 4)),
         refused=FACTORED,
     ),

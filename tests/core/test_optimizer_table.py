@@ -89,9 +89,9 @@ class TestReset:
             assert torch.equal(value_of(states[0], key), value.masked_fill(mask, 0))
         for key in row.copies:
             assert torch.equal(states[0][key], first)
-        factors = sum(states[0][key].numel() for key in row.factors)
+        shared = sum(states[0][key].numel() for key in row.shared)
         assert report.zeroed == gone * len(row.moments)
-        assert report.entries == first.numel() * len(row.moments) + factors
+        assert report.entries == first.numel() * len(row.moments) + shared
         kept = [states[0].get(k) for k in states[0] if k not in {*row.moments, *row.copies}]
         assert raw(kept) == others
         after = raw([states[1:], rest, optimizer.state_dict()["param_groups"], first])
@@ -107,7 +107,7 @@ class TestReset:
         for p in model.parameters():
             state = optimizer.state.get(p, {})
             assert not any(value_of(state, key).any() for key in row.moments if key in state)
-            assert not any(state[key].any() for key in row.factors if key in state)
+            assert not any(state[key].any() for key in row.shared if key in state)
 
     @rows("reset_step")
     def test_of_the_step_begins_the_count_anew_or_is_refused(self, row, device):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import relora_core as relora
-from relora_core import layouts
+from relora_core import state_layouts
 from tests.core.optimizers import ADAM, Row, raw, stepped
 from tests.reference import dropped
 
@@ -90,7 +90,7 @@ class TestStepReset:
 
 
 def test_a_declared_optimizer_is_reset(monkeypatch):
-    monkeypatch.setattr(layouts, "_declared", {})
+    monkeypatch.setattr(state_layouts, "_declared", {})
 
     class Averaging(torch.optim.Optimizer):
         def __init__(self, params, lr):
@@ -120,7 +120,7 @@ def test_a_declared_optimizer_is_reset(monkeypatch):
 
 
 def test_a_declared_copy_follows_the_parameter_that_a_restart_redraws(monkeypatch):
-    monkeypatch.setattr(layouts, "_declared", {})
+    monkeypatch.setattr(state_layouts, "_declared", {})
 
     class WithMaster(torch.optim.SGD):
         """Steps a copy in fp32, and rounds it to the parameter."""
@@ -156,7 +156,7 @@ def test_a_declared_copy_follows_the_parameter_that_a_restart_redraws(monkeypatc
     assert torch.equal(site.lora_A, drawn)
 
 
-@pytest.mark.parametrize("path", [*layouts.FOREIGN, *layouts.REFUSED])
+@pytest.mark.parametrize("path", [*state_layouts.FOREIGN, *state_layouts.REFUSED])
 def test_a_class_known_by_name_is_where_the_table_says(path):
     module, _, name = path.rpartition(".")
     library = path.split(".")[0]

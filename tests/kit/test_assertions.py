@@ -11,17 +11,17 @@ import relora_core as relora
 from relora_core import testing
 from relora_core.register import remove_low_rank
 from relora_core.testing import lifetimes
-from tests.kit import planted
+from tests.kit.planted import layers
 
 
-class Shared(planted.Layer):
+class Shared(layers.Layer):
     """A deep copy of it is itself."""
 
     def __deepcopy__(self, memo):
         return self
 
 
-class Counted(planted.Layer):
+class Counted(layers.Layer):
     """It writes down how often it was called."""
 
     def forward(self, x):
@@ -29,7 +29,7 @@ class Counted(planted.Layer):
         return super().forward(x)
 
 
-class Negated(planted.Layer):
+class Negated(layers.Layer):
     """Its gradient of A has the wrong sign, its output is right."""
 
     def forward(self, x):
@@ -37,7 +37,7 @@ class Negated(planted.Layer):
         return x @ self.weight.T + self.scale * (x @ A.T @ self.lora_B.T)
 
 
-class Unscaled(planted.Layer):
+class Unscaled(layers.Layer):
     def forward(self, x):
         return x @ self.weight.T + x @ self.lora_A.T @ self.lora_B.T
 
@@ -57,20 +57,20 @@ WITH_INPUTS = {
 BROKEN = [
     broken("assert_is_dense", Unscaled, "is not that of W"),
     broken("assert_gradients_are_dense", Negated, "gradient of '.lora_A' is not the dense one"),
-    broken("assert_merge_keeps_function", planted.MergeWithoutScale, "a merge moved the output"),
-    broken("assert_merge_adds_update", planted.MergeThroughHalf, "away from W"),
-    broken("assert_merge_is_idempotent", planted.MergeKeepsB, "a second merge changed 'weight'"),
-    broken("assert_merges_add_up", planted.SixteenBitsRoundedOnce, "lost"),
-    broken("assert_redraw_is_keyed", planted.GlobalDraw, "differently drew another A"),
-    broken("assert_learns", planted.ZeroFactors, "lora_B of '' has no gradient at first"),
-    broken("assert_rank_grows", planted.SameDraw, "A must be drawn anew"),
+    broken("assert_merge_keeps_function", layers.MergeWithoutScale, "a merge moved the output"),
+    broken("assert_merge_adds_update", layers.MergeThroughHalf, "away from W"),
+    broken("assert_merge_is_idempotent", layers.MergeKeepsB, "a second merge changed 'weight'"),
+    broken("assert_merges_add_up", layers.SixteenBitsRoundedOnce, "lost"),
+    broken("assert_redraw_is_keyed", layers.GlobalDraw, "differently drew another A"),
+    broken("assert_learns", layers.ZeroFactors, "lora_B of '' has no gradient at first"),
+    broken("assert_rank_grows", layers.SameDraw, "A must be drawn anew"),
     broken("assert_copies_are_independent", Counted, "a forward pass changed 'restart'"),
 ]
 
 
 def test_inputs_in_float64_are_left_alone():
     x = X.double()
-    testing.assert_gradients_are_dense(planted.Layer(inner=7), x)
+    testing.assert_gradients_are_dense(layers.Layer(inner=7), x)
     assert not x.requires_grad
 
 
@@ -78,8 +78,8 @@ def test_inputs_in_float64_are_left_alone():
 def test_it_tells_sound_from_broken(assertion, layer, message):
     options = {"inner": 7, "out": 8, "rank": 2, "alpha": 4.0}
     x = [X] if assertion.__name__ in WITH_INPUTS else []
-    events = [] if layer is planted.ZeroFactors else ["fill"]
-    assertion(testing.lived(functools.partial(planted.Layer, **options), events), *x)
+    events = [] if layer is layers.ZeroFactors else ["fill"]
+    assertion(testing.lived(functools.partial(layers.Layer, **options), events), *x)
     model = testing.lived(functools.partial(layer, **options), events)
     with pytest.raises(testing.BrokenPromiseError, match=message):
         assertion(model, *x)
@@ -92,7 +92,7 @@ def test_a_copy_that_is_the_model_is_no_copy():
 
 def test_a_state_dict_that_lacks_the_count_is_not_all():
     with pytest.raises(testing.BrokenPromiseError, match="restart 1 after saving and loading"):
-        testing.assert_saves_and_loads(planted.CountIsNotSaved(), planted.CountIsNotSaved, X[:, :3])
+        testing.assert_saves_and_loads(layers.CountIsNotSaved(), layers.CountIsNotSaved, X[:, :3])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from relora_core import testing
-from tests.kit import planted
+from tests.kit.planted import layers, resets, restarts, schedules
 
 SIZES = {
     "inner": st.integers(1, 7),
@@ -49,63 +49,63 @@ def assert_code_repeats_it(report, *, figures=True):
     assert said.rstrip(": ") in again
 
 
-def layers(planted_layer):
+def drawn(planted_layer):
     return testing.calls(planted_layer, **SIZES)
 
 
 LAYERS = {
-    planted.ZeroFactors: "every factor learns in every cycle",
-    planted.MergeWithoutScale: "a merge keeps the function",
-    planted.MergeKeepsB: "a merge keeps the function",
-    planted.MergeThroughHalf: "a merge keeps the function",
-    planted.MergeInGraph: "its gradients are those",
-    planted.MergeIsNotCalled: "a merge adds s B A to W, rounds once, and zeroes B",
-    planted.MergeRaises: "it computes with W + s B A",
-    planted.SixteenBits: ("a merge adds s B A to W, rounds once", "small merges are not lost"),
-    planted.SixteenBitsRoundedOnce: "small merges are not lost",
-    planted.DeadScale: "a merge adds s B A to W, rounds once",
-    planted.GlobalDraw: "a redraw depends on its key alone",
-    planted.SameDraw: "a redraw depends on its key alone",
-    planted.SpectralDraw: "a redraw depends on its key alone",
+    layers.ZeroFactors: "every factor learns in every cycle",
+    layers.MergeWithoutScale: "a merge keeps the function",
+    layers.MergeKeepsB: "a merge keeps the function",
+    layers.MergeThroughHalf: "a merge keeps the function",
+    layers.MergeInGraph: "its gradients are those",
+    layers.MergeIsNotCalled: "a merge adds s B A to W, rounds once, and zeroes B",
+    layers.MergeRaises: "it computes with W + s B A",
+    layers.SixteenBits: ("a merge adds s B A to W, rounds once", "small merges are not lost"),
+    layers.SixteenBitsRoundedOnce: "small merges are not lost",
+    layers.DeadScale: "a merge adds s B A to W, rounds once",
+    layers.GlobalDraw: "a redraw depends on its key alone",
+    layers.SameDraw: "a redraw depends on its key alone",
+    layers.SpectralDraw: "a redraw depends on its key alone",
     # Loaded, it draws again what it had: which promise sees it first depends on what is drawn.
-    planted.CountIsNotSaved: (
+    layers.CountIsNotSaved: (
         "a redraw depends on its key alone",
         "the rank grows with each restart",
         "saving and loading commute with restarts",
     ),
-    planted.TrainedBase: "its gradients are those",
+    layers.TrainedBase: "its gradients are those",
 }
 
 
 def test_a_sound_layer_of_the_user_s_keeps_every_promise():
-    held = testing.check_low_rank(layers(planted.Layer))
+    held = testing.check_low_rank(drawn(layers.Layer))
     assert len(held) == 11  # not that ours can be removed
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_a_bug_of_a_layer_is_found(layer):
-    report = found(testing.check_low_rank, layers(layer))
+    report = found(testing.check_low_rank, drawn(layer))
     promises = LAYERS[layer]
     assert report.removeprefix("broken: ").startswith(promises)
-    assert f"from tests.kit.planted import {layer.__name__}" in report
+    assert f"from tests.kit.planted.layers import {layer.__name__}" in report
     assert_code_repeats_it(report)
 
 
 def test_the_case_is_the_smallest_one():
-    report = found(testing.check_low_rank, layers(planted.MergeWithoutScale))
+    report = found(testing.check_low_rank, drawn(layers.MergeWithoutScale))
     assert "MergeWithoutScale(inner=1, out=1, alpha=2.0)" in report
     assert "testing.lived(factory, ['fill'], seed=0)" in report
 
 
 def test_a_tied_weight_is_found():
-    report = found(testing.check_low_rank, planted.TiedPair)
+    report = found(testing.check_low_rank, layers.TiedPair)
     assert report.startswith("broken: it computes with W + s B A")
     assert_code_repeats_it(report)
 
 
 def test_a_layer_that_caches_its_weight_is_found():
     """The factory makes a plain module: the kit gives it sites."""
-    report = found(testing.check_low_rank, planted.Unused)
+    report = found(testing.check_low_rank, layers.Unused)
     assert "relora.register_low_rank(Unused(), rank=1)" in report
     assert_code_repeats_it(report)
 
@@ -115,15 +115,15 @@ def adamw(params):
 
 
 RESETS = {
-    planted.by_quantile: "a ratio zeroes its share, and keeps the bits of the rest",
-    planted.apart: "the step after a reset is bounded",
-    planted.passing_over_the_large: "a ratio zeroes its share of more than 2**24 entries",
-    planted.nearly_all: "a full reset leaves nothing",
-    planted.nothing: "a full reset leaves nothing",
-    planted.deleting: "a ratio zeroes its share",
-    planted.of_everything: "a reset leaves all else",
-    planted.looking: "a reset before the first step does nothing",
-    planted.blind_to_nan: "moments that hold NaN are refused",
+    resets.by_quantile: "a ratio zeroes its share, and keeps the bits of the rest",
+    resets.apart: "the step after a reset is bounded",
+    resets.passing_over_the_large: "a ratio zeroes its share of more than 2**24 entries",
+    resets.nearly_all: "a full reset leaves nothing",
+    resets.nothing: "a full reset leaves nothing",
+    resets.deleting: "a ratio zeroes its share",
+    resets.of_everything: "a reset leaves all else",
+    resets.looking: "a reset before the first step does nothing",
+    resets.blind_to_nan: "moments that hold NaN are refused",
 }
 
 
@@ -138,7 +138,7 @@ def test_a_reset_of_8_bit_codes_is_found():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     make = testing.calls(bnb.optim.AdamW8bit, lr=st.just(0.01))
     sizes = st.just(((64, 80), (9,)))
-    report = found(testing.check_resettable, make, reset=planted.of_codes, sizes=sizes)
+    report = found(testing.check_resettable, make, reset=resets.of_codes, sizes=sizes)
     assert report.startswith("broken: a full reset leaves nothing")
     assert_code_repeats_it(report)
 
@@ -146,20 +146,20 @@ def test_a_reset_of_8_bit_codes_is_found():
 def test_a_reset_of_all_that_has_the_parameter_s_shape_is_found():
     free = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     make = testing.calls(free.AdamWScheduleFree, lr=st.just(0.01))
-    report = found(testing.check_resettable, make, reset=planted.of_the_same_shape)
+    report = found(testing.check_resettable, make, reset=resets.of_the_same_shape)
     assert report.startswith("broken: a full reset leaves nothing")
 
 
 def test_an_optimizer_that_steps_copies_is_found():
-    report = found(testing.check_resettable, planted.Masters)
+    report = found(testing.check_resettable, resets.Masters)
     assert "or copies of the parameters, which a redraw did not reach" in report
     assert_code_repeats_it(report)
 
 
 SCHEDULES = {
-    planted.Recursive: "outside the ramps it is the smooth schedule's",
-    planted.unmoved: "the rate at each restart is zero",
-    planted.one_step_late: "the rate at each restart is zero",
+    schedules.Recursive: "outside the ramps it is the smooth schedule's",
+    schedules.unmoved: "the rate at each restart is zero",
+    schedules.one_step_late: "the rate at each restart is zero",
 }
 
 
@@ -173,24 +173,24 @@ def test_a_bug_of_a_schedule_is_found(jagged):
 
 def test_a_schedule_that_fails_over_one_of_torch_s_is_found():
     sequences = testing.calls(testing.warmup_then_cosine, milestone=st.integers(1, 9))
-    report = found(testing.check_schedule, planted.Recursive, inner=sequences)
+    report = found(testing.check_schedule, schedules.Recursive, inner=sequences)
     assert "NotImplementedError" in report
     assert "testing.warmup_then_cosine(optimizer, milestone=1)" in report
     assert_code_repeats_it(report)
 
 
 def test_a_schedule_that_forgets_the_inner_one_s_state_is_found():
-    report = found(testing.check_schedule, planted.Forgetful)
+    report = found(testing.check_schedule, schedules.Forgetful)
     assert report.startswith("broken: it resumes exactly from any step")
     assert_code_repeats_it(report)
 
 
 RESTARTS = [
-    planted.without_scale,
-    planted.redrawn_first,
-    planted.unpruned,
-    planted.of_B_alone,
-    planted.drawn_from_the_global_generator,
+    restarts.without_scale,
+    restarts.redrawn_first,
+    restarts.unpruned,
+    restarts.of_B_alone,
+    restarts.drawn_from_the_global_generator,
 ]
 
 
@@ -198,7 +198,7 @@ RESTARTS = [
 def test_a_bug_of_a_whole_restart_is_found(restart):
     report = found(testing.check_restart, restart)
     assert report.startswith("broken: a training is Algorithm 1, whatever interrupts it")
-    drawn = restart is planted.drawn_from_the_global_generator
+    drawn = restart is restarts.drawn_from_the_global_generator
     assert_code_repeats_it(report, figures=not drawn)
 
 

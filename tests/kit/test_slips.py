@@ -13,13 +13,13 @@ from torch import nn
 
 import relora_core as relora
 from relora_core import testing
-from tests.kit import planted
+from tests.kit.planted import layers, resets, restarts, schedules
 from tests.kit.test_planted_bugs import adamw, assert_code_repeats_it, found
 
 FEW = hypothesis.settings(testing.CI, max_examples=5)
 
 
-class Misnamed(planted.Layer):
+class Misnamed(layers.Layer):
     """One name is another: it is no site, and its merge would never be looked at."""
 
     def __init__(self):
@@ -62,7 +62,7 @@ class TestOfTheEnvironment:
     def test_a_profile_that_prints_blobs_leaves_the_program_alone(self):
         blobs = hypothesis.settings(testing.CI, print_blob=True)
         with pytest.raises(testing.BrokenPromiseError) as caught:
-            testing.check_restart(planted.unpruned, profile=blobs)
+            testing.check_restart(restarts.unpruned, profile=blobs)
         assert_code_repeats_it(str(caught.value))
 
 
@@ -96,12 +96,12 @@ class TestOfTheCaller:
 
     def test_those_to_skip_are_not_looked_at(self):
         skipped = ["a redraw depends on its key alone", "saving and loading commute with restarts"]
-        held = testing.check_low_rank(planted.GlobalDraw, skip=skipped, profile=FEW)
+        held = testing.check_low_rank(layers.GlobalDraw, skip=skipped, profile=FEW)
         assert len(held) == 9
         assert not {one.promise for one in held} & set(skipped)
 
     def test_views_in_place_of_parameters_are_refused(self):
-        class Transposed(planted.Layer):
+        class Transposed(layers.Layer):
             weight = property(lambda self: self.kernel.T)
 
             def __init__(self):
@@ -159,7 +159,7 @@ class Rare(nn.Module):
         return self.usual(x) + 0 * self.rare(x)
 
 
-class InHalfTheWidth(planted.Layer):
+class InHalfTheWidth(layers.Layer):
     """Merges in float32 whatever its dtype is, at a small scale."""
 
     def __init__(self):
@@ -206,15 +206,15 @@ class TestOfNobody:
 
 
 RAMPS = {
-    planted.OneStepShort: "inside a ramp it lies between, and rises from each restart",
-    planted.NeverBack: "outside the ramps it is the smooth schedule's",
-    planted.TellsAnother: "it tells the rate that it sets",
+    schedules.OneStepShort: "inside a ramp it lies between, and rises from each restart",
+    schedules.NeverBack: "outside the ramps it is the smooth schedule's",
+    schedules.TellsAnother: "it tells the rate that it sets",
 }
 
 
 class TestOfASchedule:
     def test_a_sound_one_raises_no_alarm(self):
-        testing.check_schedule(planted.Scaled, skip=["it resumes exactly from any step"])
+        testing.check_schedule(schedules.Scaled, skip=["it resumes exactly from any step"])
 
     @pytest.mark.parametrize("jagged", RAMPS, ids=lambda jagged: jagged.__name__)
     @pytest.mark.parametrize("restarts", [None, relora.Restarts(200, 50)], ids=["any", "long"])
@@ -255,7 +255,7 @@ def forgetting_the_count(optimizer, params, ratio):
         optimizer.state[p]["t"] = 0
 
 
-class BufferCleared(planted.Layer):
+class BufferCleared(layers.Layer):
     @torch.no_grad()
     def merge_(self):
         super().merge_()
@@ -288,30 +288,30 @@ class TestTheProgram:
         alpha = 2.0
         report = found(
             testing.check_low_rank,
-            lambda: planted.MergeWithoutScale(alpha=alpha),
+            lambda: layers.MergeWithoutScale(alpha=alpha),
             inputs=lambda model: torch.randn(3, model.lora_A.shape[1]),
         )
         assert "alpha = 2.0" in report
         assert_code_repeats_it(report)
 
     def test_of_local_classes_and_functions(self):
-        class Inner(planted.MergeWithoutScale):
+        class Inner(layers.MergeWithoutScale):
             pass
 
         def make():
             return Inner(alpha=4.0)
 
         report = found(testing.check_low_rank, make)
-        assert "class Inner(planted.MergeWithoutScale)" in report
+        assert "class Inner(layers.MergeWithoutScale)" in report
         assert_code_repeats_it(report)
 
     def test_of_partials(self):
         make = functools.partial(torch.optim.AdamW, lr=0.01)
-        report = found(testing.check_resettable, make, reset=planted.nothing)
+        report = found(testing.check_resettable, make, reset=resets.nothing)
         assert "functools.partial(torch.optim.AdamW, lr=0.01)" in report
         assert_code_repeats_it(report)
 
     def test_of_our_own_restart_under_another_schedule(self):
-        report = found(testing.check_restart, jagged=planted.NeverBack)
+        report = found(testing.check_restart, jagged=schedules.NeverBack)
         assert "import restart_by_relora" in report
         assert_code_repeats_it(report)

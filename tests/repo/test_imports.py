@@ -1,6 +1,7 @@
 """Imports form layers: a module imports from lower ones only, and the core knows no trainer."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_sharding embedding files layouts low_bits merged peft_format randomness schedule "
-        "two_paths",
+        "_sharding embedding files low_bits merged peft_format randomness schedule "
+        "state_layouts two_paths",
         "linear quantized roll_call selection spectrum tensor_parallel",
         "lazy_weight pruning update",
         "low_rank moments",
@@ -26,7 +27,8 @@ LAYERS = {
         "testing.optimizer_state testing.small_layers testing.subjects",
         "testing.inputs testing.jags testing.runner testing.training testing.twin",
         "testing.compare testing.history testing.machine testing.resets",
-        "testing.lifetimes testing.merges testing.modules testing.redraws testing.strategies",
+        "testing.lifetimes testing.merges testing.modules testing.prunes testing.redraws "
+        "testing.strategies",
         "testing.module_battery testing.reset_battery testing.restart_battery "
         "testing.schedule_battery",
         "testing.__init__ testing.ours",
@@ -41,11 +43,11 @@ LAYERS = {
         "checkpoint parallel prepare rank report.recorded",
         "bench.subjects data pretrained report.panels saving",
         "report.page report.picture stage",
-        "begin bench.measure evaluate export journal report.run study.tables study.train",
+        "begin bench.measure evaluate export journal report.command study.tables study.train",
         "bench.layouts bench.restarts plan study.picture train",
         "bench.checkpoints bench.communication bench.tracker estimate.gpus",
-        "bench.run estimate.peaks study.run",
-        "estimate.run",
+        "bench.command estimate.peaks study.command",
+        "estimate.command",
         "__main__",
     ],
 }
@@ -110,3 +112,19 @@ def test_one_file_of_the_core_names_sharding(module):
 def test_few_files_of_the_trainer_use_the_core(module):
     roots = {name.split(".")[0] for name in imported("reference_trainer", module)}
     assert "relora_core" not in roots or module in USES_THE_CORE.split()
+
+
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_the_map_for_contributors_names_every_module(package, module):
+    rooms = {"testing": "relora_core/testing"}
+    path = f"{module.replace('.', '/')}.py"
+    room, _, rest = path.partition("/")
+    where, name = (rooms[room], rest) if room in rooms else (package, path)
+    if name.endswith("__init__.py"):
+        return
+    (section,) = (s for s in _tables() if s.startswith(f"| `{where}/` |"))
+    assert f"`{name}`" in section
+
+
+def _tables() -> list[str]:
+    return re.split(r"\n\n+", (ROOT / "CONTRIBUTING.md").read_text())

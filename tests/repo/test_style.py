@@ -1,12 +1,20 @@
 """Format, lint and types are part of the suite: one command checks all."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LONGER = {
+    "relora_core/_sharding.py": "the only file that names DTensor",
+    "relora_core/low_rank.py": "one class, the parametrization, half of it docstrings",
+    "relora_core/testing/machine.py": "one class, as hypothesis wants all rules of a machine",
+    "reference_trainer/config.py": "every option in one place",
+}
 
 
 @pytest.mark.parametrize("command", [["ruff", "format", "--check"], ["ruff", "check"], ["mypy"]])
@@ -15,3 +23,19 @@ def test_the_tree_passes(command):
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_module_has_at_most_300_lines_or_a_reason():
+    rooms = ("relora_core", "reference_trainer")
+    files = [file for room in rooms for file in (ROOT / room).rglob("*.py")]
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
+    assert {file for file, length in lengths.items() if length > 300} == LONGER.keys()
+
+
+def test_the_newest_entry_of_the_changelog_is_the_version():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    newest = re.search(
+        r"^## \[(\S+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert newest[1] == version

@@ -8,7 +8,7 @@ import pytest
 from reference_trainer.__main__ import main
 from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import track
-from reference_trainer.estimate import run
+from reference_trainer.estimate import command
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
@@ -29,7 +29,7 @@ class TestPeak:
         peak = estimate_peak(step, processes=2)
         for sequences in (1, 3, 5, 20):
             found = track(dataclasses.replace(step, sequences=sequences), processes=2)
-            assert peak.at(sequences) == max(found.moments)
+            assert peak.at(sequences) == max(found.timeline)
 
     def test_lies_elsewhere_with_few_sequences_than_with_many(self):
         """So that a straight line through two peaks would be wrong."""
@@ -86,13 +86,13 @@ class TestCommand:
         assert said.count("none fits") == 6
 
     def test_takes_the_layout_that_is_fastest(self):
-        row = run.Row("warm start", "shard", False, 1, 1, 9, 4, 4, 1, 1.0, (2.0, 3.0))
+        row = command.Row("warm start", "shard", False, 1, 1, 9, 4, 4, 1, 1.0, (2.0, 3.0))
         slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))
         fast = dataclasses.replace(
             row, phase="ReLoRA, replicate", layout="replicate", seconds=(1.0, 1.5), micro=2
         )
         again = dataclasses.replace(fast, recompute=True, seconds=(0.1, 0.1))  # of no warm start
-        first, second = run.advice([row, slow, fast, again], 10.0)
+        first, second = command.advice([row, slow, fast, again], 10.0)
         assert "--batch.micro 2 --parallel.layout replicate" in first
         assert "takes 0.50 of one of the warm start" in second
 

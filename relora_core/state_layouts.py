@@ -18,7 +18,7 @@ class StateLayout:
             chosen by its magnitudes.
         others: left alone.
         clock: counts of steps, each with the value it begins at.
-        factors: statistics that many entries share, of another shape than the parameter's. Only a
+        shared: statistics that many entries share, of another shape than the parameter's. Only a
             full reset zeroes them.
         copies: values of the parameter that steps go on from. A reset sets them to the parameter.
         codes: for a moment that may be kept in 8 bits, the keys of its table and of its blocks'
@@ -28,7 +28,7 @@ class StateLayout:
     moments: tuple[str, ...]
     others: tuple[str, ...] = ()
     clock: Mapping[str, float] = field(default_factory=lambda: _STEP)
-    factors: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     codes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ class StateLayout:
     def keys(self) -> set[str]:
         """All keys that are known."""
         of_codes = {key for keys in self.codes.values() for key in keys}
-        known = (self.moments, self.others, self.clock, self.factors, self.copies)
+        known = (self.moments, self.others, self.clock, self.shared, self.copies)
         return of_codes.union(*known)
 
 
@@ -53,7 +53,7 @@ TORCH: dict[type[Optimizer], StateLayout] = {
     torch.optim.RMSprop: StateLayout(("momentum_buffer", "grad_avg", "square_avg")),
     torch.optim.Adagrad: StateLayout(("sum",)),
     torch.optim.Adadelta: StateLayout(("acc_delta", "square_avg")),
-    torch.optim.Adafactor: StateLayout(("variance",), factors=("row_var", "col_var")),
+    torch.optim.Adafactor: StateLayout(("variance",), shared=("row_var", "col_var")),
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later
     TORCH[torch.optim.Muon] = _MOMENTUM
@@ -75,7 +75,7 @@ FOREIGN = {
     "schedulefree.radam_schedulefree.RAdamScheduleFree": _SCHEDULE_FREE_ADAM,
     "schedulefree.sgd_schedulefree.SGDScheduleFree": _SCHEDULE_FREE_SGD,
     "transformers.optimization.Adafactor": StateLayout(
-        ("exp_avg", "exp_avg_sq"), others=("RMS",), factors=("exp_avg_sq_row", "exp_avg_sq_col")
+        ("exp_avg", "exp_avg_sq"), others=("RMS",), shared=("exp_avg_sq_row", "exp_avg_sq_col")
     ),
 }
 
