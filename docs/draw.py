@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from reference_trainer.__main__ import parser
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, step_seconds
+from reference_trainer.commands import parser
 from reference_trainer.estimate.command import KEPT_FREE, Row, advice, table
 from reference_trainer.estimate.gpus import GPUS
 from reference_trainer.files import replaced

@@ -116,6 +116,15 @@ def open_directory(config: Config, *, resume: bool) -> None:
         options.write(config, made / "config.yaml")
 
 
+def goes_on(config: Config) -> str:
+    """Return the line that says how a run that was cut off goes on, and from where."""
+    found = checkpoint.complete(config.checkpoints)
+    where = f"from {found[-1]}" if found else "from its beginning, as it has no checkpoint yet"
+    runs = f" --runs {config.runs}" if config.runs != Config().runs else ""
+    command = f"python -m reference_trainer train --resume --name {config.name}{runs}"
+    return f"{config.directory} goes on {where}: {command}"
+
+
 def fixed(config: Config) -> dict[str, Any]:
     """Return what may not change in a run, as JSON values by name: options, and the data's seal."""
     checksums = read_index(config.data_directory).checksums

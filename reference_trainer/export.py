@@ -1,7 +1,6 @@
 """The merged model as Hugging Face's `LlamaForCausalLM` reads it."""
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from reference_trainer.phases import phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.stage import build_stage, fill_
+from reference_trainer.tokenizer import bytes_as_file
 from reference_trainer.world import World
 
 
@@ -41,9 +41,11 @@ def export(config: Config, world: World) -> Path:
     if world.first:
         described = hugging_face_config(shape, index.end, config.batch.length)
         write_whole(target / "config.json", json.dumps(described, indent=2))
-        tokenizer = config.data_directory / "tokenizer.json"
-        if tokenizer.is_file():
-            shutil.copy(tokenizer, target / "tokenizer.json")
+        own = config.data_directory / "tokenizer.json"
+        text = own.read_text(encoding="utf-8") if own.is_file() else bytes_as_file()
+        write_whole(target / "tokenizer.json", text)
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_whole(target / "tokenizer_config.json", json.dumps(fast, indent=2))
     world.barrier()
     return target
 

@@ -110,7 +110,8 @@ class Journal:
             mean_update_norm=sum(norms) / len(norms),
             zeroed_fraction=report.zeroed_fraction,
             seconds=seconds,
-            **ranks_of(self._spectra()),
+            **{f"lr_{name}": rate for name, rate in self.stage.rates().items()},
+            **ranks_of(self._spectra(), self.stage.bound(number)),
         )
         merged = f"restart {number}: {report.sites} matrices merged"
         self._say(logging.INFO, step, f"{merged}, {report.zeroed_fraction:.1%} of moments zeroed")
@@ -132,7 +133,7 @@ class Journal:
             phase.stop,
             phase=phase.name,
             cycles=phase.cycles,
-            **ranks_of(spectra),
+            **ranks_of(spectra, self.stage.bound(phase.cycles)),
             spectra={name: values_of(spectrum) for name, spectrum in spectra.items()},
         )
 

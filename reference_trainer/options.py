@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,26 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
             yield prefix + field.name, field
 
 
-def nearest(name: str) -> str:
-    """Return a hint with the option whose name is most like `name`."""
-    names = [path for path, _ in leaves()]
-    names += [field.name for field in dataclasses.fields(Config)]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"the nearest is {close[0]}"
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a hint with the one of `names` that is most like `name`; empty if none is.
+
+    Examples:
+        >>> nearest("--rnak", ["--relora.rank", "--runs"])
+        ': the nearest is --relora.rank'
+        >>> nearest("--colour", ["--relora.rank", "--runs"])
+        ''
+    """
+    leaf = {known: known.rpartition(".")[2].removeprefix("--") for known in names}
+    asked = name.rpartition(".")[2].removeprefix("--")
+    score = {
+        known: max(
+            difflib.SequenceMatcher(None, name, known).ratio(),
+            difflib.SequenceMatcher(None, asked, last).ratio(),
+        )
+        for known, last in leaf.items()
+    }
+    best = max(score, key=score.__getitem__)
+    return f": the nearest is {best}" if score[best] > 0.6 else ""
 
 
 def _field(path: str) -> dataclasses.Field[Any]:
@@ -150,7 +164,9 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"] if part != "function-after")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown option {name}: {nearest(name)}"
+        known = [path for path, _ in leaves()]
+        sections = [field.name for field in dataclasses.fields(Config)]
+        return f"unknown option {name}{nearest(name, known + sections)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message

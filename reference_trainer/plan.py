@@ -69,7 +69,6 @@ def plan(config: Config, *, processes: int, resume: bool) -> Iterator[str]:
             yield from _restarts(config, phase, numbers)
     yield _line("rate", _rate(config))
     yield from _files(config, list(counted.values()), resume=resume)
-    yield "Nothing has been written."
 
 
 def count(config: Config, shape: LlamaShape, phase: Phase) -> Numbers:
@@ -166,7 +165,7 @@ def _files(config: Config, counted: list[Numbers], *, resume: bool) -> Iterator[
     how = "whose newest complete checkpoint is gone on from" if resume else "which is new"
     yield _line("files", f"{config.directory}, {how}:")
     tokens = "" if config.data.prepared else " data/ with the tokens,"
-    yield _line("", f"config.yaml, metrics.jsonl, report.png,{tokens}")
+    yield _line("", f"config.yaml, metrics.jsonl, report.html and report.png,{tokens}")
     every, keep = config.checkpoint.every, config.checkpoint.keep
     yield _line("", f"checkpoints/ after every {every:,} steps, of {shown} MB each,")
     yield _line("", f"of which the newest {keep} stay,")

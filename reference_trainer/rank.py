@@ -20,15 +20,21 @@ def spread(names: list[str], count: int) -> list[str]:
     return [names[index * (len(names) - 1) // (count - 1)] for index in range(count)]
 
 
-def ranks_of(spectra: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]]:
-    """Return each matrix's rank, effective rank and stable rank.
+def ranks_of(spectra: Mapping[str, Spectrum], most: int) -> dict[str, Any]:
+    """Return each matrix's rank, effective rank and stable rank, and what bounds them all.
+
+    Args:
+        spectra: by matrix.
+        most: the sum of the ranks of the updates that were added.
 
     Examples:
         >>> import torch
-        >>> ranks_of({"up": Spectrum.of(torch.eye(3))})
-        {'ranks': {'up': 3}, 'effective_ranks': {'up': 3.0}, 'stable_ranks': {'up': 3.0}}
+        >>> known = ranks_of({"up": Spectrum.of(torch.eye(3))}, 4)
+        >>> known["bound"], known["ranks"], known["effective_ranks"], known["stable_ranks"]
+        (3, {'up': 3}, {'up': 3.0}, {'up': 3.0})
     """
     return {
+        "bound": max((min(most, *s.shape) for s in spectra.values()), default=0),
         "ranks": {name: s.rank() for name, s in spectra.items()},
         "effective_ranks": {name: _short(s.effective_rank) for name, s in spectra.items()},
         "stable_ranks": {name: _short(s.stable_rank) for name, s in spectra.items()},

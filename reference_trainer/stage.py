@@ -80,6 +80,10 @@ class Stage:
             timeout=patience,
         )
 
+    def bound(self, cycles: int) -> int:
+        """Return the sum of the ranks of so many updates."""
+        return cycles * max((s.rank for _, s in relora.low_rank_sites(self.model)), default=0)
+
     def step(self, *, skip: bool) -> None:
         """Take the optimizer's step, unless it is to be skipped, and the schedule's."""
         if skip:

@@ -7,6 +7,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from reference_trainer.errors import UserError
 
@@ -39,6 +42,24 @@ class Bytes:
         """Return each document's bytes and a closing 0; a 0 inside becomes a space."""
         texts = (text.encode("utf-8", errors="replace").replace(b"\0", b" ") for text in documents)
         return [np.frombuffer(text + b"\0", dtype=np.uint8).astype(np.uint32) for text in texts]
+
+
+def bytes_as_file() -> str:
+    """Return the `tokenizer.json` of `Bytes`, for who reads the export with other programs.
+
+    Examples:
+        >>> HuggingFaceTokenizer.from_str(bytes_as_file()).encode("aé").ids
+        [97, 195, 169]
+    """
+    # ByteLevel stands each byte for a character that can be seen; those have GPT-2's order.
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in seen)
+    letters = {byte: chr(byte) for byte in seen}
+    letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    tokenizer = HuggingFaceTokenizer(BPE({letters[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return str(tokenizer.to_str(pretty=True))
 
 
 class FromFile:

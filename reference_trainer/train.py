@@ -10,7 +10,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from reference_trainer import checkpoint
-from reference_trainer.begin import begun, check, check_same, fixed, open_directory
+from reference_trainer.begin import (
+    begun,
+    check,
+    check_same,
+    fixed,
+    goes_on,
+    open_directory,
+)
 from reference_trainer.config import Config
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
@@ -23,10 +30,12 @@ from reference_trainer.journal import Journal
 from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
 from reference_trainer.phases import phases
+from reference_trainer.plan import plan
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.saving import Saver
 from reference_trainer.stage import Stage, build_stage, fill_, save
+from reference_trainer.terminal import log
 from reference_trainer.world import World, open_world, world_size
 
 
@@ -95,6 +104,11 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
         interruption = Interruption(config.checkpoint.stop_after)
         run = Run(config, world, batches, held_out, writer, saver, interruption)
         with writer, saver, interruption:
+            if world.first:
+                for line in plan(config, processes=world.size, resume=resume):
+                    log.info(line)
+                if newest:
+                    log.info(f"{'goes on':<12}from step {step}, from {newest}")
             known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
             writer.write("start", step, **environment(world.device), **known)
             for phase in phases(config):
@@ -163,7 +177,7 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
                 f"{latest} has the weights from before them; lower optim.lr or relora.lr_multiple"
             )
         if stop and done < config.steps:
-            world.tell(f"stopped before step {done}: `train --resume` goes on from {latest}")
+            world.tell(f"stopped before step {done}: {goes_on(config)}")
             raise Stopped
     return latest
 

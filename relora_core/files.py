@@ -20,7 +20,10 @@ def replaced(file: Path) -> Iterator[Path]:
     """
     partial = file.with_name(file.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it, whoever writes
         yield partial
+        partial.chmod(mode)
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(file)

@@ -31,7 +31,8 @@ def register_low_rank(
         rank: $r$, from 1 to `min(out, in)`.
         alpha: $s$ = `alpha / rank`; `rank` if None.
         seed: of every draw of $A$.
-        name: what tells this site's draws from another's of the same seed.
+        name: what tells this site's draws from another's of the same seed; if it is empty, the
+            first `restart_`, `reinit_` or `merge_` of a model gives the name that it has there.
         dropout: of the low-rank path's input while training; for tensors that only `F.linear`
             uses.
         trainable_scale: whether $s$ is trained, from `alpha / rank` on.

@@ -181,4 +181,6 @@ def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
     sites = list(low_rank_sites(model))
     if not sites:
         raise ValueError("the model has no low-rank site: call add_low_rank_ first")
+    for name, site in sites:
+        site.low_rank.name = site.low_rank.name or name  # else all without one would draw alike
     return sites

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,22 +44,48 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError(f"--watch is in seconds, 1 or more; got {arguments.watch}")
     out = arguments.out or directories[0] / "report.html"
     told = False
-    while True:
-        runs = [open_run(directory) for directory in directories]
-        goes_on = arguments.watch is not None and not all(map(_ended, runs))
-        now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
-        made = f"made {now} from {', '.join(map(str, directories))}"
-        write_whole(out, page(runs, made=made, refresh=arguments.watch if goes_on else None))
-        if not told:
-            yield f"page:    {out}"
-            told = True
-        if not goes_on:
+    while arguments.watch is not None:
+        runs = opened(directories)
+        if all(map(_ended, runs)):
             break
+        _write_page(runs, directories, out, refresh=arguments.watch)
+        if not told:
+            yield f"page:    {out}, made again every {arguments.watch} s"
+            told = True
         time.sleep(arguments.watch)
-    if len(directories) == 1:
+    yield from write(directories, out)
+
+
+def write(directories: Sequence[Path], out: Path) -> Iterator[str]:
+    """Write the page of some runs and, of one, its picture; iterate over lines that say where."""
+    runs = opened(directories)
+    _write_page(runs, directories, out)
+    yield f"page:    {out}"
+    if len(runs) == 1:
         picture = out.with_suffix(".png")
         draw(runs[0], picture)
         yield f"picture: {picture}"
+
+
+def opened(directories: Sequence[Path]) -> list[Recorded]:
+    """Return the runs in some directories, by their names or, if these are the same, their paths.
+
+    Raises:
+        UserError: if one holds no run.
+    """
+    runs = [open_run(directory) for directory in directories]
+    if len({run.name for run in runs}) < len(runs):
+        pairs = zip(runs, directories, strict=True)
+        runs = [replace(run, name=str(directory)) for run, directory in pairs]
+    return runs
+
+
+def _write_page(
+    runs: Sequence[Recorded], directories: Sequence[Path], out: Path, refresh: int | None = None
+) -> None:
+    now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    made = f"made {now} from {', '.join(map(str, directories))}"
+    write_whole(out, page(runs, made=made, refresh=refresh))
 
 
 def _ended(run: Recorded) -> bool:

@@ -98,7 +98,7 @@ def _rank(run: Recorded, key: str) -> str:
         return "not measured"
     cycles, record = run.ranks[-1]
     low, high = min(record[key].values()), max(record[key].values())
-    bound = f", bound {cycles * run.start['rank']}" if key == "ranks" else ""
+    bound = f", bound {record['bound']}" if key == "ranks" else ""
     return f"{low:g} to {high:g} after {cycles} cycles{bound}"
 
 

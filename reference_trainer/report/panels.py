@@ -34,12 +34,12 @@ def draw_rate(axes: Axes, runs: Sequence[Recorded]) -> None:
     """Draw the learning rates: of the adapters, and of one run the other matrices' too."""
     for number, run in enumerate(runs):
         if len(runs) == 1:
-            _plot(axes, run.of("step"), "lr_adapters", _RESTART, "adapters")
-            _plot(axes, run.of("step"), "lr_matrices", _HELD_OUT, "other matrices")
+            _plot(axes, run.rates, "lr_adapters", _RESTART, "adapters")
+            _plot(axes, run.rates, "lr_matrices", _HELD_OUT, "other matrices")
         else:
-            before = [r for r in run.of("step") if "lr_adapters" not in r]
+            before = [r for r in run.rates if "lr_adapters" not in r]
             _plot(axes, before, "lr_matrices", f"C{number}", "_")
-            _plot(axes, run.of("step"), "lr_adapters", f"C{number}", run.name)
+            _plot(axes, run.rates, "lr_adapters", f"C{number}", run.name)
     _finish(axes, "learning rate", "optimizer step")
 
 
@@ -123,7 +123,7 @@ def _draw_each_rank(axes: Axes, run: Recorded) -> None:
             axes.plot(cycles[: len(values)], values, style, color=color, markersize=4)
     for number, label in enumerate(kinds):
         axes.plot([], [], color=f"C{number}", label=label)
-    bound = [cycle * run.start["rank"] for cycle in cycles]
+    bound = [record["bound"] for _, record in run.ranks]
     axes.plot(cycles, bound, color=_BOUND, linestyle="--", label="bound k·r")
     axes.set_xticks(cycles)
 

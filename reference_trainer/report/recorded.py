@@ -50,6 +50,11 @@ class Recorded:
         return begun or None  # 0: there was none
 
     @property
+    def rates(self) -> list[Record]:
+        """The records that hold learning rates; at a restart's step they are zero."""
+        return self.of("step", "restart")
+
+    @property
     def ranks(self) -> list[tuple[int, Record]]:
         """How many cycles were merged, with the record of the ranks then, where they were taken."""
         measured = [(r["restart"], r) for r in self.of("restart")]
@@ -99,7 +104,7 @@ def learned(run: Recorded) -> list[str]:
         ranks, r = record["ranks"].values(), run.start["rank"]
         lines.append(
             f"rank of the accumulated update: {min(ranks)} to {max(ranks)} after {cycles} cycles "
-            f"of rank {r} (bound {cycles * r})"
+            f"of rank {r} (bound {record['bound']})"
         )
     else:
         lines.append("rank of the accumulated update: not measured")

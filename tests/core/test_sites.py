@@ -319,3 +319,16 @@ def test_a_file_that_cannot_be_put_in_place_leaves_nothing_beside_it(tmp_path):
     with pytest.raises(IsADirectoryError):
         relora.save_merged(low_rank_model(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_sites_that_were_given_no_name_draw_apart_from_the_first_restart_on():
+    model = nn.Sequential(*(relora.register_low_rank(nn.Linear(5, 5), rank=2) for _ in range(2)))
+    named = relora.add_low_rank_(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), "*", rank=2)
+    for whole in (model, named):
+        relora.reinit_(whole)
+    (one, two), (same, other) = (
+        [site.lora_A for _, site in relora.low_rank_sites(whole)] for whole in (model, named)
+    )
+    assert not torch.equal(one, two)
+    assert torch.equal(one, same)
+    assert torch.equal(two, other)

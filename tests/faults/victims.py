@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from reference_trainer import train as training
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.stage import Stage
 from tests.distributed.processes import FORKED
 

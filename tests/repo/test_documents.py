@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs, and every file they name exists."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import relora_core as relora
 from relora_core import testing
@@ -32,6 +34,28 @@ def test_the_blocks_of_a_page_run_as_written_one_after_the_other(page, tmp_path,
     space = {"__name__": "__main__"}
     for number, block in enumerate(BLOCKS[page], start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), space)
+
+
+PROGRAM = re.compile(r"^```py\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_the_program_for_several_processes_runs_on_two(tmp_path):
+    (program,) = PROGRAM.findall((ROOT / "docs/how-to/your-own-trainer.md").read_text())
+    (tmp_path / "train.py").write_text(program)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    run = subprocess.run(
+        [sys.executable, *torchrun],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert merged["1.0.weight"].shape == (64, 64)
+    assert not [name for name in merged if "lora" in name]
 
 
 def test_there_are_blocks_to_run():

@@ -44,10 +44,11 @@ LAYERS = {
         "bench.subjects data pretrained report.panels saving",
         "report.page report.picture stage",
         "begin bench.measure evaluate export journal report.command study.tables study.train",
-        "bench.layouts bench.restarts plan study.picture train",
-        "bench.checkpoints bench.communication bench.tracker estimate.gpus",
+        "bench.layouts bench.restarts plan study.picture",
+        "bench.checkpoints bench.communication bench.tracker estimate.gpus train",
         "bench.command estimate.peaks study.command",
         "estimate.command",
+        "commands",
         "__main__",
     ],
 }

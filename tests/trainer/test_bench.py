@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from reference_trainer.__main__ import main
 from reference_trainer.bench import arms, memory, results
+from reference_trainer.commands import main
 from reference_trainer.model import Block, preset, rotary_table
 from tests.trainer.test_command_line import lines_of
 

@@ -1,11 +1,18 @@
 """Bad input gives one clear line and exit code 2, and leaves nothing behind."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from tests.trainer.conftest import SOURCES
+
+ROOT = Path(__file__).parents[2]
 
 
 def _empty_file(directory):
@@ -28,7 +35,7 @@ def _config(text):
 
 
 BAD = {
-    "unknown option": (["--relora.rnk", "4"], "unknown option --relora.rnk: the nearest is relora"),
+    "unknown option": (["--relora.rnk", "4"], "--relora.rnk: the nearest is --relora.rank "),
     "unknown key in a file": (_config("relora: {rnk: 4}"), "unknown option relora.rnk"),
     "a word for a number": (["--steps", "many"], "steps: .*valid integer"),
     "missing data": (["--data.files", "none/*.txt"], "no file matches 'none/"),
@@ -130,9 +137,43 @@ def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reference_trainer.__main__.train", interrupted)
-    assert main(["train", *tiny]) == 130
-    assert "`train --resume` goes on" in capsys.readouterr().err
+    monkeypatch.setattr("reference_trainer.commands.train", interrupted)
+    assert main(["train", *tiny, "--name", "cut"]) == 130
+    told = "runs/cut goes on from its beginning, as it has no checkpoint yet: "
+    command = "python -m reference_trainer train --resume --name cut"
+    assert f"{told}{command}\ninterrupted\n" in capsys.readouterr().err
+
+
+def test_an_interrupt_before_anything_has_begun_is_one_line(tmp_path):
+    """While torch is imported, which an interrupt would leave half done."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "reference_trainer", "train"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    for line in process.stderr:
+        if "torch._C" in line or "numpy" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    told = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, told) == (130, ["interrupted before anything had begun"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rnak", "4"], "the nearest is --relora.rank"),
+        (["--colour", "4"], "unknown option --colour (see --help)"),
+        (["foo"], "'foo' is no option"),
+    ],
+)
+def test_what_is_unknown_is_named_and_the_nearest_only_if_it_is_near(given, message, capsys):
+    assert main(["train", *given]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_prepared_data_is_used(tmp_path, monkeypatch, capsys):

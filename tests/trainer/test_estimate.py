@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from reference_trainer.__main__ import main
 from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import track
+from reference_trainer.commands import main
 from reference_trainer.estimate import command
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import estimate_peak

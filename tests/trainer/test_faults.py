@@ -10,7 +10,7 @@ import torch
 
 from reference_trainer import checkpoint
 from reference_trainer import train as training
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.journal import is_spike
 from reference_trainer.stage import Stage
 from tests.trainer.conftest import losses, records
@@ -130,7 +130,7 @@ class TestStops:
         assert process.returncode == os.EX_TEMPFAIL, output
         newest = checkpoint.complete(run / "checkpoints")[-1]
         assert newest.name > "step-00000006"  # not only the hand-off
-        assert f"`train --resume` goes on from {newest}" in output
+        assert f"goes on from {newest}: python -m reference_trainer train --resume" in output
         assert not (run / "export").exists()
         train("--resume", "--name", "stopped")
         weights = "export/model.safetensors"

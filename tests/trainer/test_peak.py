@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.peak import PeakMemory
 from tests.trainer.conftest import records
 

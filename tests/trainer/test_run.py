@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from reference_trainer import checkpoint, options
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.data import open_windows
 from reference_trainer.files import locked
 from reference_trainer.metrics import read
@@ -24,6 +25,7 @@ from tests.trainer.conftest import SOURCES, losses, records
 from tests.trainer.test_command_line import lines_of
 
 RUN = Path("runs/first-run")
+EXPORTING = Path(__file__).parents[2] / "docs/how-to/export.md"
 WARNINGS = "error,ignore:TypedStorage is deprecated"  # DCP's own, in torch 2.8
 
 
@@ -71,10 +73,14 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path, capsys):
     assert "restarts: 2, each merging 14 matrices" in out
     assert "rank of the accumulated update: 12 to 12 after 3 cycles of rank 4 (bound 12)" in out
     assert {p.name for p in RUN.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "data", "checkpoints", "export", "report.png")
+        *("config.yaml", "metrics.jsonl", "data", "checkpoints", "export"),
+        *("report.html", "report.png"),
     }
     assert (RUN / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert {p.name for p in (RUN / "export").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (RUN / "export").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert (RUN / "export/model.safetensors").stat().st_mode == (RUN / "config.yaml").stat().st_mode
     assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
         "step-00000016",
         "step-00000020",
@@ -161,14 +167,22 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
         assert apart <= (0 if precision == "fp32" else 4)
 
 
-def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch):
+def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     train(*tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from transformers import LlamaForCausalLM
+        from transformers import AutoTokenizer, LlamaForCausalLM
 
         theirs = LlamaForCausalLM.from_pretrained(RUN / "export").eval()
+        tokenizer = AutoTokenizer.from_pretrained(RUN / "export")
+    text = "def é(\n\t x):  ☃"
+    assert tokenizer(text).input_ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    (block,) = re.findall(r"^```py\n(.*?)^```", EXPORTING.read_text(), re.DOTALL | re.MULTILINE)
+    capsys.readouterr()
+    exec(block, {})  # docs/how-to/export.md
+    assert capsys.readouterr().out.startswith("def __init__(self")
     for stage, config in stage_at("relora"):
         windows = open_windows(RUN / "data", "held_out", config.batch.length)
         tokens = windows.read(torch.arange(4).numpy())[:, :-1]

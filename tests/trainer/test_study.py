@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.config import DataConfig
 from reference_trainer.data import Batches, open_windows
 from reference_trainer.errors import UserError

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from reference_trainer.__main__ import main
+from reference_trainer.commands import main
 from reference_trainer.terminal import hidden, log, open_terminal
 
-RESULTS = re.compile(r"|held-out loss: .*|restarts: .*|rank of .*|model: .*|picture: .*")
+RESULTS = re.compile(r"|held-out loss: .*|restarts: .*|rank of .*|model: .*|page: .*|picture: .*")
 RESTART = r"step 11 of 20  relora +restart 1: 14 matrices merged, 9\d\.\d% of moments zeroed"
 
 
