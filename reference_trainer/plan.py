@@ -162,7 +162,7 @@ def _files(config: Config, counted: list[Numbers], *, resume: bool) -> Iterator[
     width = 2 if config.parallel.precision == "pure-bf16" else 4
     sizes = [4 * n.bases + width * (1 + _MOMENTS) * n.trained for n in counted]
     shown = ", then ".join(f"{size / 1e6:,.1f}" for size in sizes)
-    how = "whose newest complete checkpoint is gone on from" if resume else "which is new"
+    how = "from its newest complete checkpoint on" if resume else "which is new"
     yield _line("files", f"{config.directory}, {how}:")
     tokens = "" if config.data.prepared else " data/ with the tokens,"
     yield _line("", f"config.yaml, metrics.jsonl, report.html and report.png,{tokens}")

@@ -151,7 +151,7 @@ class TestStops:
 
     def test_its_time_over_it_saves_and_stops(self, tiny, capsys):
         assert main(["train", *tiny, "--checkpoint.stop_after", "1e-9"]) == os.EX_TEMPFAIL
-        assert "stopped before step 1: `train --resume` goes on" in capsys.readouterr().err
+        assert "stopped before step 1: runs/first-run goes on from" in capsys.readouterr().err
         train("--resume", "--checkpoint.stop_after", "60")
         assert sorted(losses(RUN)) == list(range(20))
 

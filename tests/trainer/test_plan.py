@@ -59,7 +59,7 @@ def test_a_run_that_is_there_is_gone_on_with(tiny, capsys):
     train(*tiny)
     written = {file: file.stat().st_mtime_ns for file in Path().rglob("*")}
     said = planned(capsys, "--resume", "--dry-run")
-    assert "is gone on from" in said["files"]
+    assert "from its newest complete checkpoint on" in said["files"]
     assert re.search(
         r"runs/first-run/data: tokens [\d,]+ of train, [\d,]+ of held_out", said["data"]
     )

@@ -238,7 +238,9 @@ def test_resuming_a_finished_run_changes_nothing(tiny, capsys):
     train("--resume")
     assert (RUN / "export/model.safetensors").read_bytes() == before
     assert [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"] == kept[1:]
-    assert capsys.readouterr().out == said[said.index("\nheld-out") :]
+    out = capsys.readouterr().out
+    assert out.endswith(said[said.index("\nheld-out") :])
+    assert f"from step 20, from {RUN}/checkpoints/step-00000020\n" in out
 
 
 @pytest.mark.parametrize("at", [6, 14])
