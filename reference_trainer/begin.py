@@ -118,6 +118,8 @@ def open_directory(config: Config, *, resume: bool) -> None:
 
 def goes_on(config: Config) -> str:
     """Return the line that says how a run that was cut off goes on, and from where."""
+    if not begun(config):
+        return f"{config.directory} had not begun: start it again"
     found = checkpoint.complete(config.checkpoints)
     where = f"from {found[-1]}" if found else "from its beginning, as it has no checkpoint yet"
     runs = f" --runs {config.runs}" if config.runs != Config().runs else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reference_trainer.commands import main
+from reference_trainer.options import write
 from tests.trainer.conftest import SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -134,10 +135,15 @@ def test_prepare_is_one_process(tmp_path, monkeypatch, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
+    def interrupted(config, **_):
+        if config.name == "cut":
+            config.directory.mkdir(parents=True)
+            write(config, config.directory / "config.yaml")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("reference_trainer.commands.train", interrupted)
+    assert main(["train", *tiny, "--name", "early"]) == 130
+    assert "runs/early had not begun: start it again\ninterrupted\n" in capsys.readouterr().err
     assert main(["train", *tiny, "--name", "cut"]) == 130
     told = "runs/cut goes on from its beginning, as it has no checkpoint yet: "
     command = "python -m reference_trainer train --resume --name cut"
