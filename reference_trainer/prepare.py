@@ -87,7 +87,8 @@ def prepare(config: DataConfig, directory: Path) -> Index:
         count = sum(writer.documents for writer in writers.values())
         raise UserError(
             "one document at least is trained on and one held out, and they must differ; got "
-            f"{count} in {len(paths)} files: give more text (data.held_out={config.held_out})"
+            f"{count} in {len(paths)} files (data.held_out={config.held_out}): a text file of "
+            "up to 64 KiB is one document: give more of them, or .jsonl with a document a line"
         )
     checksums = writers["train"].checksums | writers["held_out"].checksums
     if config.tokenizer != "bytes":

@@ -53,6 +53,8 @@ def read_shape(file: Path) -> LlamaShape:
     Raises:
         UserError: if it is damaged, another model, or has what this Llama does not compute.
     """
+    if not file.is_file():
+        raise UserError(f"model.weights is a directory with a config.json; there is no {file}")
     found = read_json(file)
     if found.get("model_type") != "llama":
         raise UserError(f"{file}: model_type is 'llama'; got {found.get('model_type')!r:.40}")

@@ -250,6 +250,8 @@ class TestSerialization:
         before = copy.deepcopy(model.state_dict())
         path = relora.save_merged(model, tmp_path / "out")
         assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+        (tmp_path / "plain").touch()
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # as the umask has it
         plain = Model()
         plain.load_state_dict(load_file(path))
         torch.testing.assert_close(plain(tokens), model(tokens))

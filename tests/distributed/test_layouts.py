@@ -12,8 +12,8 @@ from reference_trainer.config import (
     OptimConfig,
     ParallelConfig,
     ReLoRAConfig,
-    phases,
 )
+from reference_trainer.phases import phases
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.train import forward_backward
 from reference_trainer.world import lay_world

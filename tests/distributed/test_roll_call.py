@@ -145,9 +145,9 @@ def all_refuse(rank, world_size):
     site = next(iter(relora.low_rank_sites(model)))[1]
     held = site.weight.to_local().numel()
     with torch.no_grad():
-        for part in (site.weight, site.lora_B):
-            part.to_local().fill_(60000.0)
-        site.lora_A.to_local().fill_(1.0)
+        site.weight.to_local().fill_(60000.0)
+        site.lora_B.to_local().fill_(3000.0)
+        site.lora_A.to_local().fill_(1.0)  # so that W alone decides
     with pytest.raises(ValueError, match="may overflow"):
         relora.restart_(model, optimizer, timeout=LONG)
     return {"number": torch.tensor([number(model), held])}

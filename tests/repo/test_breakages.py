@@ -207,6 +207,50 @@ BREAKAGES = {
         *("relora_core/roll_call.py", "if other != said:", "if not other:"),
         "tests/distributed/test_roll_call.py",
     ),
+    "one process refuses, the others restart": (
+        *(
+            "relora_core/restart.py",
+            "with agreed(model, call, timeout):  # of what only one of them may see",
+            "if True:",
+        ),
+        "tests/distributed/test_roll_call.py",
+    ),
+    "each process looks at its own part of W": (
+        *("relora_core/restart.py", "_over_shards(half, own, shard_max)", "to_floats(own)"),
+        "tests/distributed/test_roll_call.py",
+    ),
+    "the first leaves before the others come": (
+        *("reference_trainer/world.py", "        self.any(False)", "        self.share(None)"),
+        "tests/distributed/test_world.py",
+    ),
+    "sites without a name draw alike": (
+        *("relora_core/sites.py", "site.low_rank.name = site.low_rank.name or name", "pass"),
+        "tests/core/test_sites.py",
+    ),
+    "a file that its owner alone may read": (
+        *("relora_core/files.py", "        partial.chmod(mode)", "        pass"),
+        "tests/core/test_sites.py",
+    ),
+    "a write that failed leaves its part": (
+        *("relora_core/files.py", "partial.unlink(missing_ok=True)", "pass"),
+        "tests/core/test_sites.py",
+    ),
+    "a clock is another if it is given otherwise": (
+        *(
+            "relora_core/schedule.py",
+            "replace(saved, first=saved._first) != replace(own, first=own._first)",
+            "saved != own",
+        ),
+        "tests/core/test_schedule.py",
+    ),
+    "a compiled model comes back bare": (
+        *("relora_core/targets.py", "    return model\n", "    return inner\n"),
+        "tests/core/test_sites.py",
+    ),
+    "quiet is not": (
+        *("reference_trainer/terminal.py", "log.setLevel(level)", "log.setLevel(logging.INFO)"),
+        "tests/trainer/test_terminal.py",
+    ),
     "a tie that cannot be undone": (
         *("relora_core/low_bits.py", "bits + 0x8000", "bits + 0x7FFF"),
         "tests/core/test_low_bits.py",

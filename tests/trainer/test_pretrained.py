@@ -164,7 +164,7 @@ WRONG = {
     "another shape": (weights(lambda t: t.update({NORM: t[NORM][1:].clone()})), "shape .31,."),
     "a file elsewhere": (shards(x="../../secrets.safetensors"), "does not lie beside it"),
     "a file that is absent": (shards(x="absent.safetensors"), "absent.safetensors"),
-    "no directory": (shutil.rmtree, "config.json is damaged"),
+    "no directory": (shutil.rmtree, "model.weights is a directory with a config.json"),
 }
 
 
