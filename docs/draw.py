@@ -324,7 +324,7 @@ def screenshot(picture: Path) -> None:
     """Draw the page of the first run as a browser shows it; leave the picture without a browser."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        print(f"{picture} stays as it is: there is no Chromium to draw it")  # noqa: T201
+        print(f"{picture} stays as it is: there is no Chromium to draw it")  # noqa: T201 - a script
         return
     with TemporaryDirectory() as directory:
         html, png = Path(directory) / "page.html", Path(directory) / "page.png"

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from reference_trainer import options
 from reference_trainer.begin import check, check_begun_alike, check_new, goes_on
@@ -47,7 +48,7 @@ _LAUNCHERS = ("TORCHELASTIC", "SLURM")  # which count how often they have starte
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, exit code 2, and name the nearest option."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
     def unknown(self, argument: str) -> UserError:

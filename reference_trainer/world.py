@@ -220,6 +220,5 @@ def _lost(patience: timedelta, error: RuntimeError) -> str:
     minutes = f"{patience.total_seconds() / 60:g} minutes"
     return (
         f"{len(absent)} of {len(ranks)} processes (rank {shown}) ended, which their own log "
-        f"explains, or did not answer for {minutes} (parallel.timeout): "
-        f"{_GOES_ON}"
+        f"explains, or did not answer for {minutes} (parallel.timeout): {_GOES_ON}"
     )
