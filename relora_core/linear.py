@@ -83,6 +83,6 @@ def low_rank_linear(
     if pays_merged(x.shape[0], weight, dtype):
         y = MergedLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
     else:
-        y, _ = TwoPathLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
+        y = TwoPathLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
     output: Tensor = y.reshape(*input.shape[:-1], weight.shape[0])
     return output

@@ -146,7 +146,7 @@ class _TwoPaths(_Factored):
     def forward(self, x: Tensor) -> Tensor:
         x, dtype = _computed(x)
         # Torch has no types for `apply`.
-        y, _ = TwoPathLinear.apply(  # type: ignore[no-untyped-call]
+        y = TwoPathLinear.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
             self.weight.to(dtype),
             self.lora_A.to(dtype),

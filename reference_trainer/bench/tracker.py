@@ -1,8 +1,5 @@
 """Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +53,7 @@ def track(step: Step, *, processes: int) -> Tracked:
             tracker = _Timeline(stage.model, stage.optimizer)
             tracker.track_inputs((batch,))
             tracker.track_external(*states)
-            with _uncollected(), tracker:
+            with tracker:
                 forward_backward(stage.model, batch, 1, world)
                 count = len(tracker.timeline)
                 # On all tensors at once it would be tracked at their whole sizes.
@@ -102,17 +99,6 @@ def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
         "optimizer": found.optimizer,
         "total": max(found.timeline),
     }
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep Python's collector off: what only a cycle holds would go at any moment (torch 2.8)."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 # Torch has no types for it.

@@ -42,6 +42,10 @@ BREAKAGES = {
         *("relora_core/two_paths.py", "h = ctx.s * (g @ B)", "h = g @ B"),
         "tests/core/test_linear.py",
     ),
+    "no second derivative through u": (
+        *("relora_core/two_paths.py", "if torch.is_grad_enabled():", "if False:"),
+        "tests/core/test_linear.py",
+    ),
     "a merge that is not in place": (
         *("relora_core/update.py", "total.copy_(sum.view(total.shape))", "pass"),
         "tests/core/test_sites.py",
@@ -59,7 +63,7 @@ BREAKAGES = {
         "tests/core/test_dropout_and_scale.py",
     ),
     "a temporary of the input's size": (
-        *("relora_core/two_paths.py", "dx.addmm_(gu, A)", "dx.addmm(gu, A)"),
+        *("relora_core/two_paths.py", "(g @ W).addmm_(h, A)", "(g @ W).addmm(h, A)"),
         "tests/core/test_linear.py",
     ),
     "W trained": (
