@@ -14,6 +14,7 @@ from tests.faults.victims import NO_FAULT, attempt, output
 from tests.trainer.conftest import TINY, losses, records
 from tests.trainer.test_run import rewound, train
 
+SHORT = ("--steps", "14", "--relora.warm_start", "3", "--relora.every", "3", "--optim.warmup", "1")
 EVERY_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "99")
 
 
@@ -34,15 +35,15 @@ EVERY_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "99")
 )
 def test_every_step_is_one_to_resume_from(tiny, option):
     """Of a run that hands off, restarts three times, and accumulates gradients."""
-    train(*tiny, *option, *EVERY_STEP, "--steps", "23", "--name", "whole")
+    train(*tiny, *option, *EVERY_STEP, *SHORT, "--name", "whole")
     whole = Path("runs/whole")
-    restarts, hand_off = [11, 16, 21], 6
+    restarts, hand_off = [6, 9, 12], 3
     assert [record["step"] for record in records(whole, "restart")] == restarts
     expected = trained(whole)
     steps = [int(one.name[-8:]) for one in checkpoint.complete(whole / "checkpoints")]
-    assert steps == list(range(1, 24))
+    assert steps == list(range(1, 15))
     if "--parallel.compile" in option:  # which takes half a minute each
-        steps = [hand_off, 9, restarts[1], restarts[2]]
+        steps = [hand_off, 5, restarts[1], restarts[2]]
     for step in steps:
         again = rewound("whole", step)
         training.train(resolve(again / "config.yaml", {"name": again.name}), resume=True)

@@ -20,6 +20,7 @@ from reference_trainer import train as training
 from reference_trainer.commands import main
 from reference_trainer.stage import Stage
 from tests.distributed.processes import FORKED
+from tests.trainer.conftest import leave_undrawn
 
 
 def die() -> None:
@@ -156,6 +157,7 @@ def _live(
     )
     torch.set_num_threads(1)
     _mind_permissions()
+    leave_undrawn(setattr)
     if fault is not None:
         _arrange(fault)
     sys.exit(_said(["train", *arguments], f"said-{number}-{rank}"))

@@ -2,9 +2,14 @@
 
 import email
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from reference_trainer.files import replaced
+from reference_trainer.report import command, page
+from reference_trainer.report.recorded import Recorded
 
 SOURCES = str(Path(email.__file__).parent / "*.py")
 TINY = [
@@ -21,9 +26,21 @@ TINY = [
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> list[str]:
-    """Return the arguments of a tiny run, from within an empty directory."""
+    """Return the arguments of a tiny run, from within an empty directory; it draws nothing."""
     monkeypatch.chdir(tmp_path)
+    leave_undrawn(monkeypatch.setattr)
     return list(TINY)
+
+
+def leave_undrawn(put: Callable[[object, str, object], None]) -> None:
+    """Leave the page and the picture of a run empty: to draw them takes longer than it trains."""
+    put(page, "_figure", lambda runs: "")
+    put(command, "draw", _written_empty)
+
+
+def _written_empty(run: Recorded, picture: Path) -> None:
+    with replaced(picture) as partial:
+        partial.write_bytes(b"")
 
 
 def records(directory: Path, event: str) -> list[dict]:

@@ -15,7 +15,7 @@ from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
 from reference_trainer.model import Llama, LlamaShape
 from tests.trainer.test_command_line import lines_of
 
-SHAPE = LlamaShape(64, 96, 4, 4, 4, 800)  # of few sequences the head's gradient is the largest
+SHAPE = LlamaShape(64, 96, 2, 4, 4, 800)  # of few sequences the head's gradient is the largest
 FULL, SHARD, _ = (Step(layout, SHAPE, rank=8, length=16) for layout in LAYOUTS)
 SMALL = ["estimate", "--model", "9m", "--world-size", "2", "--vocab", "300", "--length", "64"]
 SMALL += ["--rank", "16"]
@@ -27,7 +27,7 @@ class TestPeak:
     def test_of_any_number_of_sequences_is_what_a_track_of_them_finds(self, layout, recompute):
         step = Step(layout, SHAPE, rank=8, length=16, recompute=recompute)
         peak = estimate_peak(step, processes=2)
-        for sequences in (1, 3, 5, 20):
+        for sequences in (3, 20):
             found = track(dataclasses.replace(step, sequences=sequences), processes=2)
             assert peak.at(sequences) == max(found.timeline)
 

@@ -21,7 +21,7 @@ from reference_trainer.metrics import read
 from reference_trainer.phases import phases
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
-from tests.trainer.conftest import SOURCES, losses, records
+from tests.trainer.conftest import SOURCES, TINY, losses, records
 from tests.trainer.test_command_line import lines_of
 
 RUN = Path("runs/first-run")
@@ -66,8 +66,9 @@ def spectra_of(run):
     return [{name: record[name] for name in known if name in record} for record in found]
 
 
-def test_a_run_leaves_what_it_promises(tiny, tmp_path, capsys):
-    train(*tiny)
+def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(*TINY)
     out = capsys.readouterr().out
     assert "model:   runs/first-run/export" in out
     assert "restarts: 2, each merging 14 matrices" in out
@@ -366,7 +367,7 @@ def test_a_damaged_manifest_is_passed_over_by_name(tiny, capsys, text):
 def test_two_processes_compute_what_one_does(tiny, tmp_path):
     """20 steps with the hand-off and two restarts, fp32."""
     arguments = [*tiny, "--log.rank_sites", "3"]
-    finish(start([*arguments, "--name", "one"], cwd=tmp_path))
+    train(*arguments, "--name", "one")
     finish(start([*arguments, "--name", "two"], processes=2, cwd=tmp_path))
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)

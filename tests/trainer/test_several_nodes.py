@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer.conftest import losses, records
-from tests.trainer.test_run import finish, start
+from tests.trainer.test_run import train
 
 ROOT = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash
@@ -63,7 +63,7 @@ def submit(arguments, environment, cwd):
 
 def test_two_nodes_compute_what_one_process_does_and_a_requeued_job_goes_on(tiny, tmp_path, slurm):
     few = [*tiny, "--log.rank_sites", "0"]
-    finish(start([*few, "--name", "one"], cwd=tmp_path))
+    train(*few, "--name", "one")
     done = submit([*few, "--name", "two"], slurm, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = tmp_path / "runs/one", tmp_path / "runs/two"
