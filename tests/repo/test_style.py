@@ -17,7 +17,11 @@ LONGER = {
 }
 
 
-@pytest.mark.parametrize("command", [["ruff", "format", "--check"], ["ruff", "check"], ["mypy"]])
+@pytest.mark.parametrize(
+    "command",
+    [["ruff", "format", "--check"], ["ruff", "check"], ["mypy"]],
+    ids=["format", "lint", "types"],
+)
 def test_the_tree_passes(command):
     run = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
