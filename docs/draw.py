@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, step_seconds
-from reference_trainer.commands import parser
 from reference_trainer.estimate.command import KEPT_FREE, Row, advice, table
 from reference_trainer.estimate.gpus import GPUS
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
+from reference_trainer.main import parser
 from reference_trainer.metrics import read
 from reference_trainer.model import PRESETS, preset
 from reference_trainer.options import leaves

@@ -1,8 +1,9 @@
-"""`python -m reference_trainer`: the commands, and Ctrl-C before they have been imported."""
+"""`python -m reference_trainer`: the program, and Ctrl-C before it has been imported."""
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 
 def _leave(*_: object) -> None:
@@ -12,11 +13,15 @@ def _leave(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, _leave)
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from reference_trainer.main import load, main
 
-    from reference_trainer.commands import main
+    program: Callable[[], int | None] = main
+    load(*sys.argv[1:2])
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
 
+        program = record(main)  # torchrun reports the traceback of the process that failed first
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = record(main)()  # torchrun reports the traceback of the process that failed first
+    code = program()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
     sys.exit(code)

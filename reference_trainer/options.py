@@ -3,9 +3,8 @@
 import argparse
 import copy
 import dataclasses
-import difflib
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from reference_trainer.config import Config
 from reference_trainer.errors import UserError, one_line
+from reference_trainer.nearest import nearest
 
 _CONFIG = TypeAdapter(Config)
 _SHORT = reprlib.Repr()  # of values that a damaged file makes huge
@@ -125,28 +125,6 @@ def leaves(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclas
             yield from leaves(field.type, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a hint with the one of `names` that is most like `name`; empty if none is.
-
-    Examples:
-        >>> nearest("--rnak", ["--relora.rank", "--runs"])
-        ': the nearest is --relora.rank'
-        >>> nearest("--colour", ["--relora.rank", "--runs"])
-        ''
-    """
-    leaf = {known: known.rpartition(".")[2].removeprefix("--") for known in names}
-    asked = name.rpartition(".")[2].removeprefix("--")
-    score = {
-        known: max(
-            difflib.SequenceMatcher(None, name, known).ratio(),
-            difflib.SequenceMatcher(None, asked, last).ratio(),
-        )
-        for known, last in leaf.items()
-    }
-    best = max(score, key=score.__getitem__)
-    return f": the nearest is {best}" if score[best] > 0.6 else ""
 
 
 def _field(path: str) -> dataclasses.Field[Any]:

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--picture", type=Path, help="the PNG to write (default: beside --out)")
 
 
-def bench(arguments: argparse.Namespace) -> list[str]:
+def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:

@@ -93,7 +93,7 @@ class Row:
     seconds: tuple[float, ...]
 
 
-def estimate(arguments: argparse.Namespace) -> list[str]:
+def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--watch", type=int, metavar="SECONDS", help="make it again so often, to the runs' end")
 
 
-def report(arguments: argparse.Namespace) -> Iterator[str]:
+def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:

@@ -17,7 +17,7 @@ from reference_trainer.prepare import prepare, read_index, verify_data
 from reference_trainer.study import tables
 from reference_trainer.study.picture import draw
 from reference_trainer.study.plans import PLANS, SCALES, left
-from reference_trainer.study.train import run
+from reference_trainer.study.train import run_trial
 
 EXAMPLES = """examples:
   python -m reference_trainer study --model 1m --plan tune
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--show", action="store_true", help="say what is on file, draw its picture, and stop")
 
 
-def study(arguments: argparse.Namespace) -> Iterator[str]:
+def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:
@@ -73,7 +73,7 @@ def study(arguments: argparse.Namespace) -> Iterator[str]:
     torch.set_num_threads(arguments.threads)
     checksums = read_index(data).checksums
     while todo:
-        record = run(todo[0], data, compiled=not arguments.eager)
+        record = run_trial(todo[0], data, compiled=not arguments.eager)
         known = {**environment(torch.device("cpu")), "compiled": not arguments.eager}
         records.append({**record, **known, "data": checksums})
         with out.open("a", encoding="utf-8") as file:

@@ -60,7 +60,7 @@ class Course:
         return bool(self.curve) and not math.isfinite(self.curve[-1][2])
 
 
-def run(trial: Trial, data: Path, *, compiled: bool) -> dict[str, Any]:
+def run_trial(trial: Trial, data: Path, *, compiled: bool) -> dict[str, Any]:
     """Run a trial and return its record.
 
     Args:

@@ -13,7 +13,7 @@ import pytest
 
 from reference_trainer import checkpoint
 from reference_trainer import train as training
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from tests.faults.test_kills import trained
 from tests.faults.victims import NO_FAULT, Fault, attempt, output
 from tests.trainer.conftest import TINY, losses

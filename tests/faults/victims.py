@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from reference_trainer import train as training
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.stage import Stage
 from tests.distributed.processes import FORKED
 from tests.trainer.conftest import leave_undrawn

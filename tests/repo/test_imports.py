@@ -36,7 +36,7 @@ LAYERS = {
     ],
     "reference_trainer": [
         "__init__ bench.__init__ bench.memory environment errors estimate.__init__ "
-        "interruption model peak report.__init__ streamed study.__init__ terminal",
+        "interruption model nearest peak report.__init__ streamed study.__init__ terminal",
         "bench.arms bench.results config files flops study.trial",
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
@@ -49,7 +49,8 @@ LAYERS = {
         "bench.checkpoints bench.communication bench.tracker estimate.gpus",
         "bench.command estimate.peaks study.command",
         "estimate.command",
-        "commands",
+        "commands.__init__ commands.export commands.prepare commands.train",
+        "main",
         "__main__",
     ],
 }

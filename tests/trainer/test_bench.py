@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reference_trainer.bench import arms, memory, results
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.model import Block, preset, rotary_table
 from tests.trainer.test_command_line import lines_of
 

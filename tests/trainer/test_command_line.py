@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reference_trainer.commands import main
+from reference_trainer.main import _COMMANDS, main
 from reference_trainer.options import write
 from tests.trainer.conftest import SOURCES
 
@@ -115,17 +115,32 @@ def test_a_wrong_command(tmp_path, monkeypatch, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["prepare"], ["export"], ["report"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: python -m reference_trainer" in text
+    assert f"usage: {' '.join(['python -m reference_trainer', *command])} [" in text
+    assert "examples:\n  python -m reference_trainer " in text or command == ["bench"]
     if command in ([], ["train"]):
         assert "torchrun --nproc-per-node 8" in text
     if command == ["train"]:
         assert "--relora.rank RANK" in text
+
+
+def test_what_commands_there_are_is_said_before_torch_is_imported():
+    program = "import sys; from reference_trainer.main import main; main(['--help'])"
+    ask = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
+    done = subprocess.run(
+        [sys.executable, "-c", ask],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(name in done.stdout for name in _COMMANDS)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_prepare_is_one_process(tmp_path, monkeypatch, capsys):
@@ -141,7 +156,7 @@ def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
             write(config, config.directory / "config.yaml")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reference_trainer.commands.train", interrupted)
+    monkeypatch.setattr("reference_trainer.commands.train.train", interrupted)
     assert main(["train", *tiny, "--name", "early"]) == 130
     assert "runs/early had not begun: start it again\ninterrupted\n" in capsys.readouterr().err
     assert main(["train", *tiny, "--name", "cut"]) == 130

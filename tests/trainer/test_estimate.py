@@ -7,11 +7,11 @@ import pytest
 
 from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import track
-from reference_trainer.commands import main
 from reference_trainer.estimate import command
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
+from reference_trainer.main import main
 from reference_trainer.model import Llama, LlamaShape
 from tests.trainer.test_command_line import lines_of
 

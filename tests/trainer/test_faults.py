@@ -10,8 +10,8 @@ import torch
 
 from reference_trainer import checkpoint
 from reference_trainer import train as training
-from reference_trainer.commands import main
 from reference_trainer.journal import is_spike
+from reference_trainer.main import main
 from reference_trainer.stage import Stage
 from tests.trainer.conftest import losses, records
 from tests.trainer.test_run import RUN, start, train

@@ -13,8 +13,8 @@ from reference_trainer.bench.memory import state_bytes
 from reference_trainer.bench.projection import CLUSTERS, seconds_of, step_seconds
 from reference_trainer.bench.results import total
 from reference_trainer.bench.tracker import track_peak
-from reference_trainer.commands import main
 from reference_trainer.flops import step_flops
+from reference_trainer.main import main
 from reference_trainer.model import LlamaShape, preset
 from tests.trainer.test_command_line import lines_of
 

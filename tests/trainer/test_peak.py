@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.peak import PeakMemory
 from tests.trainer.conftest import records
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from reference_trainer import checkpoint, options
 from reference_trainer.bench.layouts import LAYOUTS, Step, laid_out, pretended, world_of
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.phases import phases
 from reference_trainer.plan import count, memory
 from tests.trainer.conftest import records

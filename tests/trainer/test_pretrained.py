@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reference_trainer import options
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.model import Llama
 from reference_trainer.phases import phases
 from reference_trainer.pretrained import fill_from_, read_shape

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.metrics import _line, read
 from reference_trainer.report.recorded import open_run
 from tests.trainer.conftest import TINY, records

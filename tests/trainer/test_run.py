@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from reference_trainer import checkpoint, options
-from reference_trainer.commands import main
 from reference_trainer.data import open_windows
 from reference_trainer.files import locked
+from reference_trainer.main import main
 from reference_trainer.metrics import read
 from reference_trainer.phases import phases
 from reference_trainer.stage import build_stage, fill_

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
-from reference_trainer.commands import main
 from reference_trainer.config import DataConfig
 from reference_trainer.data import Batches, open_windows
 from reference_trainer.errors import UserError
+from reference_trainer.main import main
 from reference_trainer.model import Llama
 from reference_trainer.parallel import init_weights_
 from reference_trainer.prepare import prepare
@@ -54,7 +54,8 @@ def records(data):
         patched.setattr(train, "WINDOWS", 4)
         patched.setattr(train, "WARMUP", 2)
         return {
-            arm.name: train.run(trial(arm), data, compiled=False) for arm in (FULL, LORA, RELORA)
+            arm.name: train.run_trial(trial(arm), data, compiled=False)
+            for arm in (FULL, LORA, RELORA)
         }
 
 
@@ -109,14 +110,14 @@ class TestATrial:
         assert records["ReLoRA + warm start"]["flops"] == lora
 
     def test_ends_where_its_loss_is_not_finite(self, data):
-        broken = train.run(trial(replace(LORA, lr_multiple=1e30)), data, compiled=False)
+        broken = train.run_trial(trial(replace(LORA, lr_multiple=1e30)), data, compiled=False)
         assert broken["diverged"]
         assert 6 < broken["curve"][-1][0] < STEPS
         assert not broken["spectra"]
 
     @pytest.mark.parametrize("part", [{"prune_ratio": None}, {"rewarm": 0.0}, {"warm_start": 0.0}])
     def test_may_lack_a_component(self, data, records, part):
-        found = train.run(trial(replace(RELORA, **part)), data, compiled=False)
+        found = train.run_trial(trial(replace(RELORA, **part)), data, compiled=False)
         assert found["curve"][-1] != records["ReLoRA + warm start"]["curve"][-1]
         assert {tuple(ranks) for ranks in found["ranks"].values()} == {(2, 4, 6)}
 

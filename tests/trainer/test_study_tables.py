@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.study import tables
 from reference_trainer.study.picture import draw
 from reference_trainer.study.plans import TUNING_SEED

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from reference_trainer.commands import main
+from reference_trainer.main import main
 from reference_trainer.terminal import hidden, log, open_terminal
 
 RESULTS = re.compile(r"|held-out loss: .*|restarts: .*|rank of .*|model: .*|page: .*|picture: .*")

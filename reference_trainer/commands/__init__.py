@@ -1,0 +1,1 @@
+"""The commands that make, prepare and export runs; others lie with what they run."""
