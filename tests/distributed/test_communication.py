@@ -17,6 +17,9 @@ from tests.distributed.processes import on_processes
 
 EVEN = LlamaShape(32, 48, 2, 2, 2, 64)
 UNEVEN = LlamaShape(20, 26, 2, 2, 2, 41)
+OTHER = LlamaShape(
+    24, 40, 2, 2, 2, 48
+)  # torch 2.8 remembers, by shape, the mesh of a world gone by
 SIZES = {"rank": 8, "length": 8, "sequences": 1}
 
 
@@ -38,7 +41,7 @@ def on_pretended(processes, shape):
         return on_real(0, processes, shape)
 
 
-@pytest.mark.parametrize(("processes", "shape"), [(2, UNEVEN), (3, UNEVEN), (4, EVEN)])
+@pytest.mark.parametrize(("processes", "shape"), [(2, UNEVEN), (3, UNEVEN), (4, OTHER)])
 def test_pretended_processes_send_what_real_ones_do(tmp_path, processes, shape):
     expected = on_pretended(processes, shape)
     assert len(expected) > 6

@@ -28,6 +28,7 @@ from reference_trainer.prepare import prepare
 from tests.faults.damages import CANARY, DAMAGES, REMOVALS, damage_
 from tests.faults.victims import NO_FAULT, attempt, command, output
 from tests.trainer.conftest import TINY
+from tests.trainer.test_command_line import lines_of
 from tests.trainer.test_pretrained import publish, tiny_arguments
 from tests.trainer.test_run import EVERY_CHECKPOINT
 
@@ -240,7 +241,7 @@ def outcome(sound: Path, directory: Path, target: Target, kind: str, draw: rando
     if code == 2 and target is TARGETS["published weights"] and NOT_FINITE in said:
         return "stopped by the first step"  # a finite weight, but huge
     if code == 2:
-        errors = [line for line in said.splitlines() if not line.startswith("warning: ")]
+        errors = [line for line in lines_of(said) if not line.startswith("warning: ")]
         assert len(errors) == 1, told
         assert errors[0].startswith("error: "), told
         assert len(errors[0]) < 1000, told
