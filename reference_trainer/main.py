@@ -90,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        if given and given[0].startswith("-") and given[0] not in ("-h", "--help"):
+            raise UserError(
+                f"{given[0]} comes before a command: first one of {', '.join(_COMMANDS)}"
+            )
         known, unknown = parser(*given[:1]).parse_known_args(given)
         if unknown:
             raise known.parser.unknown(unknown[0])

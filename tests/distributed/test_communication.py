@@ -17,9 +17,8 @@ from tests.distributed.processes import on_processes
 
 EVEN = LlamaShape(32, 48, 2, 2, 2, 64)
 UNEVEN = LlamaShape(20, 26, 2, 2, 2, 41)
-OTHER = LlamaShape(
-    24, 40, 2, 2, 2, 48
-)  # torch 2.8 remembers, by shape, the mesh of a world gone by
+# For torch 2.8, which remembers, by shape, the mesh of a world that is gone.
+OTHER = LlamaShape(24, 40, 2, 2, 2, 48)
 SIZES = {"rank": 8, "length": 8, "sequences": 1}
 
 

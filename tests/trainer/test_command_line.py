@@ -100,6 +100,7 @@ def test_a_directory_that_holds_another_run(tiny, tmp_path, capsys):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
+        (["--quiet", "train"], "--quiet comes before a command: first one of train, prepare"),
         (["report", "none"], "none holds no metrics.jsonl"),
         (["export", "none"], "none holds no run"),
         (["prepare", "."], "exists already"),
