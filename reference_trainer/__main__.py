@@ -16,7 +16,7 @@ if __name__ == "__main__":
     from reference_trainer.main import load, main
 
     program: Callable[[], int | None] = main
-    load(*sys.argv[1:2])
+    load("".join(sys.argv[1:2]))
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 

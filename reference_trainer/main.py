@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
 from reference_trainer.nearest import nearest
@@ -116,11 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(*names: str) -> None:
-    """Import commands; of those names that are none, nothing."""
-    for name in names:
-        if name in _COMMANDS:
-            import_module(f"reference_trainer.{_COMMANDS[name].module}")
+def load(name: str) -> Any:
+    """Import a command and return its module; None if there is none of this name."""
+    command = _COMMANDS.get(name)
+    return command and import_module(f"reference_trainer.{command.module}")
 
 
 def parser(*names: str) -> argparse.ArgumentParser:
@@ -147,7 +146,7 @@ def parser(*names: str) -> argparse.ArgumentParser:
         )
         if name not in names:
             continue
-        module = import_module(f"reference_trainer.{command.module}")
+        module = load(name)
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         heard = one.add_mutually_exclusive_group()
         for option, level, help in (_QUIET, _VERBOSE) if command.verbose else (_QUIET,):

@@ -46,7 +46,7 @@ VIEWS = {
 }
 
 
-@settings(max_examples=2_000)
+@settings(max_examples=10_000)
 @given(
     seed=st.integers(0, 2**32 - 1),
     entries=st.integers(1, 100).map(lambda half: 2 * half),

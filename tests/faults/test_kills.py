@@ -46,7 +46,7 @@ def killed_until_it_ends(directory: Path, size: int, generator: random.Random) -
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_bytes_of_one_that_is_not(tmp_path, size, kills):
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -131,8 +131,8 @@ def test_help_teaches(command, capsys):
 
 
 def test_what_commands_there_are_is_said_before_torch_is_imported():
-    program = "import sys; from reference_trainer.main import main; main(['--help'])"
-    ask = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {program}"
+    ask = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    ask += "from reference_trainer.main import main; main(['--help'])"
     done = subprocess.run(
         [sys.executable, "-c", ask],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
