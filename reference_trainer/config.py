@@ -168,13 +168,13 @@ class ReLoRAConfig:
 
     __pydantic_config__ = STRICT
 
-    warm_start: int = option(160, "full-rank steps before it; as many as `steps`: full rank only")
+    warm_start: int = option(120, "full-rank steps before it; as many as `steps`: full rank only")
     rank: int = option(16, "r of every B A")
     alpha: float | None = option(None, "scale is alpha / rank (default: rank, so scale 1)")
     targets: tuple[str, ...] = option(
         ("*.self_attn.*", "*.mlp.*"), "globs of the modules whose weights become low-rank"
     )
-    every: int = option(64, "steps between restarts")
+    every: int = option(48, "steps between restarts")
     warmup: int = option(10, "steps from learning rate 0 to the envelope after a restart")
     prune_ratio: float = option(0.99, "fraction of the adapters' moments zeroed at a restart")
     masks: Literal["joint", "independent"] = option(
@@ -249,7 +249,7 @@ class LogConfig:
     __pydantic_config__ = STRICT
 
     every: int = option(5, "steps between lines of metrics.jsonl")
-    evaluate_every: int = option(80, "steps between evaluations on held-out tokens")
+    evaluate_every: int = option(60, "steps between evaluations on held-out tokens")
     evaluate_sequences: int = option(32, "sequences an evaluation sees")
     rank_sites: int = option(7, "matrices whose accumulated rank is measured at restarts; 0: none")
     tensorboard: bool = option(False, "write TensorBoard files too (extra: tensorboard)")
@@ -294,7 +294,7 @@ class Config:
 
     name: str = option("first-run", "of the run")
     runs: str = option("runs", "directory of all runs; this one lives in runs/name")
-    steps: int = option(480, "optimizer steps in all")
+    steps: int = option(360, "optimizer steps in all")
     seed: int = option(0, "of weights, adapters and data order")
     model: ModelConfig = section(ModelConfig, "the Llama to train")
     data: DataConfig = section(DataConfig, "where the text comes from")

@@ -161,7 +161,7 @@ def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            fused=world.device.type == "cuda",
+            fused=True,
         )
     )
     envelope = Envelope(phase.start, config.steps, config.optim.warmup, config.optim.min_ratio)

@@ -85,7 +85,7 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
 
 def test_phases_are_without_empty_ones():
     assert [p.name for p in phases(resolve("--relora.warm_start", "0"))] == ["relora"]
-    assert [p.name for p in phases(resolve("--relora.warm_start", "480"))] == ["warm-start"]
+    assert [p.name for p in phases(resolve("--relora.warm_start", "360"))] == ["warm-start"]
 
 
 @pytest.mark.parametrize(
