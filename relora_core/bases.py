@@ -69,4 +69,4 @@ def _both_halves(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *oth
         upper, low = split(value)
         state_dict |= {prefix + "original": upper, key: low}
     elif value is not None and key not in state_dict:
-        state_dict[key] = torch.zeros(value.shape, dtype=torch.int16)
+        state_dict[key] = torch.zeros(value.shape, dtype=torch.int16, device="cpu")

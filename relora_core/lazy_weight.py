@@ -1,6 +1,7 @@
 """A weight that stands for W + s B A and is formed only when an operation needs it whole."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ class LazyWeight:
 
     Raises:
         ValueError: if there is dropout and anything but `F.linear` asks for the weight.
-        AttributeError: at an in-place method or `data`: what is written would change a temporary,
-            and be lost. A write to a view of it (`weight[0].zero_()`, `weight.detach().zero_()`)
-            is lost without notice: write to `parametrizations.weight.original`.
+        AttributeError: at an in-place method, `data` or `out=`: what is written would change a
+            temporary, and be lost. A write to a view of it (`weight[0].zero_()`,
+            `weight.detach().zero_()`) is lost without notice: write to
+            `parametrizations.weight.original`.
 
     Examples:
         >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
@@ -79,14 +81,12 @@ class LazyWeight:
 
     def delta(self) -> Tensor:
         """Return s B A in W's shape, in W's dtype or a wider one, fp32 at least."""
-        if autocasts(self.device.type):
-            # Autocast would form it in 16 bits, whatever the weights are stored in.
-            with torch.autocast(self.device.type, enabled=False):
-                return self.delta()
         wide = torch.float32
         for tensor in (self.base, self.lora_A, self.lora_B):
             wide = torch.promote_types(wide, tensor.dtype)
-        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide)).view(self.shape)
+        # Autocast would form it in 16 bits, whatever the weights are stored in.
+        with _as_stored(self.device.type):
+            return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide)).view(self.shape)
 
     @property
     def shape(self) -> torch.Size:
@@ -149,7 +149,11 @@ class LazyWeight:
         if func is F.embedding:
             return _embedding(*args, **kwargs)
         if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
-            _refuse_write(getattr(func, "__name__", ""))
+            written = args[0] if args else next(iter(kwargs.values()), None)
+            if _is_lazy(written):
+                _refuse_write(getattr(func, "__name__", ""))
+            if _is_lazy(kwargs.get("out")):
+                _refuse_write("out")
         return func(*_materialized(args), **_materialized(kwargs))
 
 
@@ -182,7 +186,9 @@ def _embedding(
         whole = weight.materialize()
         return F.embedding(input, whole, padding_idx, None, norm_type, True, sparse)
     W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
-    return low_rank_embedding(input, W, A, B, s, padding_idx, sparse)
+    # Autocast would round s B A, beside rows of W that it does not round.
+    with _as_stored(weight.device.type):
+        return low_rank_embedding(input, W, A, B, s, padding_idx, sparse)
 
 
 def _materialized(value: Any) -> Any:
@@ -195,13 +201,22 @@ def _materialized(value: Any) -> Any:
     return value
 
 
+def _as_stored(device: str) -> AbstractContextManager[object]:
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def _is_lazy(value: Any) -> bool:
+    some = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(one, LazyWeight) for one in some)
+
+
 def add_rounding_once(base: Tensor, update: Tensor) -> Tensor:
     """Return `base + update` in `base`'s dtype, added in `update`'s, which is no narrower."""
     return (base.to(update.dtype) + update).to(base.dtype)
 
 
 def _refuse_write(name: str) -> None:
-    if name == "data" or (name.endswith("_") and not name.endswith("__")):
+    if name in ("data", "out") or (name.endswith("_") and not name.endswith("__")):
         raise AttributeError(
             f"a write through {name} would change a temporary copy of the weight and be lost: a "
             "low-rank site's weight is computed. Write to `parametrizations.weight.original`"

@@ -51,7 +51,7 @@ class LowRank(nn.Module):
     Raises:
         ValueError: if `base` has fewer than two dimensions, or an argument is out of range; under
             tensor parallelism also for dropout and for other than two dimensions.
-        TypeError: if `base` is not a floating-point tensor.
+        TypeError: if `base` is not a floating-point tensor, or `rank` or `seed` no int.
 
     Examples:
         >>> site = LowRank(torch.zeros(4, 6), rank=2, alpha=8)
@@ -74,6 +74,8 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         check_low_rank(base, rank=rank, alpha=alpha, seed=seed, dropout=dropout)
+        # Over how many dimensions of a mesh the factors were laid at first, and at most since.
+        self.first_dims = self.most_dims = 0
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.seed = seed
@@ -88,8 +90,7 @@ class LowRank(nn.Module):
         self.base_successors: tuple[str, ...] = ()
         A, B = new_factors(base, rank)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        # Over how many dimensions of a mesh the factors were laid at first, and at most since.
-        self.first_dims = self.most_dims = mesh_dims(A)
+        self.first_dims = self.most_dims
         self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
         self.reset_parameters()
 
@@ -130,6 +131,11 @@ class LowRank(nn.Module):
             copy_from_full_(self.lora_A, draw)
         self.lora_B.zero_()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "lora_A":  # which fully_shard sets, and then FSDP2 at every gathering
+            self.see_sharding()
+
     def see_sharding(self) -> None:
         """Take note of how the factors are sharded now."""
         self.most_dims = max(self.most_dims, mesh_dims(self.lora_A))
@@ -137,7 +143,7 @@ class LowRank(nn.Module):
     def refuse_gathered(self) -> None:
         """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost.
 
-        It is known by their having been sharded further when they were looked at before.
+        It is known by their having been sharded further before.
         """
         self.see_sharding()
         if mesh_dims(self.lora_A) < self.most_dims:
@@ -151,9 +157,12 @@ class LowRank(nn.Module):
         """Return this process's block of s B A; what it lacks of A (and rarely of B) is gathered.
 
         Raises:
-            ValueError: if the parameters are FSDP's gathered copies.
+            ValueError: if the parameters are FSDP's gathered copies, or a split W has been
+                converted or sharded since.
         """
         self.refuse_gathered()
+        if self.low_bits is not None:
+            self._refuse_converted(base)
         A, s = self.lora_A.detach(), self.scale
         if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
             A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
@@ -298,6 +307,9 @@ def check_low_rank(
         raise TypeError(f"a low-rank weight must be floating point; got {base.dtype}")
     if base.numel() == 0:
         raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
+    for name, value in (("rank", rank), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int; got {value!r}")
     out, inner = base.shape[0], math.prod(base.shape[1:])
     if not 1 <= rank <= min(out, inner):
         raise ValueError(

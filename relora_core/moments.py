@@ -135,14 +135,15 @@ def _state_of(
     def present(keys: tuple[str, ...]) -> list[Any]:
         return [state[key] for key in keys if state.get(key) is not None]
 
-    for moment in present(layout.moments):
-        if not isinstance(moment, Tensor) or moment.shape != p.shape:
-            raise ValueError(
-                f"{type(optimizer).__name__}: a moment must be a tensor of its parameter's shape "
-                f"{tuple(p.shape)}; got {getattr(moment, 'shape', type(moment))}"
-            )
-    keys = [key for key in layout.moments if state.get(key) is not None]
-    moments = [_moment(layout, key, state) for key in keys]
+    for what, keys in (("moment", layout.moments), ("copy", layout.copies)):
+        for one in present(keys):
+            if not isinstance(one, Tensor) or one.shape != p.shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__}: a {what} must be a tensor of its parameter's "
+                    f"shape {tuple(p.shape)}; got {getattr(one, 'shape', type(one))}"
+                )
+    there = [key for key in layout.moments if state.get(key) is not None]
+    moments = [_moment(layout, key, state) for key in there]
     shared, copies = present(layout.shared), present(layout.copies)
     return ParameterState(index, p, moments, shared, copies, state, layout.clock)
 

@@ -43,7 +43,7 @@ def register_low_rank(
     Raises:
         ValueError: if the tensor is absent, already parametrized or sharded, or an argument is
             out of range. Nothing is changed then.
-        TypeError: if the tensor is not floating point.
+        TypeError: if the tensor is not floating point, or `rank` or `seed` no int.
 
     Examples:
         >>> layer = register_low_rank(nn.Linear(6, 4), rank=2)
@@ -160,17 +160,24 @@ def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.
 
 def low_rank_owner(module: nn.Module, tensor_name: str) -> parametrize.ParametrizationList:
     """Return torch's module of a site, in which W and the parametrization are."""
-    found = _parametrizations(module)[tensor_name]
+    lists = module.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    found = lists[tensor_name]
     assert isinstance(found, parametrize.ParametrizationList)
     return found
 
 
 def low_rank_tensors(module: nn.Module) -> list[str]:
     """Return the names of `module`'s own tensors that are low-rank sites."""
-    if not parametrize.is_parametrized(module):
+    # Not as an attribute: wrappers (checkpointed, compiled) answer for the module inside them.
+    lists = module._modules.get("parametrizations")
+    if not isinstance(lists, nn.ModuleDict):
         return []
-    lists = _parametrizations(module)
-    return [name for name in lists if isinstance(lists[name][0], LowRank)]  # type: ignore[index]
+    return [
+        name
+        for name, one in lists.items()
+        if isinstance(one, parametrize.ParametrizationList) and isinstance(one[0], LowRank)
+    ]
 
 
 def is_low_rank(module: nn.Module) -> bool:
@@ -182,9 +189,3 @@ def is_low_rank(module: nn.Module) -> bool:
         (False, True)
     """
     return bool(low_rank_tensors(module))
-
-
-def _parametrizations(module: nn.Module) -> nn.ModuleDict:
-    lists = module.parametrizations
-    assert isinstance(lists, nn.ModuleDict)
-    return lists

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,9 @@ class JaggedLR(LRScheduler):
         self.inner = inner
         self.restarts = restarts
         self.optimizer = inner.optimizer
-        self.last_epoch = getattr(inner, "last_epoch", 0)  # ChainedScheduler has none
+        while isinstance(inner, ChainedScheduler):  # which does not count
+            inner = inner._schedulers[0]
+        self.last_epoch = inner.last_epoch
         self._apply_ramp()
 
     def step(self, *args: Any, **kwargs: Any) -> None:

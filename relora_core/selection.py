@@ -131,7 +131,7 @@ class _Counted:
         self.chunks = _chunks(flat)
 
     def histogram(self, shift: int, step: int) -> Tensor:
-        total = torch.zeros(2**_DIGIT, dtype=torch.int64)
+        total = torch.zeros(2**_DIGIT, dtype=torch.int64, device=self.device)
         for chunk in self.chunks:
             total += torch.bincount(_digit(chunk, shift, step), minlength=2**_DIGIT)
         return total

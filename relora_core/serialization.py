@@ -55,7 +55,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the merged weights to `directory/model.safetensors` under plain names.
 
     Every rank must call it; sharded tensors are gathered one at a time and rank 0 writes. The
-    file appears whole or not at all.
+    file appears whole or not at all, and the other ranks do not wait for it.
 
     Args:
         model: with or without low-rank sites; not changed.

@@ -29,7 +29,8 @@ def add_low_rank_(
 
     Matching base weights are frozen; all that does not match (biases, norms, embeddings, the
     head) stays as trainable as it was. Order: build, this, activation checkpointing, compile,
-    `fully_shard`, optimizer.
+    `fully_shard`, optimizer. Give it the whole model: draws are keyed by names in `model`, so that
+    blocks that are given one by one, with the same names in each, would draw the same A.
 
     Args:
         model: the model to change. It may be on the meta device; after `to_empty` fill the plain
@@ -52,7 +53,7 @@ def add_low_rank_(
     Raises:
         ValueError: if a glob matches nothing, a weight is tied, parametrized, sharded or in
             DistributedDataParallel, or a rank exceeds min(out, in). Nothing is changed then.
-        TypeError: if a weight is not floating point.
+        TypeError: if a weight is not floating point, or a rank or `seed` is no int.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))

@@ -79,7 +79,7 @@ class UpdateSpectra:
         self._model = model
         self._timeout = timeout
         self._names = matching(targets, sites, "low-rank site")
-        self._next = {name: torch.tensor(sites[name].restart) for name in self._names}
+        self._next = {name: torch.tensor(sites[name].restart, device="cpu") for name in self._names}
         self._kept: dict[str, Factors] = {}
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
 """Whether two models are the same: states, outputs, gradients."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +14,23 @@ from relora_core.testing.subjects import BrokenPromiseError, LowRankSite
 _CLOSE = 1e-5  # of the largest value: float64 in all but what a module computes in float32 itself
 
 
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of a model's state dict."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return a copy of a model's state dict, in which a module's extra state may be anything."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for name, value in model.state_dict().items()
+    }
 
 
-def same_state(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+def same_state(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
     """Raise unless two states are the same, bit for bit; `what` precedes the name that differs."""
     for name in sorted(expected.keys() | actual.keys()):
         one, other = actual.get(name), expected.get(name)
-        if one is None or other is None or not torch.equal(one, other):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            same = torch.equal(one, other)
+        else:
+            same = name in actual and name in expected and bool(one == other)
+        if not same:
             raise BrokenPromiseError(f"{what} {name!r}")
 
 

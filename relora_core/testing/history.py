@@ -103,7 +103,7 @@ def _move_(model: nn.Module) -> None:
     """Take float tensors to float64 and back, but for those that are kept in two halves."""
     if any(getattr(m, "low_bits", None) is not None for m in model.modules()):
         return
-    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    floats = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if len(floats) == 1:
         model.double().to(floats.pop())

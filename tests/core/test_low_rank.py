@@ -1,6 +1,7 @@
 """One site: any module is right, registering and removing cancel, refusals change nothing."""
 
 import copy
+import operator
 import warnings
 
 import pytest
@@ -208,6 +209,30 @@ class TestLazyWeight:
             nn.init.normal_(layer.weight)
         with pytest.raises(AttributeError, match=r"write through data would"):
             layer.weight.data.zero_()
+        with pytest.raises(AttributeError, match=r"write through out would"):
+            torch.add(torch.ones(4, 6), 1, out=layer.weight)
+        with pytest.raises(AttributeError, match=r"write through _foreach_zero_ would"):
+            torch._foreach_zero_([layer.weight])
+
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda x, weight: x.add_(weight, alpha=0.5),
+            lambda x, weight: x.copy_(weight),
+            lambda x, weight: x.lerp_(weight, 0.1),
+            lambda x, weight: x.addmm_(torch.ones(4, 4), weight),
+            lambda x, weight: operator.iadd(x, weight),
+            lambda x, weight: torch.add(weight, 1, out=x),
+        ],
+    )
+    def test_may_be_written_to_others(self, write):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        nn.init.normal_(layer.parametrizations.weight[0].lora_B)
+        with torch.no_grad():
+            x, expected = torch.ones(4, 6), torch.ones(4, 6)
+            write(x, layer.weight)
+            write(expected, layer.weight.materialize())
+        assert torch.equal(x, expected)
 
     @pytest.mark.parametrize("stored", DTYPES)
     @pytest.mark.parametrize("factors", DTYPES)
@@ -233,6 +258,16 @@ class TestLazyWeight:
         expected = layer.weight.materialize()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer.weight.materialize(), expected)
+
+    def test_autocast_does_not_coarsen_an_embedding(self):
+        layer = relora.register_low_rank(nn.Embedding(9, 4), rank=2)
+        randomize_(layer)
+        tokens = torch.arange(9)
+        expected = layer(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(tokens), expected)
+            compiled = torch.compile(lambda t: layer(t), fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(tokens), expected)
 
     def test_frozen_base_and_trained_factors_of_another_dtype_meet_in_the_base_s(self):
         layer = relora.register_low_rank(nn.Linear(6, 4, dtype=torch.bfloat16), rank=2)
@@ -299,6 +334,9 @@ def _already_low_rank():
 REFUSALS = [
     (lambda: nn.Linear(6, 4), {"rank": 5}, ValueError, r"between 1 and min\(out, in\) = 4.*got 5"),
     (lambda: nn.Linear(6, 4), {"rank": 0}, ValueError, "got 0"),
+    (lambda: nn.Linear(6, 4), {"rank": 2.0}, TypeError, "rank must be an int; got 2.0"),
+    (lambda: nn.Linear(6, 4), {"rank": True}, TypeError, "rank must be an int; got True"),
+    (lambda: nn.Linear(6, 4), {"rank": 2, "seed": 0.0}, TypeError, "seed must be an int; got 0.0"),
     (lambda: nn.Linear(6, 4), {"rank": 2, "alpha": 0.0}, ValueError, "alpha must be positive"),
     (lambda: nn.Linear(6, 4), {"rank": 2, "alpha": float("inf")}, ValueError, "alpha must be"),
     (lambda: nn.Linear(6, 4), {"rank": 2, "seed": -1}, ValueError, "seed must be between"),

@@ -177,9 +177,29 @@ def _nan_in_a_moment(model, optimizer):
     optimizer.state[site.lora_B]["exp_avg_sq"][0, 0] = math.nan
 
 
+def _a_copy_of_another_shape(model, optimizer):
+    class Averaged(torch.optim.SGD):
+        pass
+
+    relora.declare_moments(Averaged, ["momentum_buffer"], copies=["average"], clock={})
+    site = dict(relora.low_rank_sites(model))["layers.1.mlp.up"]
+    inner = Averaged([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for p in inner.param_groups[0]["params"]:
+        inner.state[p] = {"momentum_buffer": torch.ones_like(p), "average": p.detach().clone()}
+    inner.state[site.lora_B]["average"] = torch.ones(1, 7)
+    optimizer.inner = inner
+
+
+def _a_split_base_is_converted(model, optimizer):
+    relora.split_bases_(model)
+    model.layers[1].float()
+
+
 @pytest.mark.parametrize(
     ("break_", "options", "message"),
     [
+        (_a_copy_of_another_shape, {}, "a copy must be a tensor of its parameter's shape"),
+        (_a_split_base_is_converted, {}, "layers.1.*W was split into bfloat16"),
         (_nan_in_a, {}, r"1 sites is not finite \(first: layers.1.mlp.up\)"),
         (_inf_in_b, {}, r"first: layers.0.mlp.up"),
         (_nan_in_a_moment, {}, "moments hold NaN"),
@@ -195,6 +215,16 @@ def test_a_refused_restart_changes_nothing(break_, options, message):
     with pytest.raises(ValueError, match=message):
         relora.restart_(model, optimizer, **options)
     assert str(everything(model, optimizer)) == str(before)
+
+
+def test_another_default_device_changes_nothing():
+    model, optimizer = training()
+    step(model, optimizer, 0)
+    twin, other = copy.deepcopy((model, optimizer))
+    with torch.device("meta"):
+        report = relora.restart_(model, optimizer)
+    assert report == relora.restart_(twin, other)
+    assert str(everything(model, optimizer)) == str(everything(twin, other))
 
 
 def test_an_optimizer_without_the_factors_is_refused():

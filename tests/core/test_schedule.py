@@ -195,6 +195,16 @@ def test_goes_on_from_where_the_inner_one_stands():
     assert seen == pytest.approx([smooth, 0.0, smooth * 0.9**2 / 4])
 
 
+def test_goes_on_from_where_chained_ones_stand():
+    optimizer = sgd()
+    inner = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    chained = lr_scheduler.ChainedScheduler([inner], optimizer)
+    for _ in range(3):
+        optimizer.step()
+        chained.step()
+    assert relora.JaggedLR(chained, relora.Restarts(every=10, warmup=4)).last_epoch == 3
+
+
 def test_what_is_no_scheduler_or_clock_is_refused():
     optimizer = sgd()
     with pytest.raises(TypeError, match="inner must be a torch LRScheduler"):

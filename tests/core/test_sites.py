@@ -1,12 +1,14 @@
 """Sites of a model: what is chosen, what is refused, what merging and redrawing do."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import relora_core as relora
 from tests.reference import randomize_, ulp_distance
@@ -80,8 +82,6 @@ class TestChoice:
         assert not torch.equal(one, other)
 
     def test_wrappers_change_neither_names_nor_draws(self):
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
         model, wrapped = Model(), Model()
         wrapped.layers[0] = checkpoint_wrapper(wrapped.layers[0])
         compiled = torch.compile(wrapped)
@@ -92,6 +92,21 @@ class TestChoice:
         assert list(plain) == list(other) == NAMES
         assert all(torch.equal(plain[name], other[name]) for name in plain)
         assert list(relora.merged_state_dict(compiled)) == list(relora.merged_state_dict(model))
+
+    @pytest.mark.parametrize("wrap", [checkpoint_wrapper, partial(torch.compile, backend="eager")])
+    def test_a_wrapped_layer_is_one_site(self, wrap):
+        """Wrappers answer for the attributes of what is inside them."""
+        model = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), "*", rank=2)
+        x = torch.randn(5, 6)
+        model[0] = wrap(model[0])
+        assert [name for name, _ in relora.low_rank_sites(model)] == ["0", "1"]
+        for _, site in relora.low_rank_sites(model):
+            nn.init.normal_(site.lora_B)
+        before = model(x)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        assert relora.restart_(model, optimizer).sites == 2
+        torch.testing.assert_close(model(x), before)
+        assert [site.restart for _, site in relora.low_rank_sites(model)] == [1, 1]
 
 
 def _tied():

@@ -299,6 +299,12 @@ def refusals(rank, world_size):
     with pytest.raises(ValueError, match="cannot be removed after fully_shard"):
         relora.remove_low_rank(sited.mlp[0])
     assert site.restart == 0
+    fresh = relora.add_low_rank_(Net(), ["mlp.*"], rank=2)
+    fully_shard(fresh, mesh=mesh)
+    with torch.no_grad():
+        fresh(torch.ones(2, 5))
+    with pytest.raises(ValueError, match="are gathered"):  # though nobody has looked before
+        relora.merge_(fresh.mlp)
     with pytest.raises(ValueError, match="in DistributedDataParallel already"):
         relora.add_low_rank_(DistributedDataParallel(Net()), ["mlp.*"], rank=2)
     sited.reshard()

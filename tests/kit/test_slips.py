@@ -159,6 +159,19 @@ class Rare(nn.Module):
         return self.usual(x) + 0 * self.rare(x)
 
 
+class WithExtraState(nn.Linear):
+    """What torch lets it be: no tensor."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
+
 class InHalfTheWidth(layers.Layer):
     """Merges in float32 whatever its dtype is, at a small scale."""
 
@@ -174,7 +187,7 @@ class InHalfTheWidth(layers.Layer):
 
 
 class TestOfNobody:
-    @pytest.mark.parametrize("make", [Attention, Rare, InHalfTheWidth])
+    @pytest.mark.parametrize("make", [Attention, Rare, InHalfTheWidth, WithExtraState])
     def test_a_sound_module_raises_no_alarm(self, make):
         testing.check_low_rank(make, profile=FEW)
 
