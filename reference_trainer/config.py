@@ -168,7 +168,7 @@ class ReLoRAConfig:
 
     __pydantic_config__ = STRICT
 
-    warm_start: int = option(120, "full-rank steps before it; as many as `steps`: full rank only")
+    warm_start: int = option(120, "full-rank steps before it; equal to `steps`: no low-rank phase")
     rank: int = option(16, "r of every B A")
     alpha: float | None = option(None, "scale is alpha / rank (default: rank, so scale 1)")
     targets: tuple[str, ...] = option(
@@ -268,7 +268,7 @@ class CheckpointConfig:
 
     every: int = option(100, "steps between checkpoints")
     keep: int = option(2, "how many of the newest to keep")
-    keep_every: int | None = option(None, "keep those of its multiples for good, too")
+    keep_every: int | None = option(None, "steps: a checkpoint at a multiple of it stays for good")
     stop_after: float | None = option(
         None, "minutes after which to save and stop, with exit code 75 (SIGTERM does the same)"
     )
@@ -293,7 +293,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     name: str = option("first-run", "of the run")
-    runs: str = option("runs", "directory of all runs; this one lives in runs/name")
+    runs: str = option("runs", "directory of all runs; this one is RUNS/NAME")
     steps: int = option(360, "optimizer steps in all")
     seed: int = option(0, "of weights, adapters and data order")
     model: ModelConfig = section(ModelConfig, "the Llama to train")

@@ -16,14 +16,16 @@ _IGNORED = -100
 def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> float:
     """Return the mean loss on held-out tokens, in nats a token; the same at every world size."""
     count = min(config.log.evaluate_sequences, len(held_out))
-    a_round = config.batch.micro * world.size
+    # As many at once as in training: a larger batch might not fit.
+    at_once = config.batch.sequences // world.size // config.batch.micro_steps(world.size)
+    a_round = at_once * world.size
     padded = -(-count // a_round) * a_round
     places = np.arange(padded, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)
     places[count:] = 0
     windows = held_out.read(places)
     windows[count:, 1:] = _IGNORED
     total = torch.zeros((), device=world.device)
-    for part in windows.view(-1, world.size, config.batch.micro, windows.shape[1]):
+    for part in windows.view(-1, world.size, at_once, windows.shape[1]):
         mine = part[world.rank].to(world.device)
         tokens = mine[:, :-1].clamp(min=0)
         logits = model(tokens).flatten(0, 1).float()

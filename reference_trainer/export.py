@@ -23,7 +23,7 @@ def export(config: Config, world: World) -> Path:
     Every process calls it.
 
     Raises:
-        SharedError: if the run has no complete checkpoint.
+        SharedError: if the run has no complete checkpoint, or a file cannot be written.
     """
     source = checkpoint.find(config.checkpoints, world)
     if source is None:
@@ -37,8 +37,15 @@ def export(config: Config, world: World) -> Path:
     config = replace(config, parallel=replace(config.parallel, layout="shard"))
     stage = build_stage(config, phase, shape, world)
     fill_(stage, config, source, world)
-    relora.save_merged(stage.model, target)
-    if world.first:
+    failed: OSError | None = None
+    try:
+        relora.save_merged(stage.model, target)
+    except OSError as error:  # of the first process, which alone writes: all must hear of it
+        failed = error
+
+    def complete() -> None:
+        if failed is not None:
+            raise failed
         described = hugging_face_config(shape, index.end, config.batch.length)
         write_whole(target / "config.json", json.dumps(described, indent=2))
         own = config.data_directory / "tokenizer.json"
@@ -46,7 +53,8 @@ def export(config: Config, world: World) -> Path:
         write_whole(target / "tokenizer.json", text)
         fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
         write_whole(target / "tokenizer_config.json", json.dumps(fast, indent=2))
-    world.barrier()
+
+    world.on_first(complete, f"could not write {target}")
     return target
 
 

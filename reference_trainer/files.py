@@ -70,12 +70,18 @@ def locked(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _held(path: Path, otherwise: str) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDONLY)
+    # NFS locks what is open for writing only; a directory cannot be, and is locked on this machine.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(otherwise) from None
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be locked against other runs ({error.strerror}): mount its file "
+                "system with flock, or put `runs` on another"
+            ) from None
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise UserError(otherwise)  # it was put elsewhere between the two lines above
         yield

@@ -164,7 +164,10 @@ class Saver:
         kept = [*found[-self._keep :], *(c for c in found if every and _step(c) % every == 0)]
         for old in self._directory.glob("step-*"):
             if old.name < target.name and old not in kept:  # incomplete ones too
-                _remove(old)
+                try:
+                    _remove(old)
+                except OSError as error:  # somebody reads it, say; the next one tries again
+                    log.warning(f"{old} could not be removed yet: {error}")
         log.debug(f"written: {target}")
 
 

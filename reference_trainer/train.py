@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1 of the ReLoRA paper, phase by phase."""
 
 import contextlib
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
                     step = fill_(stage, config, newest, world)
                     newest = train_stage(stage, step, run)
                     step = phase.stop
-                    del stage  # its memory is the next phase's
+                    del stage  # its memory is the next phase's,
+                    gc.collect()  # though FSDP2's hooks and the model refer to each other
         export(config, world)
 
 

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reference_trainer.config import ParallelConfig
-from reference_trainer.errors import SharedError, UserError, one_line
+from reference_trainer.errors import SharedError, Stopped, UserError, one_line
 from relora_core import OutOfStepError
 
 _GOES_ON = "`train --resume` goes on from the newest checkpoint"
@@ -155,13 +155,19 @@ def choose_device(config: ParallelConfig) -> torch.device:
     """Return the device that `parallel.device` means for this process.
 
     Raises:
-        UserError: if it asks for CUDA where there is none.
+        UserError: if it asks for CUDA where there is none, or for more devices than there are.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("parallel.device=cuda, but torch sees no CUDA device: use cpu or auto")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= there:
+        raise UserError(
+            f"the launcher starts a process for CUDA device {index}, and torch sees {there}: start "
+            "one for each (torchrun --nproc-per-node gpu), or use parallel.device=cpu"
+        )
+    return torch.device("cuda", index)
 
 
 def lay_world(config: ParallelConfig, device: torch.device) -> World:
@@ -170,6 +176,8 @@ def lay_world(config: ParallelConfig, device: torch.device) -> World:
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     patience = timedelta(minutes=config.timeout)
+    for name in names:  # a mesh gives groups of its own torch's timeout
+        dist.distributed_c10d._set_pg_timeout(patience, mesh.get_group(name))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, patience)
 
 
@@ -199,7 +207,12 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
             raise
         raise UserError(_lost(patience, error)) from error
     finally:
-        dist.destroy_process_group()
+        ending, several = sys.exception(), "WORLD_SIZE" in os.environ
+        together = isinstance(ending, SharedError | Stopped | None)
+        # NCCL's waits for every process, and where one fails alone the others do not come: it is
+        # left to the exit, which aborts.
+        if together or not several or device.type == "cpu":
+            dist.destroy_process_group()
 
 
 def _lost(patience: timedelta, error: RuntimeError) -> str:

@@ -12,7 +12,7 @@ import torch
 from reference_trainer.config import DataConfig
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError, one_line
-from reference_trainer.files import fresh_directory
+from reference_trainer.files import fresh_directory, write_whole
 from reference_trainer.prepare import prepare, read_index, verify_data
 from reference_trainer.study import tables
 from reference_trainer.study.picture import draw
@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 
 A trial that is in the file already is not run again: interrupt it whenever you like.
 """
+_BEGINNING = '{"event": "trial"'  # of every line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
         raise UserError("no C++ compiler is found to compile steps with: give --eager")
     data = _prepared(arguments.data)
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and (text := out.read_text(encoding="utf-8")) != _whole(text):
+        write_whole(out, _whole(text))
     torch.set_num_threads(arguments.threads)
     checksums = read_index(data).checksums
     while todo:
@@ -96,7 +99,7 @@ def _shown(records: list[dict[str, Any]], out: Path) -> Iterator[str]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none if it is absent.
+    """Return the records of a file; none if it is absent. One that was cut short is left out.
 
     Raises:
         UserError: if it holds anything else.
@@ -104,12 +107,20 @@ def read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        text = file.read_text(encoding="utf-8")
+        records = [json.loads(line) for line in _whole(text).splitlines()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {file}: {one_line(error)}") from None
-    if any(record.get("event") != "trial" for record in records):
+    if any(not isinstance(r, dict) or r.get("event") != "trial" for r in records):
         raise UserError(f"{file} holds something else than trials: give --out another name")
     return records
+
+
+def _whole(text: str) -> str:
+    """Return lines that another can follow: without a last one that is part of a trial."""
+    before, end, last = text.rpartition("\n")
+    cut = _BEGINNING.startswith(last[: len(_BEGINNING)]) and not last.endswith("}")
+    return before + end if cut else f"{text}\n"
 
 
 def _prepared(directory: Path) -> Path:

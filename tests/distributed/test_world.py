@@ -9,7 +9,7 @@ import torch
 import relora_core as relora
 from reference_trainer.config import ParallelConfig
 from reference_trainer.errors import UserError
-from reference_trainer.world import lay_world, open_world
+from reference_trainer.world import choose_device, lay_world, open_world
 from tests.distributed.processes import on_processes
 
 
@@ -34,6 +34,27 @@ def test_nobody_leaves_a_barrier_before_all_have_come(tmp_path):
         assert result["seen"]
         assert result["sum"] == 6
         assert result["mean"] == 2
+
+
+def groups(rank, world_size):
+    world = lay_world(ParallelConfig(replicas=2, timeout=3), torch.device("cpu"))
+    every = [world.mesh.get_group(name) for name in ("replicas", "shards")]
+    patience = [one._get_backend(torch.device("cpu")).options._timeout for one in every]
+    return {"minutes": torch.tensor([one.total_seconds() / 60 for one in patience])}
+
+
+def test_the_groups_of_replicas_and_shards_wait_as_long_as_is_said(tmp_path):
+    for result in on_processes(groups, 2, tmp_path / "ranks"):
+        assert result["minutes"].tolist() == [3, 3]
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="CUDA device 1, and torch sees 1: start one for each"):
+        choose_device(ParallelConfig())
+    assert choose_device(ParallelConfig(device="cpu")).type == "cpu"
 
 
 def test_to_be_out_of_step_is_an_error_in_one_line_that_says_how_to_go_on():

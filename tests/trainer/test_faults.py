@@ -1,14 +1,18 @@
 """What goes wrong while a run goes on: it is skipped, saved or stopped, on all processes alike."""
 
+import errno
+import gc
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from reference_trainer import checkpoint
+from reference_trainer import checkpoint, saving
+from reference_trainer import export as exporting
 from reference_trainer import train as training
 from reference_trainer.journal import is_spike
 from reference_trainer.main import main
@@ -159,6 +163,53 @@ class TestStops:
         before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
         train(*tiny)
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_until_it_can(tiny, monkeypatch, capsys):
+    """As one that another program reads, over a network."""
+    remove, tried = saving._remove, []
+
+    def busy(old: Path) -> None:
+        tried.append(old.name)
+        if tried.count("step-00000004") == 1 and old.name == "step-00000004":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(old))
+        remove(old)
+
+    monkeypatch.setattr(saving, "_remove", busy)
+    train(*tiny)
+    assert "step-00000004 could not be removed yet" in capsys.readouterr().err
+    assert tried.count("step-00000004") == 2
+    kept = sorted(path.name for path in (RUN / "checkpoints").iterdir())
+    assert kept == ["step-00000016", "step-00000020"]
+
+
+def test_what_is_over_leaves_no_model_in_memory(tiny, monkeypatch):
+    build, models = training.build_stage, []
+
+    def watched(*arguments):
+        assert [model() for model in models] == [None] * len(models)
+        stage = build(*arguments)
+        models.append(weakref.ref(stage.model))
+        return stage
+
+    monkeypatch.setattr(training, "build_stage", watched)
+    monkeypatch.setattr(exporting, "build_stage", watched)
+    gc.disable()  # which may run at any time, or too late
+    try:
+        train(*tiny)
+    finally:
+        gc.enable()
+    assert len(models) == 3  # of both phases, and of the export
+
+
+def test_an_export_that_cannot_be_written_is_said_by_all(tiny, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting.relora, "save_merged", full)
+    assert main(["train", *tiny]) == 2
+    said = "could not write runs/first-run/export: [Errno 28] No space left on device"
+    assert said in capsys.readouterr().err
 
 
 def test_checkpoints_at_multiples_stay(tiny):

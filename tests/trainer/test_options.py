@@ -1,6 +1,7 @@
 """Options: every field by file and command line, unknown names refused with the nearest."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import yaml
@@ -81,6 +82,12 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         options.resolve(file, {})
     assert "\n" not in str(caught.value)
+
+
+def test_the_file_to_begin_from_is_sound():
+    config = options.resolve(Path(__file__).parents[2] / "docs/run-130m.yaml", {})
+    assert [phase.cycles for phase in phases(config)] == [0, 3]
+    assert config.batch.micro_steps(8) == 4
 
 
 def test_phases_are_without_empty_ones():

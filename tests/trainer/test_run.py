@@ -18,6 +18,7 @@ from reference_trainer.data import open_windows
 from reference_trainer.files import locked
 from reference_trainer.main import main
 from reference_trainer.metrics import read
+from reference_trainer.model import Llama
 from reference_trainer.phases import phases
 from reference_trainer.stage import build_stage, fill_
 from reference_trainer.world import open_world
@@ -199,6 +200,21 @@ def test_how_it_is_computed_does_not_change_what_is_computed(tiny, option):
     value = {"--batch.micro": ["4"], "--data.prepared": ["runs/plain/data", "--data.files"]}
     train(*tiny, "--name", "other", option, *value.get(option, ["true"]))
     assert losses(Path("runs/other")) == pytest.approx(losses(Path("runs/plain")), abs=1e-5)
+
+
+@pytest.mark.parametrize(("sequences", "at_once"), [(4, 2), (2, 2), (1, 1)])
+def test_an_evaluation_computes_as_many_sequences_at_once_as_a_step(
+    tiny, monkeypatch, sequences, at_once
+):
+    seen, forward = set(), Llama.forward
+
+    def watched(self, tokens, *targets):
+        seen.add(len(tokens))
+        return forward(self, tokens, *targets)
+
+    monkeypatch.setattr(Llama, "forward", watched)
+    train(*tiny, "--batch.sequences", str(sequences), "--steps", "6")
+    assert seen == {at_once}
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ class TestTheCommand:
         assert [json.loads(line)["arm"] for line in lines] == [
             *("full rank", "LoRA", "LoRA + warm start", "ReLoRA + warm start")
         ]
-        out.write_text("\n".join(lines[:3]) + "\n")  # as if interrupted
+        out.write_text("\n".join(lines)[:-100])  # as if interrupted in the middle of a line
         assert main(arguments) == 0
         again = out.read_text().splitlines()
         assert again[:3] == lines[:3]
@@ -224,7 +224,12 @@ class TestTheCommand:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("{", "cannot read"), ('{"event": "bench"}\n', "something else than trials")],
+        [
+            ("{\n", "cannot read"),
+            ("a note without an end", "cannot read"),
+            ('{"event": "bench"}\n', "something else than trials"),
+            ("[]\n", "something else than trials"),
+        ],
     )
     def test_a_file_of_another_kind_is_refused(self, command, capsys, content, message):
         arguments, out = command
