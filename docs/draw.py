@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -25,7 +26,7 @@ from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.main import parser
 from reference_trainer.metrics import read
-from reference_trainer.model import PRESETS, preset
+from reference_trainer.model import PRESETS, Llama, preset
 from reference_trainer.options import leaves
 from reference_trainer.report.page import page
 from reference_trainer.report.picture import draw as draw_run
@@ -337,8 +338,26 @@ def screenshot(picture: Path) -> None:
         picture.write_bytes(png.read_bytes())
 
 
+def presets() -> str:
+    """Return the table of shapes, with the parameters that they have over two vocabularies."""
+    lines = [
+        "| preset | width | of the MLP | blocks | heads | parameters, of bytes | of 32,000 ids |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, sizes in PRESETS.items():
+        numbers = []
+        for vocabulary in (256, 32_000):
+            with torch.device("meta"):
+                model = Llama(preset(name, vocab_size=vocabulary))
+            numbers.append(sum(p.numel() for p in model.parameters()) / 1e6)
+        shown = (f"{number:,.1f}M" for number in numbers)
+        lines.append(f"| `{name}` | {' | '.join([*map(str, sizes), *shown])} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "commands": commands,
+    "presets": presets,
     "compared": compared,
     "options": run_options,
     **{

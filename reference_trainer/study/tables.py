@@ -99,9 +99,10 @@ def spectra(records: Sequence[Record]) -> str:
         ranks = statistics.median(len(spectrum.values) for spectrum in found)
         effective = statistics.median(spectrum.effective_rank for spectrum in found)
         stable = statistics.median(spectrum.stable_rank for spectrum in found)
+        seeds = len(found) // matrices
         lines.append(
             f"| {name} | {ranks:g} | {effective:.1f} | {stable:.1f} "
-            f"| {matrices} matrices, {len(found) // matrices} seeds |"
+            f"| {matrices} matrices, {seeds} seed{'s' if seeds > 1 else ''} |"
         )
     return "\n".join(lines)
 
