@@ -1,5 +1,6 @@
 """The most memory that this process has held."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """The peak since it was made: of the GPU's allocated memory, or of this process's resident one.
 
-    Where there is no /proc (macOS) a process's peak is that of its whole life.
+    Where /proc does not forget (macOS, some sandboxes) a process's peak is that of its whole life.
 
     Args:
         device: on which the process computes.
@@ -22,15 +23,16 @@ class PeakMemory:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        elif _FORGET.exists():
+        elif os.access(_FORGET, os.W_OK):
             _FORGET.write_text("5")  # resets the peak: see proc(5)
 
     def bytes(self) -> int:
         """Return it, in bytes."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        if _STATUS.exists():
-            lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-            return 1024 * int(lines["VmHWM"].removesuffix("kB"))
+        lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.removeprefix("VmHWM:").removesuffix("kB"))
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

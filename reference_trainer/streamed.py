@@ -5,6 +5,7 @@ DCP's own writer makes all of a file in memory twice over and leaves it in the p
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -168,7 +169,16 @@ class _Stream:
         padded = self._filled + -self._filled % _PAGE  # whole pages; cut off again at the end
         rest = memoryview(self._memory)[:padded]
         while rest:
-            written = os.write(self._file, rest)
+            try:
+                written = os.write(self._file, rest)
+            except OSError as error:
+                flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+                direct = flags & getattr(os, "O_DIRECT", 0)
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                # It took the file, and now wants larger pages (Lustre, some of FUSE).
+                fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~direct)
+                continue
             if written % _PAGE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             rest = rest[written:]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference_trainer import peak
 from reference_trainer.main import main
 from reference_trainer.peak import PeakMemory
 from tests.trainer.conftest import records
@@ -25,13 +26,21 @@ def test_it_forgets_what_was_before_and_sees_what_is_freed_again():
     large = torch.ones(200 * MiB, dtype=torch.uint8)
     before = held()
     del large
-    peak = PeakMemory(torch.device("cpu"))
-    assert peak.bytes() < before - 150 * MiB
+    seen = PeakMemory(torch.device("cpu"))
+    assert seen.bytes() < before - 150 * MiB
     small = torch.ones(100 * MiB, dtype=torch.uint8)
     within = held()
     del small
-    assert peak.bytes() > within - MiB
+    assert seen.bytes() > within - MiB
     assert held() < within - 75 * MiB
+
+
+def test_where_proc_does_not_tell_it_is_that_of_the_process(tmp_path, monkeypatch):
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\n")
+    monkeypatch.setattr(peak, "_STATUS", status)
+    monkeypatch.setattr(peak, "_FORGET", tmp_path / "absent")
+    assert PeakMemory(torch.device("cpu")).bytes() >= held()
 
 
 def test_a_run_writes_down_its_own(tiny, tmp_path):
