@@ -32,8 +32,10 @@ def draw(sizes: Sequence[Sequence[Record]], picture: Path) -> None:
         for axes in row:
             axes.spines[["top", "right"]].set_visible(False)
     first = sizes[0][0]
+    devices = dict.fromkeys(record["device"] for records in sizes for record in records)
+    where = f"{', '.join(devices)}, torch {first['torch']}"
     figure.suptitle(
-        f"{first['device']}, torch {first['torch']} · mean over seeds, lowest to highest shaded",
+        f"{where} · mean over seeds, lowest to highest shaded",
         fontsize=8,
         color="#525252",
     )
