@@ -176,7 +176,8 @@ def lay_world(config: ParallelConfig, device: torch.device) -> World:
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     patience = timedelta(minutes=config.timeout)
-    for name in names:  # a mesh gives groups of its own torch's timeout
+    for name in names if dist.get_backend() != "fake" else ():  # which has none
+        # A mesh gives groups of its own torch's timeout.
         dist.distributed_c10d._set_pg_timeout(patience, mesh.get_group(name))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, patience)
 
