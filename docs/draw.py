@@ -345,12 +345,9 @@ def presets() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, sizes in PRESETS.items():
-        numbers = []
-        for vocabulary in (256, 32_000):
-            with torch.device("meta"):
-                model = Llama(preset(name, vocab_size=vocabulary))
-            numbers.append(sum(p.numel() for p in model.parameters()) / 1e6)
-        shown = (f"{number:,.1f}M" for number in numbers)
+        with torch.device("meta"):
+            both = [Llama(preset(name, vocab_size=ids)) for ids in (256, 32_000)]
+        shown = (f"{sum(p.numel() for p in m.parameters()) / 1e6:,.1f}M" for m in both)
         lines.append(f"| `{name}` | {' | '.join([*map(str, sizes), *shown])} |")
     return "\n".join(lines)
 

@@ -133,6 +133,10 @@ class BatchConfig:
         )
         return mine // self.micro
 
+    def at_once(self, world_size: int) -> int:
+        """Return how many sequences each process computes at once."""
+        return self.sequences // world_size // self.micro_steps(world_size)
+
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -17,7 +17,7 @@ def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> f
     """Return the mean loss on held-out tokens, in nats a token; the same at every world size."""
     count = min(config.log.evaluate_sequences, len(held_out))
     # As many at once as in training: a larger batch might not fit.
-    at_once = config.batch.sequences // world.size // config.batch.micro_steps(world.size)
+    at_once = config.batch.at_once(world.size)
     a_round = at_once * world.size
     padded = -(-count // a_round) * a_round
     places = np.arange(padded, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)

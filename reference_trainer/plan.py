@@ -112,7 +112,7 @@ def _data(config: Config, *, resume: bool) -> str:
 def _batch(config: Config, processes: int) -> Iterator[str]:
     batch = config.batch
     micro_steps = batch.micro_steps(processes)
-    at_once = batch.sequences // processes // micro_steps
+    at_once = batch.at_once(processes)
     tokens = batch.sequences * batch.length
     of = f"{batch.sequences:,} sequences of {batch.length:,} tokens a step"
     on = "1 process" if processes == 1 else f"each of {processes:,} processes"

@@ -161,8 +161,7 @@ class LowRank(nn.Module):
                 converted or sharded since.
         """
         self.refuse_gathered()
-        if self.low_bits is not None:
-            self._refuse_converted(base)
+        self._refuse_converted(base)
         A, s = self.lora_A.detach(), self.scale
         if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
             A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
@@ -238,7 +237,7 @@ class LowRank(nn.Module):
         self.split_from = self.low_bits = None
 
     def _refuse_converted(self, base: Tensor) -> None:
-        if base.dtype != torch.bfloat16 or is_sharded(base):
+        if self.low_bits is not None and (base.dtype != torch.bfloat16 or is_sharded(base)):
             now = "sharded" if is_sharded(base) else str(base.dtype)
             raise ValueError(
                 f"{self.name or 'a low-rank site'}: W was split into bfloat16 and the bits below "

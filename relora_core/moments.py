@@ -132,20 +132,20 @@ def _state_of(
 ) -> ParameterState:
     layout = layout_of(optimizer, state)
 
-    def present(keys: tuple[str, ...]) -> list[Any]:
-        return [state[key] for key in keys if state.get(key) is not None]
+    def present(keys: tuple[str, ...]) -> dict[str, Any]:
+        return {key: state[key] for key in keys if state.get(key) is not None}
 
-    for what, keys in (("moment", layout.moments), ("copy", layout.copies)):
-        for one in present(keys):
+    leading, shared, copies = map(present, (layout.moments, layout.shared, layout.copies))
+    for what, found in (("moment", leading), ("copy", copies)):
+        for one in found.values():
             if not isinstance(one, Tensor) or one.shape != p.shape:
                 raise ValueError(
                     f"{type(optimizer).__name__}: a {what} must be a tensor of its parameter's "
                     f"shape {tuple(p.shape)}; got {getattr(one, 'shape', type(one))}"
                 )
-    there = [key for key in layout.moments if state.get(key) is not None]
-    moments = [_moment(layout, key, state) for key in there]
-    shared, copies = present(layout.shared), present(layout.copies)
-    return ParameterState(index, p, moments, shared, copies, state, layout.clock)
+    moments = [_moment(layout, key, state) for key in leading]
+    others = list(shared.values()), list(copies.values())
+    return ParameterState(index, p, moments, *others, state, layout.clock)
 
 
 def _moment(layout: StateLayout, key: str, state: dict[str, Any]) -> Moment:

@@ -68,9 +68,8 @@ def read(file: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {file}: {one_line(error)}") from None
-    if not records or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{file} holds no measurement of `bench`")
-    if records[0].get("event") != "bench":
+    sound = records and all(isinstance(record, dict) for record in records)
+    if not sound or records[0].get("event") != "bench":
         raise UserError(f"{file} holds no measurement of `bench`")
     return records
 
