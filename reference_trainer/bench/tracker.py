@@ -1,5 +1,6 @@
 """Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, wo
 from reference_trainer.bench.memory import local, peak_bytes, state_bytes
 from reference_trainer.train import forward_backward
 
+_BLOCK = re.compile(r"\.layers\.\d+$")
+
 
 @dataclass(frozen=True)
 class Tracked:
@@ -20,13 +23,19 @@ class Tracked:
     Args:
         weights: all parameters.
         optimizer: AdamW's moments.
-        timeline: all tensors, after each operation of forward and backward, and the most that
+        parts: all tensors, after each operation: before the first block; from the start of each
+            block's forward to the next one's, and of its backward; and, one figure, the most that
             clipping and the optimizer's step take.
     """
 
     weights: int
     optimizer: int
-    timeline: list[int]
+    parts: list[list[int]]
+
+    @property
+    def peak(self) -> int:
+        """The largest of all."""
+        return max(map(max, self.parts))
 
 
 def track(step: Step, *, processes: int) -> Tracked:
@@ -43,11 +52,17 @@ def track(step: Step, *, processes: int) -> Tracked:
         world = world_of(step.layout)
         memory = FakeTensorMode(allow_non_fake_inputs=True)
         stage = laid_out(step, world, memory=memory)
+
+        def update() -> None:
+            # On all tensors at once it would be tracked at their whole sizes.
+            clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
+
         with memory:
             for p in stage.parameters.values():
                 p.grad = torch.zeros_like(p)
-            stage.optimizer.step()
-            stage.optimizer.zero_grad()
+            update()  # DTensor's first operations of a kind compute the shapes on whole tensors
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
             batch = step.batch(processes)
             tracker = _Timeline(stage.model, stage.optimizer)
@@ -55,14 +70,12 @@ def track(step: Step, *, processes: int) -> Tracked:
             tracker.track_external(*states)
             with tracker:
                 forward_backward(stage.model, batch, 1, world)
-                count = len(tracker.timeline)
-                # On all tensors at once it would be tracked at their whole sizes.
-                clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
-                stage.optimizer.step()
-                stage.optimizer.zero_grad()
+                *parts, last = tracker.parts
+                count = len(last)
+                update()
             weights = sum(local(p).nbytes for p in stage.model.parameters())
-            timeline = [*tracker.timeline[:count], max(tracker.timeline[count:])]
-            return Tracked(weights, sum(local(t).nbytes for t in states), timeline)
+            parts += [last[:count], [max(last[count:])]]
+            return Tracked(weights, sum(local(t).nbytes for t in states), parts)
 
 
 def measure_peak(step: Step) -> int:
@@ -97,18 +110,25 @@ def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
         "recompute": step.recompute,
         "weights": found.weights,
         "optimizer": found.optimizer,
-        "total": max(found.timeline),
+        "total": found.peak,
     }
 
 
 # Torch has no types for it.
 class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
-    """Writes down the total after each operation."""
+    """Writes down the total after each operation, by block."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.timeline: list[int] = []
+        self.parts: list[list[int]] = [[]]
+        self._begun: set[tuple[bool, str]] = set()
 
     def _update_peak_stats(self, peak_state: Any) -> None:
+        modules = self._mod_tracker
+        for name in filter(_BLOCK.search, modules.parents):
+            place = modules.is_bw, name
+            if place not in self._begun:
+                self._begun.add(place)
+                self.parts.append([])
         now = self._curr_mem_snap.values()  # get_tracker_snapshot() copies it each time
-        self.timeline.append(sum(parts["Total"] for parts in now))
+        self.parts[-1].append(sum(parts["Total"] for parts in now))

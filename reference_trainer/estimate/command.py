@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import results
-from reference_trainer.bench.communication import sent_in_step
 from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, Step, pretended
 from reference_trainer.bench.projection import Cluster, step_seconds
 from reference_trainer.config import Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
+from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import Peak, estimate_peak
 from reference_trainer.flops import Form, recomputed_flops, step_flops
@@ -40,9 +40,10 @@ EXAMPLES = """examples:
   python -m reference_trainer estimate --model 7b --world-size 64 --optimizer adamw8bit
       for a trainer of your own that keeps moments in 8 bits (this one has AdamW)
 
-Memory is what tensors take after every operation of a training step, tracked at full depth on
-tensors that have sizes only; a tenth of a GPU is kept free. Times are a model: 0.4 of the peak, and
-bytes over links; the lower figure hides all communication behind computation, the upper one none.
+Memory is what tensors take after every operation of a training step, tracked on tensors that have
+sizes only, with three blocks and with four: each further one adds the same. A tenth of a GPU is
+kept free. Times are a model: 0.4 of the peak, and bytes over links; the lower figure hides all
+communication behind computation, the upper one none.
 """
 
 
@@ -211,7 +212,7 @@ def _tracked(step: Step, *, processes: int, moments: float) -> tuple[Peak, list[
     if step.recompute:
         return peak, []
     with pretended(processes):
-        return peak, [asdict(sent) for sent in sent_in_step(step)]
+        return peak, [asdict(sent) for sent in sent_at_depth(step)]
 
 
 def _row(

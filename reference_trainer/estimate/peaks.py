@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference_trainer.bench.layouts import Step
-from reference_trainer.bench.tracker import Tracked, track
+from reference_trainer.estimate.depth import Deep, track_at_depth
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def estimate_peak(step: Step, *, processes: int, moments: float = 1.0) -> Peak:
         moments: bytes of the optimizer's moments, as a share of AdamW's.
     """
 
-    def tracked(sequences: int) -> Tracked:
+    def tracked(sequences: int) -> Deep:
         gc.collect()  # the last one's tensors and hooks, which refer to each other
-        return track(replace(step, sequences=sequences), processes=processes)
+        return track_at_depth(replace(step, sequences=sequences), processes=processes)
 
     one, two = tracked(1), tracked(2)
-    first, second = (np.array(t.timeline, np.float64) for t in (one, two))
+    first, second = one.totals, two.totals
     saved = (1 - moments) * one.optimizer
     return Peak(
         step,

@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from reference_trainer.bench.layouts import LAYOUTS, Step
+from reference_trainer.bench.communication import sent_in_step
+from reference_trainer.bench.layouts import LAYOUTS, Step, layouts, pretended
 from reference_trainer.bench.tracker import track
 from reference_trainer.estimate import command
+from reference_trainer.estimate.depth import sent_at_depth, track_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
@@ -16,6 +18,7 @@ from reference_trainer.model import Llama, LlamaShape
 from tests.trainer.test_command_line import lines_of
 
 SHAPE = LlamaShape(64, 96, 2, 4, 4, 800)  # of few sequences the head's gradient is the largest
+DEEP = dataclasses.replace(SHAPE, layers=6)
 FULL, SHARD, _ = (Step(layout, SHAPE, rank=8, length=16) for layout in LAYOUTS)
 SMALL = ["estimate", "--model", "9m", "--world-size", "2", "--vocab", "300", "--length", "64"]
 SMALL += ["--rank", "16"]
@@ -29,7 +32,7 @@ class TestPeak:
         peak = estimate_peak(step, processes=2)
         for sequences in (3, 20):
             found = track(dataclasses.replace(step, sequences=sequences), processes=2)
-            assert peak.at(sequences) == max(found.timeline)
+            assert peak.at(sequences) == found.peak
 
     def test_lies_elsewhere_with_few_sequences_than_with_many(self):
         """So that a straight line through two peaks would be wrong."""
@@ -47,6 +50,23 @@ class TestPeak:
         full, half = (estimate_peak(FULL, processes=2, moments=share) for share in (1.0, 0.5))
         assert half.optimizer == full.optimizer / 2
         assert full.at(9) - half.at(9) == full.optimizer / 2
+
+
+class TestDepth:
+    @pytest.mark.parametrize("number", range(4))
+    def test_of_few_blocks_tells_what_a_track_of_all_finds(self, number):
+        layout, recompute = layouts(4, 2)[number], number % 2 == 1
+        step = Step(layout, DEEP, rank=8, length=16, sequences=3, recompute=recompute)
+        found, expected = track_at_depth(step, processes=4), track(step, processes=4)
+        assert len(expected.parts) == 1 + 2 * DEEP.layers + 1
+        assert (found.weights, found.optimizer) == (expected.weights, expected.optimizer)
+        assert found.totals.max() == expected.peak
+
+    @pytest.mark.parametrize("layout", layouts(4, 2), ids=lambda layout: layout.name)
+    def test_of_few_blocks_tells_what_is_sent_for_all(self, layout):
+        step = Step(layout, DEEP, rank=8, length=16)
+        with pretended(4):
+            assert sent_at_depth(step) == sent_in_step(step)
 
 
 class TestCommand:
