@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ def write_whole(file: Path, text: str) -> None:
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
     """Give a name to write to, and put that in `file`'s place if the block ends well."""
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # of this writer alone
     try:
         yield partial
         _sync(partial)

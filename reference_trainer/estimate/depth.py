@@ -79,6 +79,6 @@ def _ends(found: Tracked) -> NDArray[np.float64]:
     before, *blocks, after = found.parts
     forward, backward = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
     ends = (*forward[:2], *forward[-2:], *backward[:2], *backward[-2:])
-    # What comes before the first block has no part of each block's; its largest is where it ends.
+    # How many operations come before the first block depends on the blocks: their largest one.
     head = [found.weights, found.optimizer, max(before)]
     return np.concatenate([head, *ends, after]).astype(np.float64)

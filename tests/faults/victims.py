@@ -134,6 +134,8 @@ def _obey(arguments: list[str], directory: str, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     torch.set_num_threads(1)
     os.chdir(directory)
+    if arguments[0] == "train":
+        leave_undrawn(setattr)
     sys.exit(_said(arguments, "said"))
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 from reference_trainer.bench.communication import sent_in_step
@@ -11,7 +13,7 @@ from reference_trainer.bench.tracker import track
 from reference_trainer.estimate import command
 from reference_trainer.estimate.depth import sent_at_depth, track_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
-from reference_trainer.estimate.peaks import estimate_peak
+from reference_trainer.estimate.peaks import Peak, estimate_peak
 from reference_trainer.flops import counted_flops, recomputed_flops, step_flops
 from reference_trainer.main import main
 from reference_trainer.model import Llama, LlamaShape
@@ -69,6 +71,23 @@ class TestDepth:
             assert sent_at_depth(step) == sent_in_step(step)
 
 
+@pytest.fixture
+def of_bytes(monkeypatch):
+    """Return what lets every peak be so many bytes, tracked nowhere."""
+
+    class Here:
+        map = staticmethod(map)
+
+    def put(peak: float) -> None:
+        def known(step, *, processes, moments):
+            return Peak(step, 1.0, 1.0, np.array([peak]), np.array([1.0]))
+
+        monkeypatch.setattr(command, "estimate_peak", known)
+        monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *_: nullcontext(Here))
+
+    return put
+
+
 class TestCommand:
     def test_gives_a_table_and_options_that_fit(self, tmp_path, capsys):
         out = tmp_path / "estimate.jsonl"
@@ -91,15 +110,15 @@ class TestCommand:
         assert "--batch.micro 12 --parallel.layout" in said
         assert f"| {kept['peak'] / GiB:.2f} GiB | 12 (of {kept['fits']} that fit) |" in said
 
-    def test_of_one_gpu_sends_nothing(self, tmp_path):
+    def test_of_one_gpu_sends_nothing(self, tmp_path, of_bytes):
+        of_bytes(1.0)
         out = tmp_path / "estimate.jsonl"
         assert main([*SMALL, "--world-size", "1", "--out", str(out)]) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
         assert all(row["sent"] == 0 and row["seconds"][0] == row["seconds"][1] for row in rows)
 
-    def test_says_so_if_nothing_fits(self, monkeypatch, capsys):
-        _, cluster = GPUS["h100"]
-        monkeypatch.setitem(GPUS, "h100", (2**20, cluster))
+    def test_says_so_if_nothing_fits(self, capsys, of_bytes):
+        of_bytes(GPUS["h100"][0])  # a tenth of which is kept free
         assert main(SMALL) == 0
         said = capsys.readouterr().out
         assert "It does not fit: a sequence at a time takes warm start" in said

@@ -7,7 +7,19 @@ import os
 import pytest
 
 from reference_trainer.errors import UserError
-from reference_trainer.files import fresh_directory, locked
+from reference_trainer.files import fresh_directory, locked, replaced
+
+
+def test_two_writers_of_a_file_leave_one_s_whole(tmp_path):
+    """As the end of a run and a `report --watch` of it."""
+    file = tmp_path / "report.html"
+    with replaced(file) as last:
+        with replaced(file) as first:
+            first.write_text("first")
+            last.write_text("last")
+        assert file.read_text() == "first"
+    assert file.read_text() == "last"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_is_locked_as_nfs_wants_it(tmp_path, monkeypatch):

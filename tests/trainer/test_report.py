@@ -190,6 +190,11 @@ class TestRunsBesideEachOther:
         assert {"first-run", "other"} <= set(page.drawn)
         assert not (tmp_path / "page.png").exists()
 
+    def test_a_name_is_no_formula(self, runs, tmp_path):
+        dear = tmp_path / "$a_1$"
+        shutil.copytree(runs / "other", dear)
+        assert "$a_1$" in page_of(runs / "first-run", dear, "--out", tmp_path / "page.html").drawn
+
     def test_they_need_a_place(self, runs, capsys):
         assert main(["report", str(runs / "first-run"), str(runs / "other")]) == 2
         assert "say where with --out" in capsys.readouterr().err
