@@ -18,7 +18,9 @@ Returns = dict[str, Tensor]
 
 # One process imports these, and all others are forked from it: an import of torch takes seconds.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["reference_trainer.commands.train", "torch.distributed.fsdp"])
+FORKED.set_forkserver_preload(
+    ["reference_trainer.commands.train", "torch.distributed.fsdp", "torch._dynamo"]
+)
 
 
 def on_processes(
