@@ -57,8 +57,9 @@ def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> 
 
 def _figure(runs: Sequence[Recorded]) -> str:
     # Text stays text, also a run's name with two dollars, and the same runs give the same page.
-    as_is = {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "relora"}
-    with mpl.rc_context(as_is):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "relora"}
+    ):
         figure = Figure(figsize=(12, 11), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, panel in zip(figure.subplots(3, 2).flatten(), _PANELS, strict=True):
