@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -56,10 +57,9 @@ def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> 
 
 
 def _figure(runs: Sequence[Recorded]) -> str:
-    # Text stays text, also a run's name with two dollars, and the same runs give the same page.
-    with mpl.rc_context(
-        {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "relora"}
-    ):
+    runs = [replace(run, name=run.name.replace("$", r"\$")) for run in runs]  # no formula
+    # Text stays text, and the same runs give the same page.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "relora"}):
         figure = Figure(figsize=(12, 11), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, panel in zip(figure.subplots(3, 2).flatten(), _PANELS, strict=True):
