@@ -1,5 +1,6 @@
 """What a run writes down: one JSON object a line, and TensorBoard files when asked."""
 
+import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -43,11 +44,24 @@ class Metrics:
             self._board = _summary_writer(directory / "tensorboard", since[0])
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append one record and flush it."""
+        """Append one record and flush it.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
         if self._file is None:
             return
-        self._file.write(_line({"event": event, "step": step, **values}))
-        self._file.flush()
+        try:
+            self._file.write(_line({"event": event, "step": step, **values}))
+            self._file.flush()
+        except OSError as error:
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # it would write what it holds
+                file.close()
+            raise UserError(
+                f"could not write {file.name} (once that is mended, --resume goes on from the "
+                f"newest checkpoint): {error.strerror}"
+            ) from None
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):

@@ -13,7 +13,9 @@ import pytest
 
 from reference_trainer import checkpoint
 from reference_trainer import train as training
+from reference_trainer.errors import UserError
 from reference_trainer.main import main
+from reference_trainer.metrics import Metrics
 from tests.faults.test_kills import trained
 from tests.faults.victims import NO_FAULT, Fault, attempt, output
 from tests.trainer.conftest import TINY, losses
@@ -96,11 +98,22 @@ def test_a_full_disk_ends_the_run_at_the_checkpoint_before(tiny):
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    (error,) = (line for line in done.stderr.splitlines() if line)
+    # Until the half checkpoint is gone, the log may find no space either.
+    error, *others = (line for line in done.stderr.splitlines() if line)
+    assert all("could not write runs/first-run/metrics.jsonl" in line for line in others)
     assert error.startswith("error: could not write runs/first-run/checkpoints/step-000000")
     assert error.endswith("No space left on device")
     left = done.stdout.splitlines()[-3:]
     assert f"--resume goes on from {left[-1]}" in error
+
+
+def test_a_log_that_finds_no_space_is_named(tmp_path):
+    error = "could not write /dev/full .*--resume goes on.*: No space left on device"
+    with Metrics(tmp_path, writes=True) as metrics:
+        metrics._file.close()
+        metrics._file = Path("/dev/full").open("a")  # noqa: SIM115 - which metrics close
+        with pytest.raises(UserError, match=error):
+            metrics.write("step", 1)
 
 
 def test_a_directory_that_is_removed_is_not_made_again(tiny, monkeypatch, capsys):
