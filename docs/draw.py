@@ -146,13 +146,9 @@ def traffic(picture: Path) -> None:
     for axes, name in zip(figure.subplots(1, 2, sharex=True), ("1.3b", "130m"), strict=True):
         _, *records = results.read(DOCS / f"results/scaling/comm-{name}-4.jsonl")
         full = results.total(records[0]["step"])
-        for kind, colour in (
-            ("all-gather", "#9ecae1"),
-            ("reduce-scatter", "#fdae6b"),
-            ("all-reduce", "#d94801"),
-        ):
-            before = ["all-gather", "reduce-scatter", "all-reduce"]
-            before = before[: before.index(kind)]
+        colours = {"all-gather": "#9ecae1", "reduce-scatter": "#fdae6b", "all-reduce": "#d94801"}
+        for kind, colour in colours.items():
+            before = list(colours)[: list(colours).index(kind)]
             left = [sum(results.total(r["step"], k) for k in before) / full for r in records]
             width = [results.total(r["step"], kind) / full for r in records]
             axes.barh([r["arm"] for r in records], width, left=left, color=colour, label=kind)

@@ -82,7 +82,7 @@ def measure_peak(step: Step) -> int:
     """Return the peak of a real step on the CPUs of the process group that there is, in bytes.
 
     It is what the allocator gave to this process: what stands before a step and the most that the
-    step adds. The least of eight, as threads of gloo free some of it late, in every fifth or so.
+    step adds. The least of eight, as threads of gloo free some of it late, in every fourth or so.
     """
     world = world_of(step.layout)
     stage = laid_out(step, world)

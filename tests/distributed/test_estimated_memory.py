@@ -1,12 +1,14 @@
-"""What is tracked without memory is what real processes take."""
+"""What is estimated without memory is what real processes take."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from reference_trainer.bench.layouts import LAYOUTS, Step
-from reference_trainer.bench.tracker import measure_peak, track
+from reference_trainer.bench.tracker import measure_peak
+from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.model import LlamaShape
 from tests.distributed.processes import on_processes
 
@@ -32,5 +34,5 @@ def test_the_peak_of_real_processes_is_within_five_percent(tmp_path, processes):
     ranks = on_processes(measured, processes, tmp_path / "ranks")
     found = torch.stack([rank["peaks"] for rank in ranks]).amax(0).tolist()
     for step, peak in zip(STEPS, found, strict=True):
-        expected = track(step, processes=processes).peak
-        assert expected / peak == pytest.approx(1, abs=0.05), step
+        expected = estimate_peak(replace(step, sequences=1), processes=processes)
+        assert expected.at(SEQUENCES) / peak == pytest.approx(1, abs=0.05), step
