@@ -1,5 +1,6 @@
 """Run a function on several gloo processes and bring back the tensors it returns."""
 
+import faulthandler
 import multiprocessing
 import random
 from collections.abc import Callable, Iterable
@@ -54,6 +55,7 @@ def assert_same_run(
 def _enter(
     rank: int, function: Callable[..., Returns], world_size: int, directory: str, arguments: Any
 ) -> None:
+    faulthandler.enable()  # a crash in torch or gloo says where
     torch.set_num_threads(1)
     # Ranks that agree only because they seeded alike would be found out.
     torch.manual_seed(1000 + rank)
