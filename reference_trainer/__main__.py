@@ -1,5 +1,6 @@
 """`python -m reference_trainer`: the program, and Ctrl-C before it has been imported."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ def _leave(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, _leave)
+    faulthandler.enable()  # a crash inside of torch or of a kernel tells the line that led there
     from reference_trainer.main import load, main
 
     program: Callable[[], int | None] = main

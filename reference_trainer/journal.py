@@ -36,6 +36,7 @@ class Journal:
         self.metrics = metrics
         self.world = world
         self._losses: list[Tensor] = []
+        self._norm = torch.zeros(())
         self._means: deque[float] = deque(maxlen=20)
         self._seconds = 0.0
         self._began = 0.0
@@ -61,6 +62,7 @@ class Journal:
     ) -> None:
         """Record a step; every `log.every` steps the mean loss is written, of those not skipped.
 
+        With it goes the gradient's norm at the last of those.
         A skipped step is written at once. So is a spike: a mean loss that stands out of the last
         ones by more than six times what they differ by.
         """
@@ -71,6 +73,7 @@ class Journal:
             self._warn(step, f"skipped, with a loss of {loss:.3g} and a gradient of {norm:.3g}")
         else:
             self._losses.append(loss)
+            self._norm = norm
         last = (step + 1) % self.config.log.every == 0 or step + 1 == self.stage.phase.stop
         if not last or not self._losses:
             return
@@ -86,7 +89,7 @@ class Journal:
             step,
             phase=self.stage.phase.name,
             loss=mean,
-            gradient_norm=norm.item(),
+            gradient_norm=self._norm.item(),
             tokens_per_second=speed,
             peak_memory=self.world.largest(self._peak.bytes()),
             **{f"lr_{name}": rate for name, rate in rates.items()},

@@ -1,5 +1,6 @@
 """One seed for every test, and hypothesis profiles."""
 
+import gc
 import os
 
 import pytest
@@ -24,3 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Let collections of garbage pass over what has been imported: a fifth of the time of a run."""
+    gc.freeze()

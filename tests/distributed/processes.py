@@ -1,6 +1,7 @@
 """Run a function on several gloo processes and bring back the tensors it returns."""
 
 import faulthandler
+import gc
 import multiprocessing
 import random
 from collections.abc import Callable, Iterable
@@ -56,6 +57,7 @@ def _enter(
     rank: int, function: Callable[..., Returns], world_size: int, directory: str, arguments: Any
 ) -> None:
     faulthandler.enable()  # a crash in torch or gloo says where
+    gc.freeze()  # what was imported before the fork is not looked at again
     torch.set_num_threads(1)
     # Ranks that agree only because they seeded alike would be found out.
     torch.manual_seed(1000 + rank)

@@ -1,6 +1,7 @@
 """Runs of the trainer as real processes, each of which may be killed at a chosen moment."""
 
 import ctypes
+import gc
 import os
 import random
 import resource
@@ -148,6 +149,7 @@ def _live(
     number: int,
     fault: Fault | None,
 ) -> None:
+    gc.freeze()  # what was imported before the fork is not looked at again
     os.chdir(directory)
     os.environ.update(
         RANK=str(rank),

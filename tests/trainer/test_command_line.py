@@ -144,6 +144,22 @@ def test_what_commands_there_are_is_said_before_torch_is_imported():
     assert done.stdout.splitlines()[-1] == "False"
 
 
+def test_a_crash_in_native_code_says_where():
+    crash = "import ctypes, runpy, reference_trainer.main as module; "
+    crash += "module.main = lambda: ctypes.string_at(0); "
+    crash += "runpy.run_module('reference_trainer', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", crash],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert "__main__.py" in done.stderr
+
+
 def test_prepare_is_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["prepare", str(tmp_path / "out"), "--data.files", SOURCES]) == 2

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import math
 import os
 import signal
 import time
@@ -70,6 +71,13 @@ class TestNonFinite:
         skipping, complete = losses(one), losses(other)
         assert skipping == {k: v for k, v in complete.items() if k != step}
         assert len(records(one, "restart")) == 2
+
+    def test_a_record_of_several_steps_is_of_those_not_skipped(self, tiny, fail_at):
+        fail_at({3})
+        train(*tiny, "--log.every", "2")
+        (record,) = (r for r in records(RUN, "step") if r["step"] == 3)
+        assert math.isfinite(record["loss"])
+        assert math.isfinite(record["gradient_norm"])
 
     def test_too_many_in_a_row_end_the_run_with_the_weights_from_before(
         self, tiny, fail_at, capsys
