@@ -2,12 +2,14 @@
 
 import email
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from reference_trainer.files import replaced
+from reference_trainer.main import main
 from reference_trainer.report import command, page
 from reference_trainer.report.recorded import Recorded
 
@@ -30,6 +32,24 @@ def tiny(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     leave_undrawn(monkeypatch.setattr)
     return list(TINY)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory) -> Path:
+    """Return a directory that holds the tiny run, trained."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        leave_undrawn(patch.setattr)
+        assert main(["train", *TINY, "--quiet"]) == 0
+    return directory / "runs"
+
+
+@pytest.fixture
+def finished(tiny, finished_runs) -> list[str]:
+    """Return the arguments of the tiny run, from within a directory that has it, trained."""
+    shutil.copytree(finished_runs, "runs")
+    return tiny
 
 
 def leave_undrawn(put: Callable[[object, str, object], None]) -> None:

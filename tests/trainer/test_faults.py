@@ -45,12 +45,12 @@ def fail_at(monkeypatch):
 
 
 class TestNonFinite:
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("step", [0, 5, 11, 13], ids=["first", "warm", "at a restart", "late"])
-    def test_a_step_is_skipped_and_leaves_no_trace(self, tiny, fail_at, monkeypatch, step, value):
+    def test_a_step_is_skipped_and_leaves_no_trace(self, tiny, fail_at, monkeypatch, step):
         """As if the optimizer alone had not been called: everything else goes on."""
-        fail_at({step}, value)
-        train(*tiny, "--name", "skipping")
+        for value in ("nan", "inf"):
+            fail_at({step}, float(value))
+            train(*tiny, "--name", value)
 
         monkeypatch.setattr(training, "forward_backward", BATCH)
         calls = []
@@ -62,15 +62,17 @@ class TestNonFinite:
         kept = torch.optim.AdamW.step
         monkeypatch.setattr(torch.optim.AdamW, "step", without_one)
         train(*tiny, "--name", "without")
-        one, other = (Path("runs", name) for name in ("skipping", "without"))
+        other = Path("runs/without")
         files = "export/model.safetensors"
-        assert (one / files).read_bytes() == (other / files).read_bytes()
-        (record,) = records(one, "skipped")
-        assert record["step"] == step
-        assert record["gradient_norm"] == str(value)
-        skipping, complete = losses(one), losses(other)
-        assert skipping == {k: v for k, v in complete.items() if k != step}
-        assert len(records(one, "restart")) == 2
+        for value in ("nan", "inf"):
+            one = Path("runs", value)
+            assert (one / files).read_bytes() == (other / files).read_bytes()
+            (record,) = records(one, "skipped")
+            assert record["step"] == step
+            assert record["gradient_norm"] == value
+            skipping, complete = losses(one), losses(other)
+            assert skipping == {k: v for k, v in complete.items() if k != step}
+            assert len(records(one, "restart")) == 2
 
     def test_a_record_of_several_steps_is_of_those_not_skipped(self, tiny, fail_at):
         fail_at({3})

@@ -55,8 +55,7 @@ def test_what_is_said_is_what_is_done(tiny, tmp_path, capsys):
         assert file.name in said["files"]
 
 
-def test_a_run_that_is_there_is_gone_on_with(tiny, capsys):
-    train(*tiny)
+def test_a_run_that_is_there_is_gone_on_with(finished, capsys):
     written = {file: file.stat().st_mtime_ns for file in Path().rglob("*")}
     said = planned(capsys, "--resume", "--dry-run")
     assert "from its newest complete checkpoint on" in said["files"]
@@ -66,7 +65,7 @@ def test_a_run_that_is_there_is_gone_on_with(tiny, capsys):
     assert {file: file.stat().st_mtime_ns for file in Path().rglob("*")} == written
     assert main(["train", "--resume", "--dry-run", "--optim.lr", "5"]) == 2
     assert "was begun with another optim.lr" in capsys.readouterr().err
-    assert main(["train", *tiny, "--dry-run"]) == 2
+    assert main(["train", *finished, "--dry-run"]) == 2
     assert "holds a run already" in capsys.readouterr().err
 
 

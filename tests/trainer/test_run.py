@@ -91,8 +91,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     assert not [name for name in load_file(RUN / "export/model.safetensors") if "lora" in name]
 
 
-def test_restarts_come_on_their_clock_and_the_rate_is_zero_there(tiny):
-    train(*tiny)
+def test_restarts_come_on_their_clock_and_the_rate_is_zero_there(finished):
     restarts = records(RUN, "restart")
     assert [(r["step"], r["restart"], r["sites"]) for r in restarts] == [(11, 1, 14), (16, 2, 14)]
     assert all(0.98 < r["zeroed_fraction"] < 1 for r in restarts)
@@ -169,9 +168,8 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
         assert apart <= (0 if precision == "fp32" else 4)
 
 
-def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch, capsys):
+def test_the_export_is_transformers_llama_with_the_same_logits(finished, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    train(*tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers import AutoTokenizer, LlamaForCausalLM
@@ -195,11 +193,10 @@ def test_the_export_is_transformers_llama_with_the_same_logits(tiny, monkeypatch
 @pytest.mark.parametrize(
     "option", ["--parallel.checkpoint_activations", "--batch.micro", "--data.prepared"]
 )
-def test_how_it_is_computed_does_not_change_what_is_computed(tiny, option):
-    train(*tiny, "--name", "plain")
-    value = {"--batch.micro": ["4"], "--data.prepared": ["runs/plain/data", "--data.files"]}
-    train(*tiny, "--name", "other", option, *value.get(option, ["true"]))
-    assert losses(Path("runs/other")) == pytest.approx(losses(Path("runs/plain")), abs=1e-5)
+def test_how_it_is_computed_does_not_change_what_is_computed(finished, option):
+    value = {"--batch.micro": ["4"], "--data.prepared": [f"{RUN}/data", "--data.files"]}
+    train(*finished, "--name", "other", option, *value.get(option, ["true"]))
+    assert losses(Path("runs/other")) == pytest.approx(losses(RUN), abs=1e-5)
 
 
 @pytest.mark.parametrize(("sequences", "at_once"), [(4, 2), (2, 2), (1, 1)])
@@ -219,10 +216,9 @@ def test_an_evaluation_computes_as_many_sequences_at_once_as_a_step(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look
-def test_compiled_blocks_compute_the_same(tiny):
-    train(*tiny, "--name", "plain")
-    train(*tiny, "--name", "other", "--parallel.compile", "true")
-    assert losses(Path("runs/other")) == pytest.approx(losses(Path("runs/plain")), abs=1e-4)
+def test_compiled_blocks_compute_the_same(finished):
+    train(*finished, "--name", "other", "--parallel.compile", "true")
+    assert losses(Path("runs/other")) == pytest.approx(losses(RUN), abs=1e-4)
 
 
 def rewound(name, step):
@@ -290,8 +286,7 @@ def test_a_renamed_run_without_its_sources_resumes_where_it_lies(tiny, tmp_path,
     assert not Path("runs/old").exists()
 
 
-def test_a_run_in_use_is_refused(tiny, capsys):
-    train(*tiny)
+def test_a_run_in_use_is_refused(finished, capsys):
     with locked(RUN / "config.yaml"):
         assert main(["train", "--resume"]) == 2
     assert "is in use by a run that goes on" in capsys.readouterr().err
@@ -309,16 +304,14 @@ def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["neighbour"]
 
 
-def test_resuming_with_another_configuration_is_refused(tiny, capsys):
-    train(*tiny)
+def test_resuming_with_another_configuration_is_refused(finished, capsys):
     assert main(["train", "--resume", "--relora.rank", "2", "--seed", "5"]) == 2
     assert "begun with another seed, relora.rank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [("--seed", "5"), ("--data.held_out", "0.3")])
-def test_a_checkpoint_of_another_run_is_refused(tiny, capsys, option):
-    train(*tiny)
-    train(*tiny, *option, "--name", "other")
+def test_a_checkpoint_of_another_run_is_refused(finished, capsys, option):
+    train(*finished, *option, "--name", "other")
     shutil.rmtree(RUN / "checkpoints")
     shutil.copytree("runs/other/checkpoints", RUN / "checkpoints")
     before = (RUN / "metrics.jsonl").read_bytes()
@@ -354,8 +347,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(t
     assert losses(again) == losses(Path("runs/whole"))
 
 
-def test_only_damaged_checkpoints_are_refused_by_name(tiny, capsys):
-    train(*tiny)
+def test_only_damaged_checkpoints_are_refused_by_name(finished, capsys):
     found = checkpoint.complete(RUN / "checkpoints")
     shards = [next(one.glob("*.safetensors")) for one in found]
     for shard in shards:
@@ -369,8 +361,7 @@ def test_only_damaged_checkpoints_are_refused_by_name(tiny, capsys):
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"format": 3, "checksums": {}}', "[" * 100_000, "\udcff"]
 )
-def test_a_damaged_manifest_is_passed_over_by_name(tiny, capsys, text):
-    train(*tiny)
+def test_a_damaged_manifest_is_passed_over_by_name(finished, capsys, text):
     older, newest = checkpoint.complete(RUN / "checkpoints")
     (newest / "manifest.json").write_text(text, errors="surrogateescape")
     capsys.readouterr()
