@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -112,7 +113,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
     workers = min(2, os.cpu_count() or 1)  # half a GB each
     rows: list[Row] = []
     sent: dict[Layout, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    fresh, silent = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(workers, fresh, signal.signal, silent) as pool:
         found = pool.map(partial(_tracked, **options), work)
         for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=hidden()):
             own = sent.setdefault(peak.step.layout, counted)  # what is recomputed is not sent again

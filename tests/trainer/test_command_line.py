@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,26 @@ def test_an_interrupt_before_anything_has_begun_is_one_line(tmp_path):
     told = [line for line in err.splitlines() if not line.startswith("import time:")]
     assert (process.returncode, told) == (130, ["interrupted before anything had begun"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_of_a_command_s_processes_is_one_line(tmp_path):
+    """Ctrl-C reaches all of them: what an estimate tracks, it tracks in processes of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reference_trainer", "estimate", "--model", "1.3b"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(
