@@ -443,6 +443,14 @@ BREAKAGES = {
         *("reference_trainer/model.py", "torch.cat((-second, first)", "torch.cat((second, -first)"),
         "tests/trainer/test_model.py",
     ),
+    "the norm of a skipped step is written": (
+        *("reference_trainer/journal.py", "self._norm.item()", "norm.item()"),
+        "tests/trainer/test_faults.py",
+    ),
+    "an estimate's processes tell of Ctrl-C, each": (
+        *("reference_trainer/estimate/command.py", ", signal.signal, silent)", ")"),
+        "tests/trainer/test_command_line.py",
+    ),
 }
 
 
