@@ -113,8 +113,12 @@ def run(arguments: argparse.Namespace) -> list[str]:
     workers = min(2, os.cpu_count() or 1)  # half a GB each
     rows: list[Row] = []
     sent: dict[Layout, list[dict[str, Any]]] = {}
-    fresh, silent = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(workers, fresh, signal.signal, silent) as pool:
+    with ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C ends them without a traceback of each
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    ) as pool:
         found = pool.map(partial(_tracked, **options), work)
         for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=hidden()):
             own = sent.setdefault(peak.step.layout, counted)  # what is recomputed is not sent again

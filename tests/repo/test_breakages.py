@@ -448,7 +448,7 @@ BREAKAGES = {
         "tests/trainer/test_faults.py",
     ),
     "an estimate's processes tell of Ctrl-C, each": (
-        *("reference_trainer/estimate/command.py", ", signal.signal, silent)", ")"),
+        *("reference_trainer/estimate/command.py", "initializer=signal.signal", "initializer=None"),
         "tests/trainer/test_command_line.py",
     ),
 }

@@ -83,7 +83,7 @@ def of_bytes(monkeypatch):
             return Peak(step, 1.0, 1.0, np.array([peak]), np.array([1.0]))
 
         monkeypatch.setattr(command, "estimate_peak", known)
-        monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *_: nullcontext(Here))
+        monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *_, **__: nullcontext(Here))
 
     return put
 
