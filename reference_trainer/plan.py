@@ -88,7 +88,9 @@ def memory(config: Config, numbers: Numbers, processes: int) -> int:
     """Return the bytes of weights, gradients and moments on the process that holds most."""
     shards = processes // config.parallel.replicas
     width = 2 if config.parallel.precision == "pure-bf16" else 4
-    narrow = compute_dtype(config.parallel, choose_device(config.parallel)) != torch.float32
+    there = config.parallel.device == "cuda"  # if not here: a login node has none
+    device = torch.device("cuda") if there else choose_device(config.parallel)
+    narrow = compute_dtype(config.parallel, device) != torch.float32
     bases = 4 * math.ceil(numbers.bases / shards)
     if config.parallel.layout == "replicate":
         bases = (2 if narrow else 4) * numbers.bases

@@ -69,6 +69,15 @@ def test_a_run_that_is_there_is_gone_on_with(finished, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_it_needs_no_gpu_to_say_what_a_run_on_gpus_would_do(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = [*tiny, "--model.hidden_size", "1024", "--model.intermediate_size", "2048"]
+    given += ["--dry-run", "2", "--parallel.layout", "replicate", "--parallel.device"]
+    there = planned(capsys, *given, "cuda")
+    assert there == planned(capsys, *given, "cpu", "--parallel.precision", "bf16")
+    assert there != planned(capsys, *given, "cpu")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_the_memory_is_that_of_what_is_built(layout, precision):
