@@ -159,7 +159,8 @@ class Saver:
         write_whole(target / STATE, position)
         checksums = {**checksums, STATE: checksum(target / STATE)}
         write_sealed(target / MANIFEST, {"format": FORMAT, "checksums": checksums})
-        found = complete(self._directory)
+        # The run was resumed from before later ones, as they are damaged: they do not count.
+        found = [c for c in complete(self._directory) if c.name <= target.name]
         every = self._keep_every
         kept = [*found[-self._keep :], *(c for c in found if every and _step(c) % every == 0)]
         for old in self._directory.glob("step-*"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reference_trainer import checkpoint, options
+from reference_trainer import checkpoint, options, saving
 from reference_trainer.data import open_windows
 from reference_trainer.files import locked
 from reference_trainer.main import main
@@ -345,6 +345,19 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(t
     exports = [run / "export/model.safetensors" for run in (again, Path("runs/whole"))]
     assert exports[0].read_bytes() == exports[1].read_bytes()
     assert losses(again) == losses(Path("runs/whole"))
+
+
+def test_a_damaged_checkpoint_is_none_of_those_that_are_kept(finished, monkeypatch):
+    remove, removed = saving._remove, []
+
+    def watched(old):
+        removed.append(int(old.name[-2:]))
+        remove(old)
+
+    monkeypatch.setattr(saving, "_remove", watched)
+    damage(next((RUN / "checkpoints/step-00000020").glob("*.safetensors")))
+    train("--resume", "--checkpoint.every", "1")  # from 16, and 2 are kept
+    assert removed == [16, 17, 20, 18]
 
 
 def test_only_damaged_checkpoints_are_refused_by_name(finished, capsys):
