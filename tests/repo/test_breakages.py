@@ -338,8 +338,8 @@ BREAKAGES = {
     "a checkpoint shares memory with the training": (
         *(
             "reference_trainer/saving.py",
-            "self._copies = BlockingAsyncStager().stage(state)",
-            "self._copies = state",
+            "copies: dict[str, Any] = BlockingAsyncStager().stage(state)",
+            "copies = state",
         ),
         "tests/faults/test_resume.py",
     ),
@@ -416,7 +416,7 @@ BREAKAGES = {
         "tests/distributed/test_update_spectra.py",
     ),
     "a kept cycle counts twice": (
-        *("relora_core/update_spectra.py", " if new else self._kept[name]", ""),
+        *("relora_core/update_spectra.py", " if new[name] else self._kept[name]", ""),
         "tests/core/test_update_spectra.py",
     ),
     "checkpoints do not hold the spectra": (
@@ -454,6 +454,14 @@ BREAKAGES = {
 }
 
 
+@pytest.mark.parametrize("fault", BREAKAGES)
+def test_there_is_one_place_for_it(fault):
+    file, sound, _, tests = BREAKAGES[fault]
+    found = (ROOT / file).read_text().count(sound)
+    assert found == 1, f"{sound!r} stands {found} times in {file}"
+    assert (ROOT / tests).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", BREAKAGES)
 def test_the_suite_notices(fault, tmp_path):
@@ -461,9 +469,8 @@ def test_the_suite_notices(fault, tmp_path):
     for name in ("relora_core", "reference_trainer", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    text = (tmp_path / file).read_text()
-    assert text.count(sound) == 1, f"{sound!r} stands {text.count(sound)} times in {file}"
-    (tmp_path / file).write_text(text.replace(sound, broken))
+    broken_file = tmp_path / file
+    broken_file.write_text(broken_file.read_text().replace(sound, broken))
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests],
         cwd=tmp_path,
