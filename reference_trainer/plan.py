@@ -15,7 +15,7 @@ from reference_trainer.phases import Phase, phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
 from reference_trainer.stage import prepare_
-from reference_trainer.world import choose_device
+from reference_trainer.world import device_type
 from relora_core import low_rank_sites
 
 _MOMENTS = 2  # AdamW's, of each trained number
@@ -88,8 +88,7 @@ def memory(config: Config, numbers: Numbers, processes: int) -> int:
     """Return the bytes of weights, gradients and moments on the process that holds most."""
     shards = processes // config.parallel.replicas
     width = 2 if config.parallel.precision == "pure-bf16" else 4
-    there = config.parallel.device == "cuda"  # if not here: a login node has none
-    device = torch.device("cuda") if there else choose_device(config.parallel)
+    device = torch.device(device_type(config.parallel))  # which a login node does not have
     narrow = compute_dtype(config.parallel, device) != torch.float32
     bases = 4 * math.ceil(numbers.bases / shards)
     if config.parallel.layout == "replicate":

@@ -151,16 +151,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def device_type(config: ParallelConfig) -> str:
+    """Return the type of device that `parallel.device` means; it need not be here."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
 def choose_device(config: ParallelConfig) -> torch.device:
     """Return the device that `parallel.device` means for this process.
 
     Raises:
         UserError: if it asks for CUDA where there is none, or for more devices than there are.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("parallel.device=cuda, but torch sees no CUDA device: use cpu or auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if device_type(config) == "cpu":
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device=cuda, but torch sees no CUDA device: use cpu or auto")
     index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= there:
         raise UserError(

@@ -15,6 +15,7 @@ from reference_trainer.options import write
 from tests.trainer.conftest import SOURCES
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def _empty_file(directory):
@@ -131,16 +132,29 @@ def test_help_teaches(command, capsys):
         assert "--relora.rank RANK" in text
 
 
+def ran(code):
+    """Return what a Python of its own has made of `code`."""
+    arguments = [sys.executable, "-c", code]
+    return subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def begun(arguments, cwd):
+    """Begin a Python whose errors are read, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
 def test_what_commands_there_are_is_said_before_torch_is_imported():
     ask = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
     ask += "from reference_trainer.main import main; main(['--help'])"
-    done = subprocess.run(
-        [sys.executable, "-c", ask],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = ran(ask)
+    assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in _COMMANDS)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -149,13 +163,7 @@ def test_a_crash_in_native_code_says_where():
     crash = "import ctypes, runpy, reference_trainer.main as module; "
     crash += "module.main = lambda: ctypes.string_at(0); "
     crash += "runpy.run_module('reference_trainer', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", crash],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(crash)
     assert done.returncode == -signal.SIGSEGV
     assert "Segmentation fault" in done.stderr
     assert "__main__.py" in done.stderr
@@ -185,13 +193,7 @@ def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
 
 def test_an_interrupt_before_anything_has_begun_is_one_line(tmp_path):
     """While torch is imported, which an interrupt would leave half done."""
-    process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "reference_trainer", "train"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    process = begun(["-X", "importtime", "-m", "reference_trainer", "train"], tmp_path)
     for line in process.stderr:
         if "torch._C" in line or "numpy" in line:
             break
@@ -211,14 +213,7 @@ def tracking(pid):
 
 def test_an_interrupt_of_a_command_s_processes_is_one_line(tmp_path):
     """Ctrl-C reaches all of them: what an estimate tracks, it tracks in processes of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "reference_trainer", "estimate", "--model", "1.3b"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
+    process = begun(["-m", "reference_trainer", "estimate", "--model", "1.3b"], tmp_path)
     while len(tracking(process.pid)) < min(2, os.cpu_count() or 1):
         assert process.poll() is None
         time.sleep(0.1)
