@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -32,6 +34,28 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` has been applied to `model` or to a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def fsdp_owns(module: nn.Module) -> bool:
+    """Whether `fully_shard` of `module`, or of one around it, shards `module`'s own parameters.
+
+    While they are gathered, nothing at `module` tells them from plain ones: FSDP2 has to be asked.
+    """
+    states = [reference() for reference in _module_state_mapping.values()]
+    return any(
+        parameter._module_info.module is module
+        for state in states
+        if isinstance(state, FSDPState)
+        for group in _parameter_groups(state)
+        for parameter in group.fsdp_params
+    )
+
+
+def _parameter_groups(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # of newer torch
+    if several is not None:
+        return list(several)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:

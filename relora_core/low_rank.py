@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from relora_core._sharding import (
     copy_from_full_,
+    fsdp_owns,
     is_sharded,
     local,
     mesh_dims,
@@ -74,8 +75,6 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         check_low_rank(base, rank=rank, alpha=alpha, seed=seed, dropout=dropout)
-        # Over how many dimensions of a mesh the factors were laid at first, and at most since.
-        self.first_dims = self.most_dims = 0
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.seed = seed
@@ -90,7 +89,7 @@ class LowRank(nn.Module):
         self.base_successors: tuple[str, ...] = ()
         A, B = new_factors(base, rank)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.first_dims = self.most_dims
+        self.mesh_dims = mesh_dims(A)  # that FSDP2 adds to
         self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
         self.reset_parameters()
 
@@ -131,22 +130,13 @@ class LowRank(nn.Module):
             copy_from_full_(self.lora_A, draw)
         self.lora_B.zero_()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "lora_A":  # which fully_shard sets, and then FSDP2 at every gathering
-            self.see_sharding()
-
-    def see_sharding(self) -> None:
-        """Take note of how the factors are sharded now."""
-        self.most_dims = max(self.most_dims, mesh_dims(self.lora_A))
+    def is_fully_sharded(self) -> bool:
+        """Whether FSDP2 owns the factors, be they shards now or gathered."""
+        return mesh_dims(self.lora_A) > self.mesh_dims or fsdp_owns(self)
 
     def refuse_gathered(self) -> None:
-        """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost.
-
-        It is known by their having been sharded further before.
-        """
-        self.see_sharding()
-        if mesh_dims(self.lora_A) < self.most_dims:
+        """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost."""
+        if mesh_dims(self.lora_A) == self.mesh_dims and fsdp_owns(self):
             raise ValueError(
                 f"the parameters of {self.name or 'a low-rank site'} are gathered, and what is "
                 "written to them now would be lost: call reshard() of the FSDP module that owns "

@@ -5,6 +5,7 @@ from torch.nn.utils import parametrize
 
 from relora_core._sharding import is_sharded, is_tensor_parallel, split_dim
 from relora_core.low_rank import LowRank
+from relora_core.shared_class import own_class_, share_class_
 
 
 def register_low_rank(
@@ -67,6 +68,7 @@ def register_low_rank(
     low_rank.train(module.training)
     # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
     parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
+    share_class_(module)
     base.requires_grad_(False)
     return module
 
@@ -126,8 +128,7 @@ def remove_low_rank(
     if tensor_name not in low_rank_tensors(module):
         raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
     low_rank, base = low_rank_and_base(module, tensor_name)
-    low_rank.see_sharding()
-    if low_rank.most_dims > low_rank.first_dims:
+    if low_rank.is_fully_sharded():
         raise ValueError(
             "a low-rank site cannot be removed after fully_shard: export with "
             "merged_state_dict, or remove it before sharding"
@@ -135,17 +136,15 @@ def remove_low_rank(
     if merge:
         low_rank.merge_into_(base)
     low_rank.unsplit_(base)
-    # A deepcopy shares the class that torch made for the original, and torch removes the
-    # property from that class: without a class of its own, removal here would break the other.
-    cls = type(module)
-    own = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    own_class_(module)  # from which torch removes the property
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     base.requires_grad_(low_rank.base_requires_grad)
     # torch appends it, which would renumber an optimizer made from module.parameters().
     for name in low_rank.base_successors:
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
+    if is_low_rank(module):
+        share_class_(module)
     return module
 
 

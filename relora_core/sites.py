@@ -128,7 +128,6 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for module_name, module in unwrapped(model).named_modules():
         for tensor_name in low_rank_tensors(module):
             site = Site(module, tensor_name)
-            site.low_rank.see_sharding()
             path = module_name if tensor_name == "weight" else f"{module_name}.{tensor_name}"
             yield clean_name(path.removeprefix(".")), site
 

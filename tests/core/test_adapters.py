@@ -271,16 +271,6 @@ class TestRefusals:
         save_file(load_file(file), file, metadata={"relora": json.dumps({"embed": key})})
         self.refused(tmp_path, "is damaged")
 
-    def test_of_gathered_parameters_change_nothing(self, tmp_path):
-        """As of a block of an FSDP2 model in the middle of its forward pass."""
-        relora.save_adapters(learned(), tmp_path)
-        model = made()
-        next(relora.low_rank_sites(model))[1].low_rank.most_dims = 1
-        before = state(model)
-        with pytest.raises(ValueError, match="are gathered"):
-            relora.load_adapters(model, tmp_path)
-        assert same(state(model), before)
-
     @pytest.mark.parametrize("which", ["lora_A", "lora_B", "lora_scale"])
     def test_of_what_is_not_finite_write_nothing(self, tmp_path, which):
         model = learned(trainable_scale=True)

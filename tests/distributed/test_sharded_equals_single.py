@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -299,12 +300,18 @@ def refusals(rank, world_size):
     with pytest.raises(ValueError, match="cannot be removed after fully_shard"):
         relora.remove_low_rank(sited.mlp[0])
     assert site.restart == 0
+    setting = type(site.low_rank).__setattr__  # another one, FSDP2 would call at every gathering
+    assert setting is torch.nn.Module.__setattr__
     fresh = relora.add_low_rank_(Net(), ["mlp.*"], rank=2)
+    relora.save_adapters(fresh.mlp, "adapter")
+    dist.barrier()
     fully_shard(fresh, mesh=mesh)
     with torch.no_grad():
         fresh(torch.ones(2, 5))
     with pytest.raises(ValueError, match="are gathered"):  # though nobody has looked before
         relora.merge_(fresh.mlp)
+    with pytest.raises(ValueError, match="are gathered"):
+        relora.load_adapters(fresh.mlp, "adapter")
     with pytest.raises(ValueError, match="in DistributedDataParallel already"):
         relora.add_low_rank_(DistributedDataParallel(Net()), ["mlp.*"], rank=2)
     sited.reshard()
@@ -317,5 +324,6 @@ def refusals(rank, world_size):
     return {"done": torch.ones(1)}
 
 
-def test_misuse_is_refused_on_every_rank(tmp_path):
+def test_misuse_is_refused_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert len(on_processes(refusals, 2, tmp_path / "ranks")) == 2

@@ -38,9 +38,21 @@ BREAKAGES = {
         ),
         "tests/core/test_sites.py",
     ),
-    "factors are not seen to be sharded": (
-        *("relora_core/low_rank.py", 'if name == "lora_A":', 'if name == "lora_C":'),
+    "factors are not seen to be gathered": (
+        *(
+            "relora_core/_sharding.py",
+            "parameter._module_info.module is module",
+            "parameter._module_info.module is None",
+        ),
         "tests/distributed/test_sharded_equals_single.py",
+    ),
+    "a graph for each block": (
+        *("relora_core/register.py", "    share_class_(module)\n    base", "    base"),
+        "tests/core/test_shared_class.py",
+    ),
+    "a parametrization of one block is one of all": (
+        *("relora_core/shared_class.py", "        own_class_(module)\n", "        pass\n"),
+        "tests/core/test_shared_class.py",
     ),
     "a write to another tensor is refused": (
         *("relora_core/lazy_weight.py", "if _is_lazy(written):", "if True:"),

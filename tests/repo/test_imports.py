@@ -16,7 +16,7 @@ LAYERS = {
         "linear quantized roll_call selection spectrum tensor_parallel",
         "lazy_weight pruning update",
         "low_rank moments",
-        "reset",
+        "reset shared_class",
         "optimizer",
         "register",
         "sites",
