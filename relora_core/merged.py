@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core.two_paths import scaled
+
 
 class MergedLinear(torch.autograd.Function):
     """y = x Vᵀ + b, where V = W + s B A is formed in forward and again in backward.
@@ -38,7 +40,7 @@ class MergedLinear(torch.autograd.Function):
         (g,) = grads
         dx = g @ torch.addmm(W, B, A, alpha=ctx.s) if need_x else None
         dW = g.t() @ x if need_W else None
-        dA = (ctx.s * (g @ B)).t() @ x if need_A else None
-        dB = g.t() @ (ctx.s * (x @ A.t())) if need_B else None
+        dA = scaled((g @ B).t() @ x, ctx.s) if need_A else None
+        dB = scaled(g.t() @ (x @ A.t()), ctx.s) if need_B else None
         db = g.sum(0) if need_b else None
         return dx, dW, dA, dB, db, None

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relora_core.products import sum_of_products
+
 
 class TwoPathLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s u Bᵀ with u = x Aᵀ, which is kept for backward.
+    """y = s u Bᵀ + x Wᵀ + b with u = x Aᵀ, which is kept for backward.
 
-    With g the gradient of y and h = s g B, shared by two of them:
+    With g the gradient of y and h = g B, shared by two of them:
 
-        dx = g W + h A        dA = hᵀ x        dB = s gᵀ u        db = Σ g
+        dx = s h A + g W        dA = s hᵀ x        dB = s gᵀ u        db = Σ g
 
     No (m, n) gradient exists unless W itself asks for one, and y and dx are the only tensors of
     their sizes. For a second derivative, which has to find its way through u, it is formed again;
@@ -28,10 +30,9 @@ class TwoPathLinear(torch.autograd.Function):
     ) -> Tensor:
         """Return y."""
         u = x @ A.t()
-        y = x @ W.t() if b is None else torch.addmm(b, x, W.t())
         ctx.save_for_backward(x, W, A, B, u)
         ctx.s = s
-        return y.addmm_(u, B.t(), alpha=s)
+        return sum_of_products(u, B.t(), x, W.t(), s, b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,10 +44,15 @@ class TwoPathLinear(torch.autograd.Function):
             u = x @ A.t()
         dx = dA = None
         if need_x or need_A:
-            h = ctx.s * (g @ B)
-            dx = (g @ W).addmm_(h, A) if need_x else None
-            dA = h.t() @ x if need_A else None
+            h = g @ B
+            dx = sum_of_products(h, A, g, W, ctx.s) if need_x else None
+            dA = scaled(h.t() @ x, ctx.s) if need_A else None
         dW = g.t() @ x if need_W else None
-        dB = ctx.s * (g.t() @ u) if need_B else None
+        dB = scaled(g.t() @ u, ctx.s) if need_B else None
         db = g.sum(0) if need_b else None
         return dx, dW, dA, dB, db, None
+
+
+def scaled(gradient: Tensor, s: float) -> Tensor:
+    """Return s times a factor's gradient, without a pass over it where s is 1."""
+    return gradient if s == 1 else s * gradient

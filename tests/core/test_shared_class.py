@@ -95,7 +95,7 @@ class TestOneGraph:
         other = low_rank(Deep(12))
         randomize_(other)
         model.load_state_dict(other.state_dict())
-        torch.testing.assert_close(model(x), other(x))
+        torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-3)
         assert counter.frame_count == 1
 
 
