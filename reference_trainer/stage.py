@@ -136,12 +136,15 @@ def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -
 
 def build_model(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Llama:
     """Build a phase's model, sharded, on the meta device."""
-    narrow = compute_dtype(config.parallel, world.device) != torch.float32
+    dtype = compute_dtype(config.parallel, world.device)
+    narrow = dtype != torch.float32
 
     def prepared(bare: nn.Module) -> list[nn.Parameter]:
         prepare_(bare, config, phase)
-        if not phase.low_rank or config.parallel.layout == "shard":
+        if not phase.low_rank:
             return []
+        if config.parallel.layout == "shard":
+            return relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh) if narrow else []
         if narrow:  # FSDP2 casts what it gathers, and these it does not gather
             relora.split_bases_(bare)
         return [site.weight for _, site in relora.low_rank_sites(bare)]
@@ -217,6 +220,7 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
             init_weights_(plain, hidden_size=stage.model.shape.hidden_size, seed=config.seed)
         del plain
         stage.take_bases_(tensors)
+        _refresh_(stage)
         return stage.phase.start
 
     if continues and stage.spectra is not None:
@@ -238,7 +242,13 @@ def fill_(stage: Stage, config: Config, source: Path | None, world: World) -> in
         rates = stage.schedule.get_last_lr()
         for group, lr in zip(stage.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
+    _refresh_(stage)
     return position.step
+
+
+def _refresh_(stage: Stage) -> None:
+    if stage.phase.low_rank:
+        relora.refresh_merged_(stage.model)
 
 
 def save(stage: Stage, step: int, saver: Saver, world: World, *, copied: bool) -> None:

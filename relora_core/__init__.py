@@ -3,6 +3,7 @@
 from relora_core.adapters import load_adapters, save_adapters
 from relora_core.bases import split_bases_
 from relora_core.low_rank import LowRank
+from relora_core.merged_copies import keep_merged_, refresh_merged_
 from relora_core.optimizer import ResettableOptimizer
 from relora_core.pruning import magnitude_prune_, random_prune_
 from relora_core.register import is_low_rank, register_low_rank, remove_low_rank
@@ -34,12 +35,14 @@ __all__ = [
     "clean_name",
     "declare_moments",
     "is_low_rank",
+    "keep_merged_",
     "load_adapters",
     "low_rank_sites",
     "magnitude_prune_",
     "merge_",
     "merged_state_dict",
     "random_prune_",
+    "refresh_merged_",
     "register_low_rank",
     "reinit_",
     "remove_low_rank",

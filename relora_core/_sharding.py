@@ -322,6 +322,33 @@ def copy_from_full_(target: Tensor, whole: Tensor) -> None:
     local(target).copy_(local_part(whole, target))
 
 
+def sharded_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return `whole`, which every process has, sharded by rows as FSDP2 shards over `mesh`."""
+    placements: list[Placement] = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    return distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def copy_rows_(target: Tensor, start: int, part: Tensor, like: Tensor) -> None:
+    """Copy into `target`, from column `start` on, what has the rows of `like`.
+
+    Only where `target` is whole and `like` sharded there is communication.
+
+    Args:
+        target: with the rows of `like`, whole or sharded by rows.
+        start: a column.
+        part: of all its rows those that this process holds of `like`.
+        like: whole or sharded by rows.
+    """
+    part = part.to(target.dtype)
+    if isinstance(like, DTensor) and not isinstance(target, DTensor):
+        shape = (like.shape[0], part.shape[1])
+        part = _from_part(part, like.device_mesh, like.placements, shape).full_tensor()
+    elif isinstance(target, DTensor) and not isinstance(like, DTensor):
+        part = local_part(part, target)
+    local(target)[:, start : start + part.shape[1]].copy_(part)
+
+
 def reshard_(model: nn.Module) -> None:
     """Make every FSDP2 module of `model` hold its shards again.
 

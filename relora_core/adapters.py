@@ -136,6 +136,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 copy_from_full_(low_rank.lora_scale, scale)
             if key is not None:
                 low_rank.seed, low_rank.restart = key.seed, key.restart
+            sites[name].refresh_()
 
 
 _Found = tuple[Tensor, Tensor, Tensor, _Key | None]

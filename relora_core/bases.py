@@ -50,6 +50,8 @@ def split_bases_(model: nn.Module) -> None:
             )
         if site.low_rank.split_from is not None:
             raise ValueError(f"{name} is split already")
+        if site.low_rank.merged_copy is not None:
+            raise ValueError(f"{name} keeps a merged copy, which is made from a W in fp32")
         if site.weight.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"{name}: W must be float32 or bfloat16; got {site.weight.dtype}")
     for _, site in sites:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from relora_core._sharding import is_sharded
 from relora_core.embedding import low_rank_embedding
-from relora_core.linear import autocasts, low_rank_linear
+from relora_core.linear import autocasts, low_rank_linear, merged_linear
+from relora_core.one_path import following
 from relora_core.tensor_parallel import parallel_linear
 
 _OPERATORS = (
@@ -35,6 +36,7 @@ class LazyWeight:
         scale: $s$; a tensor of one entry if it is trained.
         dropout: the probability with which `F.linear` zeroes each entry of the low-rank path's
             input, the others growing by 1 / (1 - dropout): y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.
+        merged: [V | B], of which V = W + s B A is then all that is used of $W$; None without.
 
     Raises:
         ValueError: if there is dropout and anything but `F.linear` asks for the weight.
@@ -60,8 +62,10 @@ class LazyWeight:
         lora_B: Tensor,
         scale: float | Tensor,
         dropout: float = 0.0,
+        merged: Tensor | None = None,
     ) -> None:
         self.base = base
+        self.merged = merged
         self.lora_A = lora_A
         self.lora_B = lora_B
         self.dropout = dropout
@@ -71,12 +75,14 @@ class LazyWeight:
             self.scale = scale
 
     def materialize(self) -> Tensor:
-        """Return W + s B A as a tensor in W's dtype, differentiable in W, A and B."""
+        """Return W + s B A as a tensor of this dtype, differentiable in W, A and B."""
         if self.dropout:
             raise ValueError(
                 "dropout acts on the input of F.linear, and this operation needs the weight "
                 f"whole; got dropout={self.dropout:g}: register the tensor without it"
             )
+        if self.merged is not None:
+            return following(self.merged[:, : self.shape[1]], self.delta())
         return add_rounding_once(self.base, self.delta())
 
     def delta(self) -> Tensor:
@@ -95,8 +101,8 @@ class LazyWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """W's dtype."""
-        return self.base.dtype
+        """W's dtype, or that of its merged copy."""
+        return self.base.dtype if self.merged is None else self.merged.dtype
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +168,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     plain = not any(isinstance(t, LazyWeight) for t in others) and not input.is_nested
     if isinstance(weight, LazyWeight) and plain:
         W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
+        if weight.merged is not None:
+            return merged_linear(input, weight.merged, A, B, s, bias)
         if is_sharded(W) and is_sharded(input):
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
         return low_rank_linear(input, W, A, B, s, bias, weight.dropout)

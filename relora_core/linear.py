@@ -1,4 +1,4 @@
-"""The linear layer over W + s B A, and which of its two forms computes it.
+"""The linear layer over W + s B A, and which of its forms computes it.
 
 Shapes: T tokens, n inputs, m outputs, r rank. x (T, n), W (m, n), A (r, n), B (m, r), b (m).
 
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from relora_core.merged import MergedLinear
+from relora_core.one_path import OnePathLinear, following
 from relora_core.two_paths import TwoPathLinear
 
 # In units of m n / (m + n) tokens. From 2 on the merged form takes fewer operations; what is above
@@ -35,7 +36,8 @@ def needs_plain() -> bool:
     They see through plain operations: vmap has no rule for a write in place, a `jvp` of the
     Function's own would keep `torch.compile` out, and an exported graph is for every batch.
     """
-    if torch.compiler.is_exporting():
+    # Not is_exporting(): dynamo of torch 2.11 says that of every compilation.
+    if torch.compiler._is_exporting_flag:
         return True
     if torch.compiler.is_compiling():
         return False
@@ -85,4 +87,27 @@ def low_rank_linear(
     else:
         y = TwoPathLinear.apply(x, W, A, B, bias, scale)  # type: ignore[no-untyped-call]
     output: Tensor = y.reshape(*input.shape[:-1], weight.shape[0])
+    return output
+
+
+def merged_linear(
+    input: Tensor, both: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, bias: Tensor | None
+) -> Tensor:
+    """Apply `F.linear(input, V, bias)` with `both` = [V | B], V = W + scale * lora_B @ lora_A.
+
+    Under autocast to another dtype than that of `both`, V is rounded to it.
+    """
+    dtype = both.dtype
+    if autocasts(input.device.type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, both = input.to(dtype), both.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    if needs_plain():
+        V = following(both[:, : input.shape[-1]], scale * (B @ A))
+        return F.linear(input, V, bias)
+    x = input.reshape(-1, input.shape[-1])
+    # Torch has no types for `apply`.
+    y = OnePathLinear.apply(x, both, A, B, bias, scale)  # type: ignore[no-untyped-call]
+    output: Tensor = y.reshape(*input.shape[:-1], both.shape[0])
     return output

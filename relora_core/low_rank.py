@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from relora_core._sharding import (
     copy_from_full_,
+    copy_rows_,
     fsdp_owns,
     is_sharded,
     local,
@@ -62,6 +63,8 @@ class LowRank(nn.Module):
     Reference: https://arxiv.org/abs/2307.05695, section 3.
     """
 
+    merged_copy: nn.Parameter | None
+
     def __init__(
         self,
         base: Tensor,
@@ -84,6 +87,8 @@ class LowRank(nn.Module):
         # What `split_bases_` makes of W: its dtype before, and the bits that it lacks since.
         self.split_from: torch.dtype | None = None
         self.low_bits: Tensor | None = None
+        # What `keep_merged_` makes: [V | B], V = W + s B A in the dtype of the computation.
+        self.register_parameter("merged_copy", None)
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
@@ -101,7 +106,7 @@ class LowRank(nn.Module):
     def forward(self, base: Tensor) -> LazyWeight:
         """Return the lazy W + s B A."""
         dropout = self.dropout if self.training else 0.0
-        return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout)
+        return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, self.merged_copy)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -185,6 +190,23 @@ class LowRank(nn.Module):
         total = self.update(base).add_(self.exact(base).clone())
         return sharded_like(total.to(self.split_from or base.dtype), base)
 
+    def keep_merged_(self, base: Tensor, dtype: torch.dtype) -> None:
+        """Make the merged copy of a linear's W: see `relora_core.keep_merged_`."""
+        (out, inner), r = base.shape, self.rank
+        width = -(-(inner + r) // 8) * 8  # rows that a GPU reads in whole words
+        copy = torch.zeros((out, width), dtype=dtype, device=base.device)
+        self.merged_copy = nn.Parameter(copy, requires_grad=False)
+        self.refresh_(base)
+
+    @torch.no_grad()
+    def refresh_(self, base: Tensor) -> None:
+        """Make the merged copy anew from W, A and B, if there is one."""
+        if self.merged_copy is None or self.lora_A.is_meta:
+            return
+        update = self.update(base)
+        copy_rows_(self.merged_copy, 0, update.sum(), base)
+        copy_rows_(self.merged_copy, self.lora_A.shape[1], update.B, base)
+
     def exact(self, base: Tensor) -> Tensor:
         """Return this process's part of W; of a split W its fp32 value, made anew.
 
@@ -241,11 +263,20 @@ class LowRank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.low_bits is not None:
             destination[prefix + "low_bits"] = self.low_bits
+        destination.pop(prefix + "merged_copy", None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         if self.low_bits is not None and prefix + "low_bits" in state_dict:
             self.low_bits.copy_(state_dict.pop(prefix + "low_bits"))
+        if self.merged_copy is not None:
+            state_dict[prefix + "merged_copy"] = self.merged_copy
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a deep copy has: no merged copy, which nothing would make anew."""
+        state = self.__dict__ | {"_parameters": dict(self._parameters)}
+        state["_parameters"]["merged_copy"] = None
+        return state
 
     def get_extra_state(self) -> Tensor:
         """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64."""

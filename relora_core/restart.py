@@ -111,7 +111,7 @@ def restart_(
         refuse_overflow(sites, norms)
 
     for (_, site), update in zip(sites, updates, strict=True):
-        site.merge_(update)
+        site.low_rank.merge_into_(site.weight, update)
         site.redraw_()
     return RestartReport(norms, apply_reset_(states, reset, list(factors)))
 

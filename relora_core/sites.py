@@ -76,6 +76,7 @@ class Site:
     def set_exact_(self, value: Tensor) -> None:
         """Set this process's part of W; of a split W both halves."""
         self.low_rank.set_exact_(self.weight, value)
+        self.refresh_()
 
     def update(self) -> Update:
         """Return this process's part of s B A, gathering what it lacks of the factors."""
@@ -84,10 +85,16 @@ class Site:
     def merge_(self, update: Update | None = None) -> None:
         """W += s B A (which `update` holds, if it was asked for already), and B is zeroed."""
         self.low_rank.merge_into_(self.weight, update)
+        self.refresh_()
 
     def redraw_(self) -> None:
         """A takes its next draw, and B is zeroed."""
         self.low_rank.redraw_()
+        self.refresh_()
+
+    def refresh_(self) -> None:
+        """Make the merged copy anew, if there is one: see `keep_merged_`."""
+        self.low_rank.refresh_(self.weight)
 
 
 def clean_name(name: str) -> str:

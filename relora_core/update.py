@@ -26,12 +26,19 @@ class Update:
 
     def add_(self, total: Tensor) -> Tensor:
         """Add s B A to `total`, the block's value, in place: in fp32 at least, rounded once."""
-        wide = torch.promote_types(torch.promote_types(total.dtype, self.A.dtype), torch.float32)
+        wide = self._wide(total)
         sum = total.to(wide).flatten(1)  # its own memory, unless it is narrower or not contiguous
         sum.addmm_(self.B.to(wide), self.A.to(wide), alpha=self.s)
         if total.dtype != wide or not total.is_contiguous():
             total.copy_(sum.view(total.shape))
         return total
+
+    def sum(self) -> Tensor:
+        """Return the block's W + s B A, `(rows, columns)`, in fp32 at least, as a merge adds it."""
+        return self.add_(self.W.to(self._wide(self.W), copy=True)).flatten(1)
+
+    def _wide(self, total: Tensor) -> torch.dtype:
+        return torch.promote_types(torch.promote_types(total.dtype, self.A.dtype), torch.float32)
 
     def square(self) -> Tensor:
         """Return the squared Frobenius norm of the block's s B A, in fp32 at least.

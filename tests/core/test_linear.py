@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,3 +357,28 @@ class TestTorchFunc:
         cubed = [lambda x, f=f: f(x).pow(3).sum() for f in (self.call(layer), plain)]
         ours, dense = (torch.func.hessian(f)(x) for f in cubed)
         torch.testing.assert_close(ours, dense)
+
+
+class TestCompiled:
+    def graphs(self, layer, x):
+        found = []
+
+        def keep(graph, inputs):
+            found.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+            return graph
+
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+        compiled(x).sum().backward()
+        return found
+
+    @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd is returning")
+    def test_the_sum_is_one_operator_and_nothing_is_copied_or_multiplied_by_one(self):
+        layer = relora.register_low_rank(nn.Linear(8, 6, bias=False), rank=2).bfloat16()
+        x = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
+        forward, backward = self.graphs(layer, x)
+        for graph, products in ((forward, 1), (backward, 3)):  # u; h, dA and dB
+            assert graph.count("relora.sum_of_products.default") == 1
+            assert graph.count("aten.mm.default") == products
+            others = {name.split(".")[1] for name in graph} - {"mm", "sum_of_products"}
+            assert others <= {"permute", "view", "t", "expand", "_unsafe_view"}

@@ -11,8 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_sharding embedding files low_bits merged peft_format randomness schedule "
-        "state_layouts two_paths",
+        "_sharding embedding files low_bits peft_format products randomness schedule "
+        "state_layouts",
+        "two_paths",
+        "merged one_path",
         "linear quantized roll_call selection spectrum tensor_parallel",
         "lazy_weight pruning update",
         "low_rank moments",
@@ -21,7 +23,7 @@ LAYERS = {
         "register",
         "sites",
         "targets",
-        "adapters bases restart serialization",
+        "adapters bases merged_copies restart serialization",
         "update_spectra",
         "__init__ testing.algorithm testing.curves testing.expressions "
         "testing.optimizer_state testing.small_layers testing.subjects",

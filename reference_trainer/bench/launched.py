@@ -1,0 +1,58 @@
+"""The kernels that code launches, eagerly or compiled, on tensors that have sizes only."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reference_trainer.bench.fusion import of_graph
+from reference_trainer.bench.kernels import Kernel, of_call
+
+
+# Torch has no types for the mode, nor for its `__init__`.
+class Launched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the kernels of all that runs eagerly in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # until it comes again with its local part
+        out = func(*args, **(kwargs or {}))
+        self.kernels += of_call(func, args, kwargs or {}, out)
+        return out
+
+
+@contextmanager
+def compiling() -> Iterator[tuple[Callable[..., Any], list[Kernel]]]:
+    """Give a backend of `torch.compile`, and the list of the kernels of what it compiles."""
+    found: list[Kernel] = []
+
+    def keep(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        found.extend(of_graph(graph.graph))
+
+        def run(arguments: list[Any]) -> Any:
+            return graph(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    torch.compiler.reset()
+    yield (
+        aot_autograd(
+            fw_compiler=keep,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table,
+        ),
+        found,
+    )
+    torch.compiler.reset()

@@ -1,0 +1,146 @@
+"""The kernels of a training step of the trainer: those of its blocks, and all around them."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+
+import relora_core as relora
+from reference_trainer.bench.arms import ARMS
+from reference_trainer.bench.kernels import Kernel, repeated
+from reference_trainer.bench.launched import Launched, compiling
+from reference_trainer.bench.layouts import Step, laid_out, pretended, world_of
+from reference_trainer.model import Block, rotary_table
+from reference_trainer.train import forward_backward
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Args:
+        name: "blocks", "gathering, embedding, head and loss", or "clipping and optimizer".
+        kernels: in it.
+    """
+
+    name: str
+    kernels: list[Kernel]
+
+
+def block_kernels(arm: str, step: Step, *, compiled: bool = True) -> list[Kernel]:
+    """Return the kernels of forward and backward of one block, with the sequences of a micro-step.
+
+    Args:
+        arm: of `ARMS`.
+        step: which.
+        compiled: whether the block is.
+    """
+    with torch.device("meta"):
+        block = Block(step.shape)
+    ARMS[arm](block, step.rank)
+    kept: list[nn.Parameter] = []
+    if step.precision != "fp32":
+        if arm == "ours" and step.layout.bases == "shard":  # as the trainer does
+            kept = relora.keep_merged_(block)
+        for p in block.parameters():
+            p.data = p.data if any(p is one for one in kept) else p.data.bfloat16()
+    return module_kernels(block, step, compiled=compiled)
+
+
+def module_kernels(block: nn.Module, step: Step, *, compiled: bool) -> list[Kernel]:
+    """Return the kernels of forward and backward of a block on the meta device."""
+    dtype = torch.float32 if step.precision == "fp32" else torch.bfloat16
+    memory = FakeTensorMode(allow_non_fake_inputs=True)
+    with memory:
+        block.to_empty(device="cpu")
+        x = torch.empty(
+            step.sequences, step.length, step.shape.hidden_size, dtype=dtype, requires_grad=True
+        )
+        table = rotary_table(step.length, step.shape, torch.device("cpu"))
+        if not compiled:
+            with Launched() as launched:
+                output = block(x, *table)
+                output.backward(torch.empty_like(output))
+            return launched.kernels
+        with compiling() as (backend, found):
+            output = torch.compile(block, backend=backend, fullgraph=True)(x, *table)
+            output.backward(torch.empty_like(output))
+        return found
+
+
+def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]:
+    """Return the kernels of a whole step but those of the blocks, which compute nothing here.
+
+    Args:
+        step: of one micro-step's sequences.
+        processes: how many.
+        micro_steps: whose gradients are accumulated.
+    """
+    with pretended(processes):
+        world = world_of(step.layout)
+        memory = FakeTensorMode(allow_non_fake_inputs=True)
+        stage = laid_out(step, world, memory=memory)
+        for layer in stage.model.model.layers:
+            layer.forward = _Nothing(layer)
+        batch = replace(step, sequences=step.sequences * micro_steps).batch(processes)
+
+        def backward() -> None:
+            forward_backward(stage.model, batch, micro_steps, world)
+
+        def update() -> None:
+            clip_grad_norm_(stage.parameters.values(), 1.0)
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
+
+        with memory:
+            backward()  # the first step makes moments and process groups
+            update()
+            with Launched() as computed:
+                backward()
+            with Launched() as updated:
+                update()
+    return [
+        Part("gathering, embedding, head and loss", computed.kernels),
+        Part("clipping and optimizer", updated.kernels),
+    ]
+
+
+def step_kernels(arm: str, step: Step, *, processes: int, micro_steps: int) -> list[Part]:
+    """Return the kernels of a whole step, blocks compiled, by part.
+
+    Args:
+        arm: of `ARMS`, in the layout of `step`.
+        step: of one micro-step's sequences.
+        processes: how many.
+        micro_steps: whose gradients are accumulated.
+    """
+    times = step.shape.layers * micro_steps
+    blocks = repeated(block_kernels(arm, step), times)
+    around = around_blocks(step, processes=processes, micro_steps=micro_steps)
+    return [Part("blocks", blocks), *around]
+
+
+class _Nothing:
+    """A block's forward that launches nothing, and gives every trained parameter a gradient."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor, *table: Tensor) -> Tensor:
+        trained = [p for p in self._layer.parameters() if p.requires_grad]
+        output: Tensor = _Silent.apply(x, *trained)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Silent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *trained: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype) for t in (x, *trained)]
+        return torch.empty(x.shape, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in ctx.like)

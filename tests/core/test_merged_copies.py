@@ -1,0 +1,341 @@
+"""Merged copies: forward reads what a step, a merge or a loading has left, and no other."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, vmap
+
+import relora_core as relora
+from relora_core.one_path import OnePathLinear
+from tests.core.test_sites import TARGETS, Model
+from tests.reference import randomize_
+
+TOKENS = torch.arange(10).view(2, 5)
+
+
+def model_of(seed=0, dtype=torch.bfloat16, **options):
+    torch.manual_seed(seed)
+    model = relora.add_low_rank_(Model(), TARGETS, **{"rank": 3, "alpha": 6.0, **options})
+    randomize_(model)
+    relora.keep_merged_(model, dtype=dtype)
+    return model
+
+
+def layer_of(inner=7, out=5, **options):
+    layer = nn.Sequential(nn.Linear(inner, out))
+    relora.add_low_rank_(layer, "0", **{"rank": 2, "alpha": 3.0, **options})
+    randomize_(layer)
+    return layer
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype)
+
+
+def output(model, *inputs):
+    with autocast():
+        return model(*(inputs or (TOKENS,)))
+
+
+def is_fresh(model):
+    """Whether every copy is what W, A and B say, to the bit."""
+    found = []
+    for _, site in relora.low_rank_sites(model):
+        V = torch.addmm(site.weight, site.lora_B, site.lora_A, alpha=site.scale)
+        both = torch.cat((V, site.lora_B), dim=1).bfloat16()
+        width = both.shape[1]
+        found.append(torch.equal(site.low_rank.merged_copy[:, :width], both))
+    return all(found) and len(found) == 6
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def error(one, exact):
+    one, exact = one.detach().double(), exact.detach().double()
+    return ((one - exact).norm() / exact.norm()).item()
+
+
+def optimizer_of(model, wrap=lambda inner: inner):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return wrap(torch.optim.AdamW(trained, lr=1e-2))
+
+
+def step_(model, optimizer):
+    output(model).float().square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class TestForward:
+    @given(st.integers(1, 9), st.integers(2, 9), st.integers(2, 9), st.data())
+    def test_is_one_product_with_the_sum_rounded_once(self, tokens, inner, out, data):
+        rank = data.draw(st.integers(1, min(inner, out)))
+        layer = layer_of(inner, out, rank=rank, alpha=data.draw(st.sampled_from([None, 0.3, 8.0])))
+        relora.keep_merged_(layer)
+        x = torch.randn(tokens, inner)
+        (_, site), *_ = relora.low_rank_sites(layer)
+        V = torch.addmm(site.weight, site.lora_B, site.lora_A, alpha=site.scale)
+        with autocast():
+            assert torch.equal(layer(x), F.linear(x, V, layer[0].bias))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_needs_no_autocast_where_all_has_the_dtype_of_the_copy(self, dtype):
+        layer = layer_of()
+        kept = relora.keep_merged_(layer, dtype=dtype)
+        x = torch.randn(4, 7)
+        with autocast(dtype):
+            expected = layer(x)
+        for p in layer.parameters():
+            p.data = p.data if p is kept[0] else p.data.to(dtype)
+        assert torch.equal(layer(x.to(dtype)), expected)
+
+    def test_materializes_the_copy_for_all_other_functions(self):
+        model = layer_of()
+        relora.keep_merged_(model)
+        weight = model[0].weight
+        assert weight.dtype == torch.bfloat16
+        assert weight.shape == (5, 7)
+        assert torch.equal(weight.t(), model[0].parametrizations.weight[0].merged_copy[:, :7].t())
+
+
+class TestGradients:
+    def both(self, W, A, B, s):
+        return torch.cat((W + s * B @ A, B), dim=1).detach()
+
+    def test_are_those_of_the_sum_the_second_ones_too(self):
+        torch.manual_seed(0)
+        draw = partial(torch.randn, dtype=torch.float64)
+        W, b = draw(5, 4), draw(5)
+
+        def run(x, A, B, bias):
+            return OnePathLinear.apply(x, self.both(W, A, B, 0.7), A, B, bias, 0.7)
+
+        inputs = [t.requires_grad_() for t in (draw(3, 4), draw(2, 4), draw(5, 2), b)]
+        torch.autograd.gradcheck(run, inputs)
+        torch.autograd.gradgradcheck(run, inputs)
+
+    @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+    def test_are_formed_for_what_asks_for_them(self, frozen):
+        torch.manual_seed(0)
+        draw = partial(torch.randn, dtype=torch.float64)
+        W, x, A, B = draw(5, 4), draw(3, 4), draw(2, 4), draw(5, 2)
+        for index, t in enumerate((x, A, B)):
+            t.requires_grad_(index not in frozen)
+        y = OnePathLinear.apply(x, self.both(W, A, B, 0.7), A, B, None, 0.7)
+        g = draw(3, 5)
+        asked = [t for t in (x, A, B) if t.requires_grad]
+        expected = torch.autograd.grad(F.linear(x, W + 0.7 * B @ A), asked, g)
+        torch.testing.assert_close(torch.autograd.grad(y, asked, g), expected)
+
+    def test_are_nearer_to_the_exact_ones_than_those_of_two_paths(self):
+        """In bf16, against float64, in the mean over draws."""
+        errors = {"copy": 0.0, "two paths": 0.0}
+        for seed in range(8):
+            torch.manual_seed(seed)
+            layers = {"two paths": layer_of(64, 48, rank=8), "exact": None}
+            layers["exact"] = copy.deepcopy(layers["two paths"]).double()
+            layers["copy"] = copy.deepcopy(layers["two paths"])
+            relora.keep_merged_(layers["copy"])
+            x, g, found = torch.randn(32, 64), torch.randn(32, 48), {}
+            for name, layer in layers.items():
+                dtype = torch.float64 if name == "exact" else torch.float32
+                t = x.to(dtype).requires_grad_()
+                y = layer(t) if name == "exact" else output(layer, t)
+                (_, site), *_ = relora.low_rank_sites(layer)
+                asked = (t, site.lora_A, site.lora_B)
+                found[name] = [y, *torch.autograd.grad(y, asked, g.to(y.dtype))]
+            for name in errors:
+                for one, exact in zip(found[name], found["exact"], strict=True):
+                    errors[name] += error(one, exact)
+        assert errors["copy"] < errors["two paths"]
+
+    def test_go_through_function_transforms(self):
+        model = model_of()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+        def loss(parameters, tokens):
+            with autocast():
+                out = functional_call(model, parameters, (tokens.unsqueeze(0),))
+            return out.float().square().mean()
+
+        each = vmap(grad(loss), in_dims=(None, 0))(trained, TOKENS)
+        for index, tokens in enumerate(TOKENS):
+            model.zero_grad()
+            loss(trained, tokens).backward()
+            for name, p in trained.items():
+                assert error(each[name][index], p.grad) < 0.02
+
+
+class TestFreshness:
+    @pytest.mark.parametrize("wrap", [lambda inner: inner, relora.ResettableOptimizer])
+    def test_holds_after_every_step_and_restart(self, wrap):
+        model = model_of()
+        optimizer = optimizer_of(model, wrap)
+        for step in range(6):
+            if step % 2:
+                relora.restart_(model, optimizer)
+                assert is_fresh(model)
+            before = output(model)
+            step_(model, optimizer)
+            assert is_fresh(model)
+            assert not torch.equal(output(model), before)
+
+    def test_holds_after_steps_of_a_part_of_the_factors(self):
+        model = model_of()
+        sites = [site for _, site in relora.low_rank_sites(model)]
+        optimizer = torch.optim.SGD([sites[2].lora_B], lr=0.1)
+        output(model).float().sum().backward()
+        optimizer.step()
+        assert is_fresh(model)
+
+    @pytest.mark.parametrize("act_", [relora.merge_, relora.reinit_])
+    def test_holds_after_merges_and_redraws(self, act_):
+        model = model_of()
+        act_(model)
+        assert is_fresh(model)
+        for _, site in relora.low_rank_sites(model):
+            site.merge_()
+            site.redraw_()
+            site.set_exact_(torch.zeros(site.weight.shape))
+        assert is_fresh(model)
+
+    def test_holds_after_loading(self, tmp_path):
+        model, other = model_of(), model_of(seed=1)
+        model.load_state_dict(other.state_dict())
+        assert is_fresh(model)
+        assert torch.equal(output(model), output(other))
+        nn.Sequential(model).load_state_dict(nn.Sequential(model_of(seed=2)).state_dict())
+        assert is_fresh(model)
+        relora.save_adapters(other, tmp_path)
+        relora.load_adapters(model, tmp_path)
+        assert is_fresh(model)
+
+    def test_is_made_by_hand_after_other_writes(self):
+        model = model_of()
+        randomize_(model)
+        assert not is_fresh(model)
+        relora.refresh_merged_(model)
+        assert is_fresh(model)
+
+    def test_is_not_made_by_a_step_of_another_model(self, monkeypatch):
+        model, other = model_of(), model_of(seed=1)
+        randomize_(model)
+        step_(other, optimizer_of(other))
+        assert not is_fresh(model)
+
+    def test_costs_nothing_once_the_model_is_gone(self):
+        from relora_core import merged_copies
+
+        model = model_of()
+        assert model in merged_copies._models
+        count = len(merged_copies._models)
+        del model
+        assert len(merged_copies._models) == count - 1
+
+
+class TestRestart:
+    @given(st.integers(1, 3), st.sampled_from([None, 0.3, 8.0]))
+    def test_keeps_the_function_to_the_bit(self, rank, alpha):
+        model = model_of(rank=rank, alpha=alpha)
+        before = output(model)
+        relora.restart_(model, optimizer_of(model))
+        assert all(not site.lora_B.any() for _, site in relora.low_rank_sites(model))
+        assert torch.equal(output(model), before)
+
+    def test_merges_what_it_merges_without_copies(self):
+        model = model_of()
+        plain = copy.deepcopy(model)
+        for one in (model, plain):
+            relora.restart_(one, optimizer_of(one))
+        assert same(relora.merged_state_dict(model), relora.merged_state_dict(plain))
+
+
+class TestState:
+    def test_is_what_it_is_without_copies(self):
+        model = model_of()
+        plain = copy.deepcopy(model)
+        assert same(
+            {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)},
+            {n: t for n, t in plain.state_dict().items() if isinstance(t, torch.Tensor)},
+        )
+        assert same(relora.merged_state_dict(model), relora.merged_state_dict(plain))
+
+    def test_of_a_deep_copy_has_no_merged_copy_and_the_same_function(self):
+        model = model_of()
+        copied = copy.deepcopy(model)
+        assert all(s.low_rank.merged_copy is None for _, s in relora.low_rank_sites(copied))
+        assert is_fresh(model)
+        assert error(output(copied), output(model)) < 0.02
+
+    def test_is_plain_again_once_sites_are_removed(self):
+        model = model_of()
+        for module in list(model.modules()):
+            if relora.is_low_rank(module):
+                relora.remove_low_rank(module)
+        assert list(values(model)) == list(values(Model()))
+        step_(model, optimizer_of(model))
+
+    # Dynamo looks at .grad of what is no leaf, and torch warns of it.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+    def test_has_one_graph_for_all_blocks(self):
+        torch.compiler.reset()
+        model = model_of()
+        counter = CompileCounterWithBackend("aot_eager")
+        x = torch.randn(2, 3, 8, requires_grad=True)
+        for block in model.layers:
+            block.compile(backend=counter, fullgraph=True)
+        with autocast():
+            for block in model.layers:
+                block(x).float().sum().backward()
+        assert counter.frame_count == 1
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("make", "error", "match"),
+        [
+            (lambda: nn.Sequential(nn.Linear(4, 4)), ValueError, "no low-rank site"),
+            (lambda: model_of(), ValueError, "self_attn.q_proj keeps a merged copy already"),
+            (lambda: layer_of(dropout=0.1), ValueError, "0 has dropout"),
+            (lambda: layer_of(trainable_scale=True), ValueError, "0 has a trained scale"),
+            (lambda: layer_of().bfloat16(), ValueError, "0: W must be wider than torch.bfloat16"),
+        ],
+    )
+    def test_change_nothing(self, make, error, match):
+        model = make()
+        before = values(model)
+        with pytest.raises(error, match=match):
+            relora.keep_merged_(model)
+        assert same(values(model), before)
+
+    def test_of_a_trained_base(self):
+        layer = layer_of()
+        layer[0].parametrizations.weight.original.requires_grad_()
+        with pytest.raises(ValueError, match="0: W must be frozen"):
+            relora.keep_merged_(layer)
+
+    def test_of_sites_that_are_no_linears(self):
+        model = relora.add_low_rank_(nn.Sequential(nn.Embedding(5, 4)), "0", rank=2)
+        with pytest.raises(ValueError, match=r"no low-rank site of an nn\.Linear"):
+            relora.keep_merged_(model)
+
+    def test_of_other_dtypes(self):
+        with pytest.raises(TypeError, match=r"must be torch.bfloat16 or torch.float16; got torch"):
+            relora.keep_merged_(layer_of(), dtype=torch.float32)
+
+    def test_of_a_split_of_what_has_a_copy(self):
+        with pytest.raises(ValueError, match="keeps a merged copy"):
+            relora.split_bases_(model_of())
