@@ -18,7 +18,7 @@ if __name__ == "__main__":
     from reference_trainer.main import load, main
 
     program: Callable[[], int | None] = main
-    load("".join(sys.argv[1:2]))
+    load(*sys.argv[1:])
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 

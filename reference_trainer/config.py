@@ -185,6 +185,11 @@ class ReLoRAConfig:
         "joint", "'joint': prune both moments where m is small; 'independent': as the paper's code"
     )
     lr_multiple: float = option(4.0, "the adapters' learning rate, times optim.lr")
+    base: Literal["keep", "bf16"] = option(
+        "keep",
+        "the frozen weights: 'keep' them in fp32, and in a narrower computation a merged copy in "
+        "its precision beside (fastest); or 'bf16', what that lacks in host memory (least memory)",
+    )
 
     def __post_init__(self) -> None:
         require(self.warm_start >= 0, "relora.warm_start is 0 or more", got=self.warm_start)
@@ -214,12 +219,12 @@ class ParallelConfig:
         "keeps those that are trained, and their moments, in bf16 (half the memory; small steps "
         "are rounded away)",
     )
-    compile: bool = option(False, "compile each block")
+    compile: bool | None = option(None, "compile blocks and loss (default: on cuda)")
     checkpoint_activations: bool = option(False, "recompute each block in backward")
     layout: Literal["shard", "replicate"] = option(
         "shard",
         "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "
-        "a 'replicate' on every process, in the computation's precision, that is never sent",
+        "what is computed with whole on every process ('replicate'), gathered once a step at most",
     )
     replicas: int = option(
         1, "copies of what is sharded, each over processes / replicas of them (HSDP)"
@@ -322,6 +327,16 @@ class Config:
             "relora.warm_start is at most steps",
             warm_start=self.relora.warm_start,
             steps=self.steps,
+        )
+        require(
+            self.relora.base == "keep" or self.parallel.layout == "replicate",
+            "relora.base=bf16 needs parallel.layout=replicate, as only a whole weight is split",
+            layout=self.parallel.layout,
+        )
+        require(
+            self.relora.base == "keep" or self.parallel.precision != "fp32",
+            "relora.base=bf16 needs a computation in bf16",
+            precision=self.parallel.precision,
         )
 
     @property

@@ -2,14 +2,12 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from reference_trainer.config import Config
 from reference_trainer.data import Windows
+from reference_trainer.loss import IGNORED, cross_entropy_
 from reference_trainer.model import Llama
 from reference_trainer.world import World
-
-_IGNORED = -100
 
 
 @torch.no_grad()
@@ -23,14 +21,12 @@ def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> f
     places = np.arange(padded, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)
     places[count:] = 0
     windows = held_out.read(places)
-    windows[count:, 1:] = _IGNORED
+    windows[count:, 1:] = IGNORED
     total = torch.zeros((), device=world.device)
     for part in windows.view(-1, world.size, at_once, windows.shape[1]):
         mine = part[world.rank].to(world.device)
         tokens = mine[:, :-1].clamp(min=0)
-        logits = model(tokens).flatten(0, 1).float()
-        total += F.cross_entropy(
-            logits, mine[:, 1:].flatten(), reduction="sum", ignore_index=_IGNORED
-        )
+        logits, targets = model(tokens).flatten(0, 1), mine[:, 1:].flatten()
+        total += cross_entropy_(logits, targets, divisor=1, chunk=model.chunk_loss)
     model.reshard()  # type: ignore[operator]
     return world.sum(total) / (count * config.batch.length)

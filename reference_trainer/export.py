@@ -34,8 +34,12 @@ def export(config: Config, world: World) -> Path:
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
     # Sharded bases keep fp32, and need the least memory.
-    config = replace(config, parallel=replace(config.parallel, layout="shard"))
-    stage = build_stage(config, phase, shape, world)
+    config = replace(
+        config,
+        parallel=replace(config.parallel, layout="shard"),
+        relora=replace(config.relora, base="keep"),
+    )
+    stage = build_stage(config, phase, shape, world, merged=False)
     fill_(stage, config, source, world)
     failed: OSError | None = None
     try:

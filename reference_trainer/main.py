@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -34,13 +34,30 @@ class _Command:
         help: what it does.
         module: of this package, with EXAMPLES, `add_arguments` and `run`; it may have a USAGE.
         verbose: whether it can say more than usual.
+        commands: that it has of its own; then there is no module.
     """
 
     help: str
-    module: str
+    module: str = ""
     verbose: bool = False
+    commands: "dict[str, _Command]" = field(default_factory=dict)
 
 
+_BENCHMARKS = {
+    "step": _Command("time a training step of arms in turn", "bench.commands.step"),
+    "restart": _Command(
+        "time a restart against an optimizer step of full rank", "bench.commands.restart"
+    ),
+    "prune": _Command("time exact pruning against torch.quantile", "bench.commands.prune"),
+    "checkpoint": _Command("time steps while a checkpoint is written", "bench.commands.checkpoint"),
+    "traffic": _Command("count the bytes that a process sends", "bench.commands.traffic"),
+    "memory": _Command("track the peak memory of a process", "bench.commands.memory"),
+    "roofline": _Command(
+        "list the kernels of a step and their times on a GPU that need not be here",
+        "bench.commands.roofline",
+    ),
+    "show": _Command("show measurements on file", "bench.commands.show"),
+}
 _COMMANDS = {
     "train": _Command(
         "train a model, export it and draw its picture", "commands.train", verbose=True
@@ -51,9 +68,7 @@ _COMMANDS = {
     "export": _Command(
         "write a run's newest checkpoint as a merged Hugging Face Llama", "commands.export"
     ),
-    "bench": _Command(
-        "measure the arms that a user would pick instead, interleaved", "bench.command"
-    ),
+    "bench": _Command("measure what a user would pick instead", commands=_BENCHMARKS),
     "estimate": _Command(
         "say what a run would need and how fast it would be, without a GPU", "estimate.command"
     ),
@@ -62,6 +77,7 @@ _COMMANDS = {
         "make one page of a run, or of several, also while they run", "report.command"
     ),
 }
+_PROGRAM = "python -m reference_trainer"
 _QUIET = "--quiet", logging.WARNING, "no progress: results, warnings and errors only"
 _VERBOSE = "--verbose", logging.DEBUG, "a line for each record of a step and each checkpoint too"
 
@@ -90,11 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if given and given[0].startswith("-") and given[0] not in ("-h", "--help"):
-            raise UserError(
-                f"{given[0]} comes before a command: first one of {', '.join(_COMMANDS)}"
-            )
-        known, unknown = parser(*given[:1]).parse_known_args(given)
+        path, commands = _path(given)
+        if commands and given[len(path) :] and given[len(path)] not in ("-h", "--help"):
+            first = given[len(path)]
+            if first.startswith("-"):
+                raise UserError(
+                    f"{first} comes before a command: first one of {', '.join(commands)}"
+                )
+        known, unknown = parser(*path).parse_known_args(given)
         if unknown:
             raise known.parser.unknown(unknown[0])
         open_terminal(known.heard)
@@ -116,37 +135,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(name: str) -> Any:
-    """Import a command and return its module; None if there is none of this name."""
-    command = _COMMANDS.get(name)
-    return command and import_module(f"reference_trainer.{command.module}")
+def load(*given: str) -> Any:
+    """Import the command that arguments begin with; return its module, None if there is none."""
+    command = None
+    commands = _COMMANDS
+    for name in _path(given)[0]:
+        command = commands[name]
+        commands = command.commands
+    if command is None or not command.module:
+        return None
+    return import_module(f"reference_trainer.{command.module}")
+
+
+def _path(given: Sequence[str]) -> tuple[list[str], dict[str, _Command]]:
+    """Return the command that arguments begin with, and the commands that one of may follow."""
+    path: list[str] = []
+    commands = _COMMANDS
+    for name in given:
+        if name not in commands:
+            break
+        path.append(name)
+        commands = commands[name].commands
+    return path, commands
 
 
 def parser(*names: str) -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
     Args:
-        names: of the commands whose arguments it knows; of the others it knows what they do.
+        names: of the command whose arguments it knows, and of the command in that; of the others
+            it knows what they do.
     """
     whole = _Parser(
-        prog="python -m reference_trainer",
+        prog=_PROGRAM,
         description="Train a Llama with ReLoRA: a full-rank warm start, then low-rank cycles.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in _COMMANDS.items():
-        one = commands.add_parser(
+    _add_commands(whole, _COMMANDS, (), names)
+    return whole
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser,
+    commands: dict[str, _Command],
+    above: tuple[str, ...],
+    names: tuple[str, ...],
+) -> None:
+    dest = " ".join(("command", *above))
+    added = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        one = added.add_parser(
             name,
             help=command.help,
             description=command.help,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        if name not in names:
+        path = (*above, name)
+        if path != names[: len(path)]:
             continue
-        module = load(name)
+        if command.commands:
+            _add_commands(one, command.commands, path, names)
+            continue
+        module = load(*path)
+        assert module is not None
         one.add_argument("--debug", action="store_true", help="show the traceback of an error")
         heard = one.add_mutually_exclusive_group()
         for option, level, help in (_QUIET, _VERBOSE) if command.verbose else (_QUIET,):
@@ -155,5 +209,4 @@ def parser(*names: str) -> argparse.ArgumentParser:
         one.epilog = module.EXAMPLES
         one.set_defaults(parser=one, heard=logging.INFO, run=module.run)
         if hasattr(module, "USAGE"):
-            one.usage = f"{whole.prog} {name} {module.USAGE}"
-    return whole
+            one.usage = f"{_PROGRAM} {' '.join(path)} {module.USAGE}"

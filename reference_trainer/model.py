@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from reference_trainer.loss import ChunkLoss, chunk_loss, cross_entropy_
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -223,13 +225,15 @@ class Llama(nn.Module):
         self.shape = shape
         self.model = Decoder(shape)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.chunk_loss: ChunkLoss = chunk_loss
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Map ids (b, t) to logits (b, t, vocab); with targets (b, t), to the mean loss in nats."""
         logits: Tensor = self.lm_head(self.model(tokens))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        flat, ids = logits.flatten(0, 1), targets.flatten()
+        return cross_entropy_(flat, ids, divisor=targets.numel(), chunk=self.chunk_loss)
 
 
 def rotary_table(length: int, shape: LlamaShape, device: torch.device) -> tuple[Tensor, Tensor]:

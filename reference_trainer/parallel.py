@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from reference_trainer.config import ParallelConfig
+from reference_trainer.loss import chunk_loss
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.world import World
 
@@ -19,6 +20,11 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
+def compiles(config: ParallelConfig, device: torch.device) -> bool:
+    """Whether blocks and loss are compiled: by default on CUDA."""
+    return device.type == "cuda" if config.compile is None else config.compile
 
 
 def build(
@@ -41,7 +47,8 @@ def build(
         prepare_: what to do to the bare model first, on the meta device; it returns the parameters
             that stay whole on every process, outside FSDP2.
     """
-    if config.compile:
+    compiled = compiles(config, world.device)
+    if compiled:
         torch.compiler.reset()  # or what a phase compiles would depend on those before it
     with torch.device("meta"):
         model = Llama(shape)
@@ -54,8 +61,10 @@ def build(
     for index, block in enumerate(layers):
         if config.checkpoint_activations:
             layers[index] = checkpoint_wrapper(block)
-        if config.compile:
+        if compiled:
             layers[index].compile()
+    if compiled:
+        model.chunk_loss = torch.compile(chunk_loss)
 
     dtype = compute_dtype(config, world.device)
     policy = MixedPrecisionPolicy(

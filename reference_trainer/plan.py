@@ -14,7 +14,7 @@ from reference_trainer.parallel import compute_dtype
 from reference_trainer.phases import Phase, phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
-from reference_trainer.stage import prepare_
+from reference_trainer.stage import keeps_merged, prepare_
 from reference_trainer.world import device_type
 from relora_core import low_rank_sites
 
@@ -27,6 +27,7 @@ class Numbers:
 
     Args:
         bases: frozen, in the W of low-rank sites.
+        copies: in their merged copies, where these are kept.
         factors: trained, in their A and B.
         others: trained, elsewhere.
         sites: how many low-rank sites there are.
@@ -34,6 +35,7 @@ class Numbers:
     """
 
     bases: int
+    copies: int
     factors: int
     others: int
     sites: int
@@ -81,7 +83,8 @@ def count(config: Config, shape: LlamaShape, phase: Phase) -> Numbers:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     bounds = [min(*site.weight.shape, phase.cycles * site.rank) for site in sites]
     bases = sum(site.weight.numel() for site in sites)
-    return Numbers(bases, factors, trained - factors, len(sites), max(bounds, default=0))
+    copies = sum(math.prod(site.low_rank.copy_shape(site.weight)) for site in sites)
+    return Numbers(bases, copies, factors, trained - factors, len(sites), max(bounds, default=0))
 
 
 def memory(config: Config, numbers: Numbers, processes: int) -> int:
@@ -90,9 +93,14 @@ def memory(config: Config, numbers: Numbers, processes: int) -> int:
     width = 2 if config.parallel.precision == "pure-bf16" else 4
     device = torch.device(device_type(config.parallel))  # which a login node does not have
     narrow = compute_dtype(config.parallel, device) != torch.float32
-    bases = 4 * math.ceil(numbers.bases / shards)
-    if config.parallel.layout == "replicate":
+    whole = config.parallel.layout == "replicate"
+    if keeps_merged(config, device):
+        copies = numbers.copies if whole else math.ceil(numbers.copies / shards)
+        bases = 4 * math.ceil(numbers.bases / shards) + 2 * copies
+    elif whole:
         bases = (2 if narrow else 4) * numbers.bases
+    else:
+        bases = 4 * math.ceil(numbers.bases / shards)
     return bases + width * (1 + 1 + _MOMENTS) * math.ceil(numbers.trained / shards)
 
 

@@ -129,27 +129,60 @@ class Stage:
         return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
 
 
-def build_stage(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Stage:
-    """Build a phase's model, optimizer and schedule; the model's values are still to come."""
-    return staged(build_model(config, phase, shape, world), config, phase, world)
+def build_stage(
+    config: Config, phase: Phase, shape: LlamaShape, world: World, *, merged: bool = True
+) -> Stage:
+    """Build a phase's model, optimizer and schedule; the model's values are still to come.
+
+    Args:
+        config: the run.
+        phase: which.
+        shape: of the model.
+        world: the processes.
+        merged: whether to keep merged copies where they pay.
+    """
+    model = build_model(config, phase, shape, world, merged=merged)
+    return staged(model, config, phase, world)
 
 
-def build_model(config: Config, phase: Phase, shape: LlamaShape, world: World) -> Llama:
-    """Build a phase's model, sharded, on the meta device."""
-    dtype = compute_dtype(config.parallel, world.device)
-    narrow = dtype != torch.float32
+def keeps_merged(config: Config, device: torch.device) -> bool:
+    """Whether the low-rank phase computes over merged copies (`relora_core.keep_merged_`).
+
+    It does where W's fp32 value is at hand and the computation is narrower: by `bench roofline`
+    no other form is faster, from 350m on.
+    """
+    return config.relora.base == "keep" and compute_dtype(config.parallel, device) != torch.float32
+
+
+def build_model(
+    config: Config, phase: Phase, shape: LlamaShape, world: World, *, merged: bool = True
+) -> Llama:
+    """Build a phase's model, sharded, on the meta device; see `build_stage`.
+
+    Raises:
+        UserError: if the base is to be narrower than the computation.
+    """
+    parallel, dtype = config.parallel, compute_dtype(config.parallel, world.device)
+    whole = parallel.layout == "replicate"
+    if config.relora.base == "bf16" and dtype == torch.float32:
+        raise UserError(
+            "relora.base=bf16 needs a computation in bf16; parallel.precision=auto is fp32 on a CPU"
+        )
 
     def prepared(bare: nn.Module) -> list[nn.Parameter]:
         prepare_(bare, config, phase)
         if not phase.low_rank:
             return []
-        if config.parallel.layout == "shard":
-            return relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh) if narrow else []
-        if narrow:  # FSDP2 casts what it gathers, and these it does not gather
+        sites = [site for _, site in relora.low_rank_sites(bare)]
+        if merged and keeps_merged(config, world.device):
+            bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
+            copies = [site.low_rank.merged_copy for site in sites] if whole else []
+            return bases + [copy for copy in copies if copy is not None]
+        if whole and dtype != torch.float32:  # FSDP2 casts what it gathers, and not these
             relora.split_bases_(bare)
-        return [site.weight for _, site in relora.low_rank_sites(bare)]
+        return [site.weight for site in sites] if whole else []
 
-    return build(shape, config.parallel, world, prepared)
+    return build(shape, parallel, world, prepared)
 
 
 def staged(model: Llama, config: Config, phase: Phase, world: World) -> Stage:

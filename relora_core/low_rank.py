@@ -192,20 +192,32 @@ class LowRank(nn.Module):
 
     def keep_merged_(self, base: Tensor, dtype: torch.dtype) -> None:
         """Make the merged copy of a linear's W: see `relora_core.keep_merged_`."""
-        (out, inner), r = base.shape, self.rank
-        width = -(-(inner + r) // 8) * 8  # rows that a GPU reads in whole words
-        copy = torch.zeros((out, width), dtype=dtype, device=base.device)
+        copy = torch.zeros(self.copy_shape(base), dtype=dtype, device=base.device)
         self.merged_copy = nn.Parameter(copy, requires_grad=False)
         self.refresh_(base)
 
+    def copy_shape(self, base: Tensor) -> tuple[int, int]:
+        """Return the shape of [V | B], in rows that a GPU reads in whole words."""
+        return base.shape[0], -(-(math.prod(base.shape[1:]) + self.rank) // 8) * 8
+
     @torch.no_grad()
-    def refresh_(self, base: Tensor) -> None:
-        """Make the merged copy anew from W, A and B, if there is one."""
+    def refresh_(self, base: Tensor, *, zero: bool = False) -> None:
+        """Make the merged copy anew from W, A and B, if there is one.
+
+        Args:
+            base: W.
+            zero: whether B is known to be zero: A need not be gathered then.
+        """
         if self.merged_copy is None or self.lora_A.is_meta:
             return
-        update = self.update(base)
-        copy_rows_(self.merged_copy, 0, update.sum(), base)
-        copy_rows_(self.merged_copy, self.lora_A.shape[1], update.B, base)
+        self.refuse_gathered()
+        if zero:
+            V, B = self.exact(base), local(self.lora_B)
+        else:  # by the operation by which a merge adds: of a merged W, V has the same bits
+            update = self.update(base)
+            V, B = update.sum(self.merged_copy.dtype), update.B
+        copy_rows_(self.merged_copy, 0, V, base)
+        copy_rows_(self.merged_copy, self.lora_A.shape[1], B, base)
 
     def exact(self, base: Tensor) -> Tensor:
         """Return this process's part of W; of a split W its fp32 value, made anew.

@@ -30,7 +30,7 @@ class MergedLinear(torch.autograd.Function):
         """Return y."""
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
-        return F.linear(x, torch.addmm(W, B, A, alpha=s), b)
+        return F.linear(x, _sum(W, A, B, s), b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -38,9 +38,18 @@ class MergedLinear(torch.autograd.Function):
         x, W, A, B = ctx.saved_tensors
         need_x, need_W, need_A, need_B, need_b, _ = ctx.needs_input_grad
         (g,) = grads
-        dx = g @ torch.addmm(W, B, A, alpha=ctx.s) if need_x else None
+        dx = g @ _sum(W, A, B, ctx.s) if need_x else None
         dW = g.t() @ x if need_W else None
         dA = scaled((g @ B).t() @ x, ctx.s) if need_A else None
         dB = scaled(g.t() @ (x @ A.t()), ctx.s) if need_B else None
         db = g.sum(0) if need_b else None
         return dx, dW, dA, dB, db, None
+
+
+def _sum(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """Return W + s B A, by the operation by which a merge adds where there is a choice."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        # Inductor of torch 2.13 drops alpha from the sum of a product, and `out` has no derivative.
+        return torch.addmm(W, B, A, alpha=s)
+    V = B @ A
+    return torch.add(W, V, alpha=s, out=V)

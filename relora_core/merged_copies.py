@@ -6,10 +6,11 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import DeviceMesh, is_sharded, sharded_rows
+from relora_core._sharding import is_sharded, sharded_rows
 from relora_core.register import low_rank_owner
 from relora_core.sites import Site, low_rank_sites, sites_of
 

@@ -30,7 +30,8 @@ def sum_of_products(
         tensor([[1.5000]])
     """
     if torch.compiler.is_compiling():
-        return _operator(u, v, x, w, s, bias)
+        total: Tensor = _operator(u, v, x, w, s, bias)
+        return total
     return _computed(u, v, x, w, s, bias)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from relora_core.low_rank import LowRank
 
@@ -21,7 +22,7 @@ def share_class_(module: nn.Module) -> None:
     """
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
-    if not all(len(one) == 1 and isinstance(one[0], LowRank) for one in lists.values()):
+    if not all(_is_site(one) for one in lists.values()):
         return
     own = type(module)
     original = own.__bases__[0]
@@ -32,6 +33,11 @@ def share_class_(module: nn.Module) -> None:
         shared = metaclass(own.__name__, own.__bases__, _members(own) | {"__delattr__": _part_})
         _classes[key] = shared
     module.__class__ = shared
+
+
+def _is_site(found: nn.Module) -> bool:
+    assert isinstance(found, parametrize.ParametrizationList)
+    return len(found) == 1 and isinstance(found[0], LowRank)
 
 
 def own_class_(module: nn.Module) -> None:

@@ -85,12 +85,12 @@ class Site:
     def merge_(self, update: Update | None = None) -> None:
         """W += s B A (which `update` holds, if it was asked for already), and B is zeroed."""
         self.low_rank.merge_into_(self.weight, update)
-        self.refresh_()
+        self.low_rank.refresh_(self.weight, zero=True)
 
     def redraw_(self) -> None:
         """A takes its next draw, and B is zeroed."""
         self.low_rank.redraw_()
-        self.refresh_()
+        self.low_rank.refresh_(self.weight, zero=True)
 
     def refresh_(self) -> None:
         """Make the merged copy anew, if there is one: see `keep_merged_`."""

@@ -1,5 +1,6 @@
 """What a merge adds to W, as far as this process holds W."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,21 @@ class Update:
         """Add s B A to `total`, the block's value, in place: in fp32 at least, rounded once."""
         wide = self._wide(total)
         sum = total.to(wide).flatten(1)  # its own memory, unless it is narrower or not contiguous
-        sum.addmm_(self.B.to(wide), self.A.to(wide), alpha=self.s)
+        sum.add_(self._product(wide), alpha=self.s)
         if total.dtype != wide or not total.is_contiguous():
             total.copy_(sum.view(total.shape))
         return total
 
-    def sum(self) -> Tensor:
-        """Return the block's W + s B A, `(rows, columns)`, in fp32 at least, as a merge adds it."""
-        return self.add_(self.W.to(self._wide(self.W), copy=True)).flatten(1)
+    def sum(self, dtype: torch.dtype) -> Tensor:
+        """Return W + s B A, `(rows, columns)`: as a merge adds it, rounded to `dtype` after."""
+        wide = self._wide(self.W)
+        total = torch.empty(self.W.flatten(1).shape, dtype=dtype, device=self.W.device)
+        return torch.add(self.W.to(wide).flatten(1), self._product(wide), alpha=self.s, out=total)
+
+    def _product(self, wide: torch.dtype) -> Tensor:
+        device = self.A.device.type
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+            return self.B.to(wide) @ self.A.to(wide)
 
     def _wide(self, total: Tensor) -> torch.dtype:
         return torch.promote_types(torch.promote_types(total.dtype, self.A.dtype), torch.float32)

@@ -156,6 +156,7 @@ def sent_in_step(step: Step) -> list[Sent]:
         def take() -> None:
             forward_backward(stage.model, batch, 1, world)
             clip_grad_norm_(stage.parameters.values(), 1.0)
+            stage.optimizer.step()  # after which merged copies are made anew
 
         return sent_by(take)
 

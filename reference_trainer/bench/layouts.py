@@ -36,18 +36,23 @@ class Layout:
         bases: `parallel.layout`.
         shards: over how many processes what is trained, and a sharded base, is split, the others
             holding replicas (`parallel.replicas` = processes / shards); all of them if None.
+        base: `relora.base`.
+        merged: whether merged copies are kept where the trainer keeps them.
     """
 
     name: str
     low_rank: bool = True
     bases: Literal["shard", "replicate"] = "shard"
     shards: int | None = None
+    base: Literal["keep", "bf16"] = "keep"
+    merged: bool = True
 
 
-FULL, SHARD, REPLICATE = LAYOUTS = (
+FULL, SHARD, REPLICATE, BF16 = LAYOUTS = (
     Layout("full rank", low_rank=False),
     Layout("shard"),
     Layout("replicate", bases="replicate"),
+    Layout("replicate, base bf16", bases="replicate", base="bf16"),
 )
 
 
@@ -126,11 +131,13 @@ def laid_out(
     parallel = ParallelConfig(
         "cpu", step.precision, checkpoint_activations=step.recompute, layout=layout.bases
     )
-    relora = ReLoRAConfig(warm_start=0 if layout.low_rank else 2, rank=step.rank)
+    warm, base = (0 if layout.low_rank else 2), layout.base
+    base = base if step.precision != "fp32" else "keep"
+    relora = ReLoRAConfig(warm_start=warm, rank=step.rank, base=base)
     config = Config(steps=2, relora=relora, parallel=parallel, log=LogConfig(rank_sites=0))
     (phase,) = phases(config)
     with _HostMemory(memory) if memory else nullcontext():
-        model = build_model(config, phase, step.shape, world)
+        model = build_model(config, phase, step.shape, world, merged=layout.merged)
     with memory or nullcontext():
         return staged(model, config, phase, world)
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.nn.utils import clip_grad_norm_
 
+import relora_core as relora
 from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, world_of
 from reference_trainer.bench.memory import local, peak_bytes, state_bytes
 from reference_trainer.train import forward_backward
@@ -66,8 +68,7 @@ def track(step: Step, *, processes: int) -> Tracked:
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
             batch = step.batch(processes)
             tracker = _Timeline(stage.model, stage.optimizer)
-            tracker.track_inputs((batch,))
-            tracker.track_external(*states)
+            tracker.track_inputs((batch, *_unowned(stage.model)))
             with tracker:
                 forward_backward(stage.model, batch, 1, world)
                 *parts, last = tracker.parts
@@ -76,6 +77,12 @@ def track(step: Step, *, processes: int) -> Tracked:
             weights = sum(local(p).nbytes for p in stage.model.parameters())
             parts += [last[:count], [max(last[count:])]]
             return Tracked(weights, sum(local(t).nbytes for t in states), parts)
+
+
+def _unowned(model: nn.Module) -> list[Tensor]:
+    """Return the bases that FSDP2 does not own, of which the tracker does not know."""
+    sites = (site for _, site in relora.low_rank_sites(model))
+    return [local(s.weight) for s in sites if s.low_rank.merged_copy is not None]
 
 
 def measure_peak(step: Step) -> int:

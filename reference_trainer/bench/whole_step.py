@@ -1,5 +1,6 @@
 """The kernels of a training step of the trainer: those of its blocks, and all around them."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.kernels import Kernel, repeated
 from reference_trainer.bench.launched import Launched, compiling
 from reference_trainer.bench.layouts import Step, laid_out, pretended, world_of
+from reference_trainer.loss import chunk_loss, chunk_tokens
 from reference_trainer.model import Block, rotary_table
 from reference_trainer.train import forward_backward
 
@@ -30,45 +32,66 @@ class Part:
     kernels: list[Kernel]
 
 
-def block_kernels(arm: str, step: Step, *, compiled: bool = True) -> list[Kernel]:
-    """Return the kernels of forward and backward of one block, with the sequences of a micro-step.
+def linear_kernels(arm: str, step: Step, matrix: tuple[int, int]) -> list[Kernel]:
+    """Return the kernels of forward and backward of one linear, compiled.
 
     Args:
         arm: of `ARMS`.
         step: which.
-        compiled: whether the block is.
+        matrix: (out, in).
+    """
+    out, inner = matrix
+    with torch.device("meta"):
+        module = nn.Sequential(OrderedDict(a_proj=nn.Linear(inner, out, bias=False)))
+    return _module_kernels(module, arm, step, inner)
+
+
+def block_kernels(arm: str, step: Step) -> list[Kernel]:
+    """Return the kernels of forward and backward of one block, compiled.
+
+    Args:
+        arm: of `ARMS`.
+        step: of a micro-step's sequences.
     """
     with torch.device("meta"):
         block = Block(step.shape)
-    ARMS[arm](block, step.rank)
-    kept: list[nn.Parameter] = []
-    if step.precision != "fp32":
-        if arm == "ours" and step.layout.bases == "shard":  # as the trainer does
-            kept = relora.keep_merged_(block)
-        for p in block.parameters():
-            p.data = p.data if any(p is one for one in kept) else p.data.bfloat16()
-    return module_kernels(block, step, compiled=compiled)
+    table = rotary_table(step.length, step.shape, torch.device("cpu"))
+    return _module_kernels(block, arm, step, step.shape.hidden_size, *table)
 
 
-def module_kernels(block: nn.Module, step: Step, *, compiled: bool) -> list[Kernel]:
-    """Return the kernels of forward and backward of a block on the meta device."""
+def loss_kernels(step: Step) -> list[Kernel]:
+    """Return the kernels of the loss of a micro-step, its gradient included, compiled."""
+    left, vocabulary = step.sequences * step.length, step.shape.vocab_size
+    dtype, found = torch.float32 if step.precision == "fp32" else torch.bfloat16, []
+    while left:
+        tokens = min(left, chunk_tokens(vocabulary))
+        with FakeTensorMode(), compiling() as (backend, kernels):
+            z = torch.empty(tokens, vocabulary, dtype=dtype)
+            y = torch.empty(tokens, dtype=torch.long)
+            torch.compile(chunk_loss, backend=backend, fullgraph=True)(z, y, 1.0, True)
+        found += repeated(kernels, left // tokens)
+        left %= tokens
+    return found
+
+
+def _module_kernels(
+    module: nn.Module, arm: str, step: Step, inner: int, *others: Tensor
+) -> list[Kernel]:
+    ARMS[arm](module, step.rank)
     dtype = torch.float32 if step.precision == "fp32" else torch.bfloat16
+    if dtype != torch.float32:
+        merges = arm == "ours" and step.layout.merged and step.layout.base == "keep"
+        kept = relora.keep_merged_(module, dtype=dtype) if merges else []
+        for p in module.parameters():
+            p.data = p.data if any(p is one for one in kept) else p.data.to(dtype)
     memory = FakeTensorMode(allow_non_fake_inputs=True)
-    with memory:
-        block.to_empty(device="cpu")
-        x = torch.empty(
-            step.sequences, step.length, step.shape.hidden_size, dtype=dtype, requires_grad=True
-        )
-        table = rotary_table(step.length, step.shape, torch.device("cpu"))
-        if not compiled:
-            with Launched() as launched:
-                output = block(x, *table)
-                output.backward(torch.empty_like(output))
-            return launched.kernels
-        with compiling() as (backend, found):
-            output = torch.compile(block, backend=backend, fullgraph=True)(x, *table)
-            output.backward(torch.empty_like(output))
-        return found
+    with memory, compiling() as (backend, found):
+        module.to_empty(device="cpu")
+        size = (step.sequences, step.length, inner)
+        x = torch.empty(size, dtype=dtype, requires_grad=True)
+        output = torch.compile(module, backend=backend, fullgraph=True)(x, *others)
+        output.backward(torch.empty_like(output))
+    return found
 
 
 def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]:
@@ -85,6 +108,7 @@ def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]
         stage = laid_out(step, world, memory=memory)
         for layer in stage.model.model.layers:
             layer.forward = _Nothing(layer)
+        stage.model.chunk_loss = _no_loss
         batch = replace(step, sequences=step.sequences * micro_steps).batch(processes)
 
         def backward() -> None:
@@ -102,8 +126,9 @@ def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]
                 backward()
             with Launched() as updated:
                 update()
+    lost = repeated(loss_kernels(step), micro_steps)
     return [
-        Part("gathering, embedding, head and loss", computed.kernels),
+        Part("gathering, embedding, head and loss", computed.kernels + lost),
         Part("clipping and optimizer", updated.kernels),
     ]
 
@@ -121,6 +146,10 @@ def step_kernels(arm: str, step: Step, *, processes: int, micro_steps: int) -> l
     blocks = repeated(block_kernels(arm, step), times)
     around = around_blocks(step, processes=processes, micro_steps=micro_steps)
     return [Part("blocks", blocks), *around]
+
+
+def _no_loss(z: Tensor, y: Tensor, divisor: float, gradient: bool) -> Tensor:
+    return torch.empty((), dtype=torch.float32)
 
 
 class _Nothing:

@@ -15,7 +15,16 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import results
-from reference_trainer.bench.layouts import FULL, LAYOUTS, REPLICATE, SHARD, Layout, Step, pretended
+from reference_trainer.bench.layouts import (
+    BF16,
+    FULL,
+    LAYOUTS,
+    REPLICATE,
+    SHARD,
+    Layout,
+    Step,
+    pretended,
+)
 from reference_trainer.bench.projection import Cluster, step_seconds
 from reference_trainer.config import Precision
 from reference_trainer.environment import environment
@@ -28,7 +37,12 @@ from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.terminal import hidden
 
 KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
-_PHASES = {FULL: "warm start", SHARD: "ReLoRA, shard", REPLICATE: "ReLoRA, replicate"}
+_PHASES = {
+    FULL: "warm start",
+    SHARD: "ReLoRA, shard",
+    REPLICATE: "ReLoRA, replicate",
+    BF16: "ReLoRA, replicate, base bf16",
+}
 _ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and of its moments
 # Moments, and bytes an entry of each beside those of fp32 or bf16: 8 bits have a scale a block.
 _OPTIMIZERS = {"adamw": (2, None), "adamw8bit": (2, 1 + 4 / 256), "momentum": (1, None)}
@@ -71,6 +85,7 @@ class Row:
     Args:
         phase: as the table shows it.
         layout: "shard" or "replicate".
+        base: `relora.base`.
         recompute: whether activations are recomputed.
         weights: bytes of parameters on a GPU.
         optimizer: bytes of moments on a GPU.
@@ -84,6 +99,7 @@ class Row:
 
     phase: str
     layout: str
+    base: str
     recompute: bool
     weights: float
     optimizer: float
@@ -107,6 +123,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     work = [
         Step(layout, shape, arguments.rank, arguments.length, 1, recompute, arguments.precision)
         for layout in LAYOUTS
+        if arguments.precision != "fp32" or layout.base == "keep"
         for recompute in (False, True)
     ]
     options = {"processes": arguments.world_size, "moments": _share(arguments)}
@@ -178,6 +195,7 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
     saved = (warm.peak - low.peak) / GiB
     return [
         f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
+        f"--relora.base {low.base} "
         f"--parallel.checkpoint_activations {str(low.recompute).lower()}",
         f"Then a step of ReLoRA takes {share:.2f} of one of the warm start, and "
         f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}.",
@@ -248,6 +266,7 @@ def _row(
     return Row(
         _PHASES[peak.step.layout],
         peak.step.layout.bases,
+        peak.step.layout.base,
         peak.step.recompute,
         peak.weights,
         peak.optimizer,

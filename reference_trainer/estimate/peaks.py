@@ -57,13 +57,13 @@ def estimate_peak(step: Step, *, processes: int, moments: float = 1.0) -> Peak:
         gc.collect()  # the last one's tensors and hooks, which refer to each other
         return track_at_depth(replace(step, sequences=sequences), processes=processes)
 
-    one, two = tracked(1), tracked(2)
-    first, second = one.totals, two.totals
-    saved = (1 - moments) * one.optimizer
+    two, three = tracked(2), tracked(3)  # of a single one, flattened ids are no copy
+    first, second = two.totals, three.totals
+    saved = (1 - moments) * two.optimizer
     return Peak(
         step,
-        one.weights,
-        one.optimizer - saved,
-        2 * first - second - saved,
+        two.weights,
+        two.optimizer - saved,
+        3 * first - 2 * second - saved,
         second - first,
     )

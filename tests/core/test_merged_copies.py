@@ -48,7 +48,7 @@ def is_fresh(model):
     """Whether every copy is what W, A and B say, to the bit."""
     found = []
     for _, site in relora.low_rank_sites(model):
-        V = torch.addmm(site.weight, site.lora_B, site.lora_A, alpha=site.scale)
+        V = torch.add(site.weight, site.lora_B @ site.lora_A, alpha=site.scale)
         both = torch.cat((V, site.lora_B), dim=1).bfloat16()
         width = both.shape[1]
         found.append(torch.equal(site.low_rank.merged_copy[:, :width], both))
@@ -87,7 +87,7 @@ class TestForward:
         relora.keep_merged_(layer)
         x = torch.randn(tokens, inner)
         (_, site), *_ = relora.low_rank_sites(layer)
-        V = torch.addmm(site.weight, site.lora_B, site.lora_A, alpha=site.scale)
+        V = torch.add(site.weight, site.lora_B @ site.lora_A, alpha=site.scale)
         with autocast():
             assert torch.equal(layer(x), F.linear(x, V, layer[0].bias))
 

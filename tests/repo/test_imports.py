@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_sharding embedding files low_bits peft_format products randomness schedule "
-        "state_layouts",
+        "_sharding embedding files low_bits peft_format products randomness schedule state_layouts",
         "two_paths",
         "merged one_path",
         "linear quantized roll_call selection spectrum tensor_parallel",
@@ -37,20 +36,23 @@ LAYERS = {
         "testing.__main__",
     ],
     "reference_trainer": [
-        "__init__ bench.__init__ bench.memory environment errors estimate.__init__ "
-        "interruption model nearest peak report.__init__ streamed study.__init__ terminal",
-        "bench.arms bench.results config files flops study.trial",
+        "__init__ bench.__init__ bench.commands.__init__ bench.kernels bench.memory environment "
+        "errors estimate.__init__ interruption loss nearest peak report.__init__ streamed "
+        "study.__init__ terminal",
+        "bench.ceilings bench.fusion bench.results files model",
+        "bench.arms bench.launched config flops study.trial",
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
-        "checkpoint parallel prepare rank report.recorded",
-        "bench.subjects data pretrained report.panels saving",
+        "bench.options checkpoint parallel prepare rank report.recorded",
+        "bench.commands.show bench.subjects data pretrained report.panels saving",
         "report.page report.picture stage",
         "begin bench.measure evaluate export journal report.command study.tables study.train",
-        "bench.layouts bench.restarts plan study.picture",
-        "train",
-        "bench.checkpoints bench.communication bench.tracker estimate.gpus",
-        "bench.command estimate.depth study.command",
-        "estimate.peaks",
+        "bench.commands.step bench.layouts bench.restarts plan study.picture",
+        "bench.commands.prune bench.commands.restart train",
+        "bench.checkpoints bench.communication bench.tracker bench.whole_step estimate.gpus",
+        "bench.commands.checkpoint bench.commands.roofline bench.commands.traffic "
+        "estimate.depth study.command",
+        "bench.commands.memory estimate.peaks",
         "estimate.command",
         "commands.__init__ commands.export commands.prepare commands.train",
         "main",
@@ -63,8 +65,8 @@ MODULES = [
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
 USES_THE_CORE = (
-    "bench.arms bench.communication bench.restarts export journal phases plan rank "
-    "stage study.tables study.train world"
+    "bench.arms bench.communication bench.restarts bench.tracker bench.whole_step export journal "
+    "phases plan rank stage study.tables study.train world"
 )
 
 

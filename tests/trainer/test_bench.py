@@ -13,22 +13,16 @@ from reference_trainer.main import main
 from reference_trainer.model import Block, preset, rotary_table
 from tests.trainer.test_command_line import lines_of
 
-TINY = [
-    *(
-        "--model",
-        "9m",
-        "--layers",
-        "1",
-        "--tokens",
-        "32",
-        "--length",
-        "16",
-        "--rank",
-        "4",
-        "--vocab",
-        "50",
-    )
-]
+SHAPE = ["--model", "9m", "--layers", "1", "--vocab", "50"]
+BATCH = ["--tokens", "32", "--length", "16"]
+RANK = ["--rank", "4"]
+LEVELS = ("linear", "block", "model")
+OPTIONS = {
+    **{level: ["step", "--level", level, *SHAPE, *BATCH, *RANK] for level in LEVELS},
+    "restart": ["restart", *SHAPE, *RANK],
+    "prune": ["prune"],
+    "checkpoint": ["checkpoint", *SHAPE, *BATCH],
+}
 
 
 def test_all_arms_compute_the_same(monkeypatch):
@@ -58,9 +52,9 @@ def test_all_arms_compute_the_same(monkeypatch):
 
 class TestCommand:
     def run(self, level, *more):
-        return main(["bench", "--level", level, *TINY, "--out", f"{level}.jsonl", *more])
+        return main(["bench", *OPTIONS[level], "--out", f"{level}.jsonl", *more])
 
-    @pytest.mark.parametrize("level", ["linear", "block", "model"])
+    @pytest.mark.parametrize("level", LEVELS)
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
     def test_measures_every_arm_as_often_as_asked(self, level, dtype, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -87,7 +81,7 @@ class TestCommand:
         assert "| ours |" in printed
         assert " to " in printed
         assert (tmp_path / "block.png").stat().st_size > 5000
-        assert main(["bench", "--show", "block.jsonl", "--picture", "again.png"]) == 0
+        assert main(["bench", "show", "block.jsonl", "--picture", "again.png"]) == 0
         assert capsys.readouterr().out.splitlines()[:6] == printed.splitlines()[:6]
         assert (tmp_path / "again.png").is_file()
 
@@ -118,7 +112,7 @@ class TestCommand:
 
     def test_counts_without_writing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        count = ["bench", "--level", "model", "--count", "--dtype", "bf16"]
+        count = ["bench", "step", "--level", "model", "--count", "--dtype", "bf16"]
         assert main([*count, "--arms", "full", "ours"]) == 0
         assert "(0.786)" in capsys.readouterr().out
         assert not list(tmp_path.iterdir())
@@ -134,11 +128,9 @@ class TestCommand:
             (["--arms", "full", "full"], "an arm comes twice"),
             (["--tokens", "33"], "--tokens must be a multiple of --length; got tokens=33"),
             (["--rank", "129"], "--rank must be at most 128, the model's width; got 129"),
-            (["--count", "--level", "restart"], "--level restart is not made"),
+            (["--level", "restart"], "invalid choice: 'restart'"),
             (["--repeats", "0"], "must be at least 1; got 0"),
             (["--model", "2b"], "invalid choice: '2b'"),
-            (["--show", "none.jsonl"], "cannot read none.jsonl"),
-            (["--show", __file__], "cannot read"),
             (["--device", "cuda"], "torch sees no CUDA device"),
             (["--dtypes", "fp32"], "unknown option --dtypes"),
         ],
@@ -151,6 +143,11 @@ class TestCommand:
         assert len(error) == 1
         assert message in error[0]
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("file", ["none.jsonl", __file__])
+    def test_shows_no_file_that_is_no_measurement(self, file, capsys):
+        assert main(["bench", "show", file]) == 2
+        assert f"cannot read {file}" in capsys.readouterr().err
 
     def test_refuses_to_overwrite(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reference_trainer.main import _COMMANDS, main
+from reference_trainer.main import _BENCHMARKS, _COMMANDS, main
 from reference_trainer.options import write
 from tests.trainer.conftest import SOURCES
 
@@ -103,6 +103,9 @@ def test_a_directory_that_holds_another_run(tiny, tmp_path, capsys):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
         (["--quiet", "train"], "--quiet comes before a command: first one of train, prepare"),
+        (["bench", "--level", "block"], "--level comes before a command: first one of step, rest"),
+        (["bench"], "required: COMMAND"),
+        (["bench", "block"], "invalid choice: 'block'"),
         (["report", "none"], "none holds no metrics.jsonl"),
         (["export", "none"], "none holds no run"),
         (["prepare", "."], "exists already"),
@@ -118,7 +121,10 @@ def test_a_wrong_command(tmp_path, monkeypatch, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)])
+PATHS = [[name] for name in _COMMANDS] + [["bench", name] for name in _BENCHMARKS]
+
+
+@pytest.mark.parametrize("command", [[], *PATHS])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

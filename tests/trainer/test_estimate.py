@@ -21,7 +21,7 @@ from tests.trainer.test_command_line import lines_of
 
 SHAPE = LlamaShape(64, 96, 2, 4, 4, 800)  # of few sequences the head's gradient is the largest
 DEEP = dataclasses.replace(SHAPE, layers=6)
-FULL, SHARD, _ = (Step(layout, SHAPE, rank=8, length=16) for layout in LAYOUTS)
+FULL, SHARD, *_ = (Step(layout, SHAPE, rank=8, length=16) for layout in LAYOUTS)
 SMALL = ["estimate", "--model", "9m", "--world-size", "2", "--vocab", "300", "--length", "64"]
 SMALL += ["--rank", "16"]
 
@@ -97,7 +97,12 @@ class TestCommand:
         assert first["event"] == "estimate"
         assert [(r["phase"], r["recompute"]) for r in rows] == [
             (phase, recompute)
-            for phase in ("warm start", "ReLoRA, shard", "ReLoRA, replicate")
+            for phase in (
+                "warm start",
+                "ReLoRA, shard",
+                "ReLoRA, replicate",
+                "ReLoRA, replicate, base bf16",
+            )
             for recompute in (False, True)
         ]
         for row in rows:
@@ -122,10 +127,10 @@ class TestCommand:
         assert main(SMALL) == 0
         said = capsys.readouterr().out
         assert "It does not fit: a sequence at a time takes warm start" in said
-        assert said.count("none fits") == 6
+        assert said.count("none fits") == 8
 
     def test_takes_the_layout_that_is_fastest(self):
-        row = command.Row("warm start", "shard", False, 1, 1, 9, 4, 4, 1, 1.0, (2.0, 3.0))
+        row = command.Row("warm start", "shard", "keep", False, 1, 1, 9, 4, 4, 1, 1.0, (2.0, 3.0))
         slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))
         fast = dataclasses.replace(
             row, phase="ReLoRA, replicate", layout="replicate", seconds=(1.0, 1.5), micro=2

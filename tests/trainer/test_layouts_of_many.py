@@ -1,4 +1,4 @@
-"""`bench --comm` and `--memory`, and the model of clusters that is made of what they count."""
+"""`bench traffic` and `bench memory`, and the model of clusters that is made of what they count."""
 
 import dataclasses
 import json
@@ -37,21 +37,21 @@ def _elsewhere(tmp_path, monkeypatch):
 
 class TestCommand:
     def test_counts_every_layout(self, tmp_path, capsys):
-        assert main(["bench", "--comm", "--processes", "4", "--node", "2", *SMALL]) == 0
-        file = tmp_path / "runs/bench/comm-9m.jsonl"
+        assert main(["bench", "traffic", "--processes", "4", "--node", "2", *SMALL]) == 0
+        file = tmp_path / "runs/bench/traffic-9m.jsonl"
         first, *records = map(json.loads, file.read_text().splitlines())
-        assert first["level"] == "comm"
+        assert first["level"] == "traffic"
         assert [r["arm"] for r in records] == [layout.name for layout in layouts(4, 2)]
         sent = {r["arm"]: total(r["step"]) for r in records}
         assert sent["replicate"] < sent["shard"]
         table = capsys.readouterr().out
         assert "each of 4 processes sends" in table
         assert "| replicate, factors too |" in table
-        assert main(["bench", "--show", str(file)]) == 0
+        assert main(["bench", "show", str(file)]) == 0
         assert capsys.readouterr().out.strip() in table
 
     def test_tracks_every_layout(self, tmp_path, capsys):
-        assert main(["bench", "--memory", "--processes", "4", *SMALL]) == 0
+        assert main(["bench", "memory", "--processes", "4", *SMALL]) == 0
         file = tmp_path / "runs/bench/memory-9m.jsonl"
         records = [json.loads(line) for line in file.read_text().splitlines()][1:]
         assert [(r["arm"], r["recompute"]) for r in records] == [
@@ -62,16 +62,15 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (["--comm", "--memory"], "--comm and --memory exclude each other"),
-            (["--comm", "--count"], "--count and --comm exclude each other"),
-            (["--comm", "--tokens", "7"], "--tokens must be a multiple of --length"),
-            (["--memory", "--rank", "999"], "--rank must be at most 128"),
-            (["--comm", "--processes", "1"], "--comm needs 2 processes or more; got 1"),
-            (["--comm", "--processes", "6", "--node", "4"], "6 processes are no whole number of"),
+            (["traffic", "--tokens", "7"], "--tokens must be a multiple of --length"),
+            (["memory", "--rank", "999"], "--rank must be at most 128"),
+            (["traffic", "--processes", "1"], "bench traffic needs 2 processes or more; got 1"),
+            (["memory", "--processes", "1"], "bench memory needs 2 processes or more; got 1"),
+            (["traffic", "--processes", "6", "--node", "4"], "6 processes are no whole number of"),
         ],
     )
     def test_refuses_and_writes_nothing(self, tmp_path, capsys, given, message):
-        assert main(["bench", *SMALL, *given]) == 2
+        assert main(["bench", given[0], *SMALL, *given[1:]]) == 2
         (error,) = lines_of(capsys.readouterr().err)
         assert message in error
         assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def test_a_run_that_is_there_is_gone_on_with(finished, capsys):
 def test_it_needs_no_gpu_to_say_what_a_run_on_gpus_would_do(tiny, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     given = [*tiny, "--model.hidden_size", "1024", "--model.intermediate_size", "2048"]
-    given += ["--dry-run", "2", "--parallel.layout", "replicate", "--parallel.device"]
+    given += ["--dry-run", "2", "--parallel.layout", "shard", "--parallel.device"]
     there = planned(capsys, *given, "cuda")
     assert there == planned(capsys, *given, "cpu", "--parallel.precision", "bf16")
     assert there != planned(capsys, *given, "cpu")
@@ -91,6 +91,8 @@ def test_the_memory_is_that_of_what_is_built(layout, precision):
     }
     if not layout.low_rank:
         given["relora.warm_start"] = 20
+    if precision != "fp32":
+        given["relora.base"] = layout.base
     config = options.resolve(None, given)
     shape = config.model.shape(256)
     (phase,) = phases(config)[-1:]

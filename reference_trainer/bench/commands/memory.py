@@ -1,0 +1,58 @@
+"""The command `bench memory`: peak memory of a process, by layout, on tensors of sizes only."""
+
+import argparse
+import dataclasses
+
+import torch
+from tqdm import tqdm
+
+from reference_trainer.bench import options, results
+from reference_trainer.bench.commands.traffic import steps_of
+from reference_trainer.bench.tracker import measure_peak, track_peak
+from reference_trainer.config import ParallelConfig
+from reference_trainer.terminal import hidden
+from reference_trainer.world import open_world, world_size
+
+EXAMPLES = """examples:
+  python -m reference_trainer bench memory --model 7b --processes 8
+      over processes that are only pretended
+  torchrun --nproc-per-node 2 -m reference_trainer bench memory --model 9m
+      beside what the processes that there are really take
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    options.add_model(parser)
+    options.add_batch(parser)
+    options.add_rank(parser)
+    add = parser.add_argument
+    add("--processes", type=options.positive, default=8, help="how many (default: 8)")
+    add("--node", type=options.positive, default=8, help="processes on a node (default: 8)")
+    options.add_files(parser, "memory-MODEL")
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    steps, count = steps_of(arguments, "memory")
+    out = options.output_of(arguments, f"memory-{arguments.model}")
+    keys = ("model", "vocab", "tokens", "length", "rank")
+    first = options.head(arguments, "memory", torch.device("cpu"), *keys)
+    first["layers"] = steps[0].shape.layers
+    cases = [
+        dataclasses.replace(step, recompute=again) for step in steps for again in (False, True)
+    ]
+    records = [track_peak(step, processes=count) for step in tqdm(cases, disable=hidden())]
+    if world_size() > 1:
+        with open_world(ParallelConfig(device="cpu")) as world:
+            for step, record in zip(cases, records, strict=True):
+                record["measured"] = world.largest(measure_peak(step))
+            if not world.first:
+                return []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results.write([first, *records], out)
+    return [results.table([first, *records]), "", f"measurement: {out}"]

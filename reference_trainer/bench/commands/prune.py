@@ -1,0 +1,33 @@
+"""The command `bench prune`: exact pruning against `torch.quantile`."""
+
+import argparse
+
+from reference_trainer.bench import options
+from reference_trainer.bench.restarts import measure_prune
+from reference_trainer.config import ParallelConfig
+from reference_trainer.world import open_world
+
+EXAMPLES = """examples:
+  python -m reference_trainer bench prune
+      the smallest 99% of 2^24 entries, as many as torch.quantile takes, and of twice as many
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    options.add_timing(parser)
+    options.add_files(parser, "prune")
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    options.refuse_several()
+    out = options.output_of(arguments, "prune")
+    with open_world(ParallelConfig(device=arguments.device)) as world:
+        first = options.head(arguments, "prune", world.device, "seed")
+        found = measure_prune(world.device, repeats=arguments.repeats)
+    return options.written([first, *found], out, arguments.picture)

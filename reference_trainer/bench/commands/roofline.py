@@ -1,0 +1,201 @@
+"""The command `bench roofline`: the kernels of a step, and their times on a GPU not at hand."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from reference_trainer.bench import options
+from reference_trainer.bench.arms import parse_arms, usual
+from reference_trainer.bench.ceilings import CEILINGS, Ceilings
+from reference_trainer.bench.kernels import Kernel
+from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step
+from reference_trainer.bench.whole_step import Part, block_kernels, linear_kernels, step_kernels
+from reference_trainer.config import Precision
+from reference_trainer.errors import UserError
+from reference_trainer.flops import block_matrices
+from reference_trainer.model import LlamaShape
+from reference_trainer.terminal import hidden
+
+_LAYOUTS = {"shard": SHARD, "replicate": REPLICATE, "replicate-bf16": BF16}
+_SHOWN = 12  # kernels of a block in the table
+EXAMPLES = """examples:
+  python -m reference_trainer bench roofline --gpu h100 --model 1.3b --micro 8
+      every linear, one block and the whole step, all compiled, as ratios to full rank
+  python -m reference_trainer bench roofline --gpu rtx3090 --model 350m --micro 16 --accumulate 4
+      a step of four micro-batches on another GPU
+  python -m reference_trainer bench roofline --layout replicate --json roofline.jsonl
+      every kernel with operations, bytes, time and what binds it, as JSON lines
+
+Torch compiles the blocks into the graphs that a code generator is given; what lies between products
+is fused by inductor's rules. What the trainer does around the blocks runs on tensors that have
+sizes only. A kernel takes as long as its arithmetic or its memory takes at the measured ceiling,
+whichever is longer. Left out: gaps between launches, products too small or too odd to reach the
+ceiling, caches, and the network (`bench traffic` and `estimate` count that).
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    options.add_model(parser)
+    options.add_rank(parser)
+    add = parser.add_argument
+    add("--gpu", default="h100", choices=CEILINGS, help="whose ceilings (default: h100)")
+    add("--micro", type=options.positive, default=8, help="sequences at once (default: 8)")
+    add("--length", type=options.positive, default=1024, help="tokens of each (default: 1024)")
+    add("--accumulate", type=options.positive, default=1, help="micro-steps a step (default: 1)")
+    add("--processes", type=options.positive, default=1, help="GPUs (default: 1)")
+    add(
+        "--layout", default="shard", choices=_LAYOUTS, help="of the low-rank phase (default: shard)"
+    )
+    precisions = [name for name in get_args(Precision) if name != "auto"]
+    add("--precision", default="bf16", choices=precisions, help="parallel.precision")
+    names = [*usual(), "two-paths"]
+    names.remove("dense")
+    add("--arms", nargs="+", default=names, help=f"without full, the baseline ({' '.join(names)})")
+    add("--json", type=Path, metavar="FILE", help="JSON lines to write: a line each kernel")
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    shape, ceilings = options.shape_of(arguments), CEILINGS[arguments.gpu]
+    arms = [arm for _, arm, _ in parse_arms(["full", *(n for n in arguments.arms if n != "full")])]
+    if arguments.json and arguments.json.exists():
+        raise UserError(f"{arguments.json} exists already: give --json another name")
+    keys = ("gpu", "model", "micro", "length", "accumulate", "processes", "layout", "precision")
+    first = options.head(arguments, "roofline", torch.device("cpu"), *keys, "rank", "vocab")
+    records = [first | {"layers": shape.layers}]
+    for level, subject, arm, parts in tqdm(
+        _subjects(arms, shape, arguments),
+        total=len(arms) * (len(_matrices(shape)) + 2),
+        desc="compiling",
+        disable=hidden(),
+    ):
+        records += _records(level, subject, arm, parts, ceilings)
+    _add_ratios(records)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [_title(records[0]), *_tables(records, ceilings)]
+
+
+def _subjects(arms: Sequence[str], shape: LlamaShape, arguments: argparse.Namespace) -> Any:
+    for arm in arms:
+        layout = (
+            FULL if arm == "full" else replace(_LAYOUTS[arguments.layout], merged=arm == "ours")
+        )
+        sizes = (arguments.rank, arguments.length, arguments.micro)
+        step = Step(layout, shape, *sizes, precision=arguments.precision)
+        for matrix in _matrices(shape):
+            name = "linear {} x {}".format(*matrix)
+            yield "linear", name, arm, [Part("linear", linear_kernels(arm, step, matrix))]
+        yield "block", "block", arm, [Part("block", block_kernels(arm, step))]
+        numbers = {"processes": arguments.processes, "micro_steps": arguments.accumulate}
+        yield "step", "whole step", arm, step_kernels(arm, step, **numbers)
+
+
+def _matrices(shape: LlamaShape) -> list[tuple[int, int]]:
+    return list(dict.fromkeys(block_matrices(shape)))
+
+
+def _records(
+    level: str, subject: str, arm: str, parts: Sequence[Part], ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    kernels = [kernel for part in parts for kernel in part.kernels]
+    whole: dict[str, Any] = {"event": "arm", "level": level, "subject": subject, "arm": arm}
+    whole["seconds"] = sum(map(ceilings.seconds, kernels))
+    whole["kernels"] = sum(kernel.times for kernel in kernels)
+    whole["bytes"] = sum(kernel.times * kernel.moved for kernel in kernels)
+    whole["flops"] = sum(kernel.times * kernel.flops for kernel in kernels)
+    whole["parts"] = {part.name: sum(map(ceilings.seconds, part.kernels)) for part in parts}
+    lines = [
+        {"event": "kernel", "subject": subject, "arm": arm, "part": part.name}
+        | _kernel(kernel, ceilings)
+        for part in parts
+        for kernel in part.kernels
+    ]
+    return [whole, *lines]
+
+
+def _kernel(kernel: Kernel, ceilings: Ceilings) -> dict[str, Any]:
+    return {
+        "kernel": kernel.name,
+        "times": kernel.times,
+        "flops": kernel.flops,
+        "read": kernel.read,
+        "written": kernel.written,
+        "seconds": ceilings.seconds(kernel),
+        "bound": ceilings.bound(kernel),
+    }
+
+
+def _add_ratios(records: list[dict[str, Any]]) -> None:
+    arms = [record for record in records if record["event"] == "arm"]
+    full = {record["subject"]: record["seconds"] for record in arms if record["arm"] == "full"}
+    for record in arms:
+        record["ratio"] = record["seconds"] / full[record["subject"]]
+
+
+def _title(first: dict[str, Any]) -> str:
+    return (
+        f"{first['model']} ({first['layers']} blocks, rank {first['rank']}), {first['processes']} "
+        f"x {first['gpu']}, {first['accumulate']} x {first['micro']} sequences of "
+        f"{first['length']}, {first['precision']}, layout {first['layout']}; compiled, by "
+        "ceilings; torch " + str(first["torch"])
+    )
+
+
+def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
+    arms = [record for record in records if record["event"] == "arm"]
+    lines = []
+    for subject in dict.fromkeys(record["subject"] for record in arms):
+        own = [record for record in arms if record["subject"] == subject]
+        parts = list(own[0]["parts"]) if len(own[0]["parts"]) > 1 else []
+        header = ["arm", "time", "ratio", "kernels", "GB", "TFLOP", *parts]
+        lines += ["", f"**{subject}**", "", _line(header), _line(["---"] * len(header))]
+        for one in own:
+            cells = [
+                one["arm"],
+                _time(one["seconds"]),
+                f"{one['ratio']:.3f}",
+                f"{one['kernels']:,}",
+                f"{one['bytes'] / 1e9:,.2f}",
+                f"{one['flops'] / 1e12:,.3f}",
+                *(_time(one["parts"][part]) for part in parts),
+            ]
+            lines.append(_line(cells))
+    return [*lines, *_longest(records, arms[-1]["arm"])]
+
+
+def _longest(records: Sequence[dict[str, Any]], arm: str) -> list[str]:
+    """Return the kernels of a block that take longest."""
+    name = "ours" if any(record.get("arm") == "ours" for record in records) else arm
+    found: dict[tuple[str, str], list[float]] = {}
+    for one in records:
+        if one["event"] == "kernel" and one["subject"] == "block" and one["arm"] == name:
+            key = (one["kernel"], one["bound"])
+            found.setdefault(key, []).append(one["seconds"])
+    longest = sorted(found.items(), key=lambda item: -sum(item[1]))[:_SHOWN]
+    lines = ["", f"**a block's kernels, {name}**", "", _line(["kernel", "times", "time", "bound"])]
+    lines.append(_line(["---"] * 4))
+    return lines + [
+        _line([kernel, str(len(times)), _time(sum(times)), bound])
+        for (kernel, bound), times in longest
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-2 else f"{seconds * 1e6:,.0f} us"

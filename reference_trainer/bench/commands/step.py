@@ -1,0 +1,83 @@
+"""The command `bench step`: a training step of a linear, a block or a model, by arms in turn."""
+
+import argparse
+from typing import Any
+
+from reference_trainer.bench import options, results
+from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
+from reference_trainer.bench.measure import count, measure
+from reference_trainer.bench.subjects import DTYPES, subjects
+from reference_trainer.config import ParallelConfig
+from reference_trainer.world import open_world
+
+EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
+
+examples:
+  python -m reference_trainer bench step --level block --model 1.3b --dtype bf16
+      one block at 4096 tokens: full rank, a plain parametrization, two paths, ours, PEFT
+  python -m reference_trainer bench step --level linear --model 60m --arms full two-paths merged
+      the forms of the linear, over each shape of matrix that the model has
+  python -m reference_trainer bench step --level model --model 1.3b --dtype mixed --tokens 16384 \\
+      --arms full-compiled ours ours-compiled
+      the whole model as the trainer runs it; ratios are to the first arm
+  python -m reference_trainer bench step --level model --model 1.3b --count
+      floating-point operations only, in a second, without memory for the weights
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    levels = ("linear", "block", "model")
+    add("--level", default="block", choices=levels, help="what runs (default: block)")
+    options.add_model(parser)
+    names = usual()
+    add("--arms", nargs="+", default=names, help=f"the first is the baseline ({' '.join(names)})")
+    dtypes = "bf16: weights too; mixed: fp32 weights, computed in bf16 (default: fp32)"
+    add("--dtype", default="fp32", choices=DTYPES, help=dtypes)
+    options.add_batch(parser)
+    options.add_rank(parser)
+    add("--checkpoint-activations", action="store_true", help="recompute blocks (level model)")
+    add("--count", action="store_true", help="count operations on meta tensors, and stop")
+    options.add_timing(parser)
+    options.add_files(parser, "LEVEL-MODEL-DTYPE")
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    options.refuse_several()
+    shape, arms = options.shape_of(arguments), parse_arms(arguments.arms)
+    default = f"{arguments.level}-{arguments.model}-{arguments.dtype}"
+    out = None if arguments.count else options.output_of(arguments, default)
+    chosen = subjects(
+        arguments.level,
+        shape,
+        dtype=arguments.dtype,
+        sequences=arguments.tokens // arguments.length,
+        length=arguments.length,
+    )
+    batch = ("tokens", "length", "checkpoint_activations")
+    keys = ("model", "vocab", "seed", "dtype", "rank", *batch)
+    with open_world(ParallelConfig(device=arguments.device)) as world:
+        first = options.head(arguments, arguments.level, world.device, *keys)
+        records: list[dict[str, Any]] = [first | {"layers": shape.layers}]
+        for subject in chosen:
+            if out is None:
+                records += count(subject, arms, rank=arguments.rank)
+                continue
+            records += measure(
+                subject,
+                arms,
+                world,
+                rank=arguments.rank,
+                repeats=arguments.repeats,
+                seed=arguments.seed,
+                recompute=arguments.checkpoint_activations,
+            )
+    if out is None:
+        return [results.table(records)]
+    return options.written(records, out, arguments.picture)

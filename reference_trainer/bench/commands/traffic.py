@@ -1,0 +1,80 @@
+"""The command `bench traffic`: bytes that a process sends in a step and in a restart, by layout."""
+
+import argparse
+
+import torch
+from tqdm import tqdm
+
+from reference_trainer.bench import options, results
+from reference_trainer.bench.communication import measure_traffic
+from reference_trainer.bench.layouts import Step, layouts, pretended
+from reference_trainer.config import ParallelConfig
+from reference_trainer.errors import UserError
+from reference_trainer.terminal import hidden
+from reference_trainer.world import open_world, world_size
+
+EXAMPLES = """examples:
+  python -m reference_trainer bench traffic --model 1.3b --processes 4
+      over processes that are only pretended
+  torchrun --nproc-per-node 2 -m reference_trainer bench traffic --model 9m
+      over those that there are
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    options.add_model(parser)
+    options.add_batch(parser)
+    options.add_rank(parser)
+    add = parser.add_argument
+    add("--processes", type=options.positive, default=8, help="how many (default: 8)")
+    add("--node", type=options.positive, default=8, help="processes on a node (default: 8)")
+    options.add_files(parser, "traffic-MODEL")
+
+
+def steps_of(arguments: argparse.Namespace, kind: str) -> tuple[list[Step], int]:
+    """Return a step in each layout, and how many processes there are or are pretended.
+
+    Raises:
+        UserError: if the processes cannot be laid out.
+    """
+    shape = options.shape_of(arguments)
+    count = world_size() if world_size() > 1 else arguments.processes
+    if count < 2:
+        raise UserError(f"bench {kind} needs 2 processes or more; got {count}")
+    if count > arguments.node and count % arguments.node:
+        raise UserError(
+            f"{count} processes are no whole number of nodes of {arguments.node}: give --node"
+        )
+    sequences = arguments.tokens // arguments.length
+    steps = [
+        Step(layout, shape, arguments.rank, arguments.length, sequences)
+        for layout in layouts(count, arguments.node)
+    ]
+    return steps, count
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Run the command and return what it prints.
+
+    Raises:
+        UserError: if something given is wrong; nothing is written then.
+    """
+    steps, count = steps_of(arguments, "traffic")
+    out = options.output_of(arguments, f"traffic-{arguments.model}")
+    keys = ("model", "vocab", "tokens", "length", "rank")
+    first = options.head(arguments, "traffic", torch.device("cpu"), *keys)
+    first["layers"] = steps[0].shape.layers
+    records = []
+    if world_size() > 1:
+        with open_world(ParallelConfig(device="cpu")) as world:
+            records = [measure_traffic(step) for step in steps]
+            if not world.first:
+                return []
+    else:
+        for step in tqdm(steps, disable=hidden()):
+            with pretended(count):
+                records.append(measure_traffic(step))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results.write([first, *records], out)
+    return [results.table([first, *records]), "", f"measurement: {out}"]

@@ -1,0 +1,75 @@
+"""Cross-entropy in chunks of tokens: all logits exist once, in the dtype they were made in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+_ENTRIES = 2**24  # of a chunk: 64 MiB in fp32
+
+
+ChunkLoss = Callable[[Tensor, Tensor, float, bool], Tensor]
+
+
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, *, divisor: float, chunk: ChunkLoss | None = None
+) -> Tensor:
+    r"""Return $\frac{1}{c} \sum_t \log \sum_v e^{z_{tv}} - z_{t y_t}$, fp32, with $c$ = `divisor`.
+
+    Every chunk is computed in fp32. Where gradients are on, the gradient takes the place of the
+    logits at once, so that backward may run once only, and nothing else may use the logits.
+
+    Args:
+        logits: z, `(tokens, vocabulary)`, changed in place.
+        targets: y, `(tokens,)`, ids; `IGNORED` adds nothing.
+        divisor: c: the number of targets for their mean, 1 for their sum.
+        chunk: `chunk_loss` if None, or that compiled.
+
+    Examples:
+        >>> cross_entropy_(torch.zeros(2, 4), torch.tensor([1, IGNORED]), divisor=1)  # log 4
+        tensor(1.3863)
+    """
+    loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, targets, divisor, chunk or chunk_loss
+    )
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, divisor: float, chunk: ChunkLoss
+    ) -> Tensor:
+        needed, tokens = ctx.needs_input_grad[0], chunk_tokens(logits.shape[1])
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        chunks = torch.split(logits, tokens), torch.split(targets, tokens)
+        for z, y in zip(*chunks, strict=True):
+            total += chunk(z, y, divisor, needed)
+        ctx.gradient = logits if needed else None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None:
+            raise RuntimeError("the gradient of this loss has been used: run forward again")
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grads[0]), None, None, None
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Return how many tokens a chunk has."""
+    return max(1, _ENTRIES // vocabulary)
+
+
+def chunk_loss(z: Tensor, y: Tensor, divisor: float, gradient: bool) -> Tensor:
+    """Return the loss of a chunk; with `gradient`, put its gradient where the logits are."""
+    logs = z.float().log_softmax(dim=1)
+    counted = y != IGNORED
+    place = y.clamp(min=0).unsqueeze(1)
+    loss = -(logs.gather(1, place).squeeze(1) * counted).sum() / divisor
+    if gradient:
+        p = logs.exp_().scatter_add_(1, place, torch.full_like(place, -1, dtype=logs.dtype))
+        torch.mul(p, (counted / divisor).unsqueeze(1), out=z)
+    return loss
