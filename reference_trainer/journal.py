@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -41,6 +42,7 @@ class Journal:
         self._seconds = 0.0
         self._began = 0.0
         self._peak = PeakMemory(world.device)
+        self._graphs = graphs()
 
     def steps(self, start: int) -> Iterator[int]:
         """Iterate over the phase's steps from `start`, with a progress bar on a terminal."""
@@ -127,10 +129,17 @@ class Journal:
         self._began = time.perf_counter()
 
     def end(self) -> None:
-        """Record the spectra that the phase has reached, its last cycle counted as merged."""
+        """Record the graphs that were compiled, and the spectra that the phase has reached.
+
+        Its last cycle is counted as merged.
+        """
+        phase, compiled = self.stage.phase, graphs() - self._graphs
+        if compiled:
+            self.metrics.write("compiled", phase.stop, phase=phase.name, graphs=compiled)
+            self._say(logging.INFO, phase.stop, f"compiled {compiled} graphs")
         if self.stage.spectra is None:
             return
-        spectra, phase = self._spectra(), self.stage.phase
+        spectra = self._spectra()
         self.metrics.write(
             "end",
             phase.stop,
@@ -151,6 +160,15 @@ class Journal:
 
     def _spectra(self) -> dict[str, relora.Spectrum]:
         return self.stage.spectra.measure() if self.stage.spectra is not None else {}
+
+
+def graphs() -> int:
+    """Return how many graphs this process has compiled: for all blocks of a phase it should be 2.
+
+    One is of training and one of evaluation; the loss has a few more.
+    """
+    counters = sys.modules.get("torch._dynamo.utils")  # which costs a second to import
+    return 0 if counters is None else int(counters.counters["stats"]["unique_graphs"])
 
 
 def is_spike(mean: float, before: Collection[float]) -> bool:

@@ -13,8 +13,8 @@ from reference_trainer.files import write_whole
 class Metrics:
     """The writer of `metrics.jsonl`: silent on all processes but the first.
 
-    Each record has an "event" ("start", "step", "evaluation", "restart", "end", "skipped",
-    "spike"), a "step", and last a "crc32" of what stands before it.
+    Each record has an "event" ("start", "step", "evaluation", "restart", "compiled", "end",
+    "skipped", "spike"), a "step", and last a "crc32" of what stands before it.
 
     Args:
         directory: of the run.
@@ -111,7 +111,8 @@ def _line(record: dict[str, Any]) -> str:
 
 def _is_before(record: dict[str, Any], step: int, phase: str) -> bool:
     # At its own step a checkpoint comes after the phase's evaluation and end.
-    closing = record["event"] in ("evaluation", "end") and record.get("phase") == phase
+    last = ("evaluation", "compiled", "end")
+    closing = record["event"] in last and record.get("phase") == phase
     return bool(record["step"] < step or (record["step"] == step and closing))
 
 
