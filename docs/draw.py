@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
-from reference_trainer.bench.projection import CLUSTERS, step_seconds
+from reference_trainer.bench.projection import CLUSTERS, communication_seconds
 from reference_trainer.estimate.command import KEPT_FREE, Row, advice, table
 from reference_trainer.estimate.gpus import GPUS
 from reference_trainer.files import replaced
@@ -113,19 +113,27 @@ def optimizers() -> str:
     return "\n".join(lines)
 
 
-SIZES = {"sequences": 1024, "length": 1024, "micro": 16, "rank": 128}
-
-
 def projection() -> str:
     """Return the table of modelled step times, of every cluster, layout and number of GPUs."""
-    shape = preset("1.3b", vocab_size=32_000)
+    sequences, most = 1024, 16  # of a step, and at once on a GPU
     counts = (8, 64, 1024)
     blocks = []
     for cluster in CLUSTERS:
         rows: dict[str, dict[int, str]] = {}
         for count in counts:
-            _, *found = results.read(DOCS / f"results/scaling/comm-1.3b-{count}.jsonl")
-            times = {r["arm"]: step_seconds(r, shape, cluster, **SIZES) for r in found}
+            first, *found = results.read(DOCS / f"results/scaling/traffic-1.3b-{count}.jsonl")
+            at_once = first["tokens"] // first["length"]
+            micro_steps = sequences // count // at_once
+            assert at_once == min(most, sequences // count)
+            times = {}
+            for r in found:
+                once, each = r["computed"][cluster.gpu]
+                times[r["arm"]] = (
+                    once + micro_steps * each,
+                    communication_seconds(
+                        r["step"], r["micro_step"], cluster, micro_steps=micro_steps
+                    ),
+                )
             full = [both for arm, both in times.items() if arm.startswith("full rank")]
             hidden, exposed = min(map(max, full)), min(map(sum, full))
             for arm, both in times.items():
@@ -139,12 +147,47 @@ def projection() -> str:
     return "\n\n".join(blocks)
 
 
+def roofline_arms() -> str:
+    """Return the table of ratios by the roofline, of every arm and layout."""
+    rows: dict[str, dict[str, str]] = {}
+    for layout in ("shard", "replicate", "replicate-bf16"):
+        _, *records = results.read(DOCS / f"results/roofline/1.3b-h100-{layout}-8.jsonl")
+        for record in records:
+            if record["event"] == "arm" and (layout == "shard" or record["arm"] == "ours"):
+                arm = record["arm"] if record["arm"] != "ours" else f"ours, {layout}"
+                rows.setdefault(arm, {})[record["subject"]] = f"{record['ratio']:.3f}"
+    subjects = list(next(iter(rows.values())))
+    lines = [["arm", *subjects], ["---"] * (1 + len(subjects))]
+    lines += [[arm, *(found[subject] for subject in subjects)] for arm, found in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def roofline_steps() -> str:
+    """Return the table of whole steps by the roofline, by size, GPU and batch."""
+    layouts = ("shard", "replicate", "replicate-bf16")
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for file in sorted((DOCS / "results/roofline").glob("*.jsonl")):
+        first, *records = results.read(file)
+        batch = f"{first['accumulate']} x {first['micro']}"
+        (own,) = (
+            record
+            for record in records
+            if record["event"] == "arm"
+            and (record["subject"], record["arm"]) == ("whole step", "ours")
+        )
+        shown = f"{own['ratio']:.3f} ({own['seconds'] * 1e3:,.0f} ms)"
+        rows.setdefault((first["model"], first["gpu"], batch), {})[first["layout"]] = shown
+    lines = [["model", "GPU", "sequences", *layouts], ["---"] * 6]
+    lines += [[*key, *(found.get(name, "") for name in layouts)] for key, found in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def traffic(picture: Path) -> None:
     """Draw what a process sends in a step, by collective, as shares of full rank."""
     figure = Figure(figsize=(9, 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, 2, sharex=True), ("1.3b", "130m"), strict=True):
-        _, *records = results.read(DOCS / f"results/scaling/comm-{name}-4.jsonl")
+        _, *records = results.read(DOCS / f"results/scaling/traffic-{name}-4.jsonl")
         full = results.total(records[0]["step"])
         colours = {"all-gather": "#9ecae1", "reduce-scatter": "#fdae6b", "all-reduce": "#d94801"}
         for kind, colour in colours.items():
@@ -364,6 +407,8 @@ TABLES = {
     "optimizers": optimizers,
     "projection": projection,
     "promises": promises,
+    "roofline-arms": roofline_arms,
+    "roofline-steps": roofline_steps,
 }
 
 

@@ -32,6 +32,7 @@ def require(holds: bool, rule: str, **values: object) -> None:
 
 
 Precision = Literal["auto", "fp32", "bf16", "pure-bf16"]
+Reduce = Literal["step", "micro-step"]
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,11 @@ class ParallelConfig:
         "shard",
         "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "
         "what is computed with whole on every process ('replicate'), gathered once a step at most",
+    )
+    reduce: Reduce = option(
+        "step",
+        "gradients that are accumulated: once a 'step', whole on every process until then, or in "
+        "every 'micro-step', sharded (less memory, more sent)",
     )
     replicas: int = option(
         1, "copies of what is sharded, each over processes / replicas of them (HSDP)"

@@ -5,7 +5,7 @@ import torch
 
 from reference_trainer.config import Config
 from reference_trainer.data import Windows
-from reference_trainer.loss import IGNORED, cross_entropy_
+from reference_trainer.loss import IGNORED
 from reference_trainer.model import Llama
 from reference_trainer.world import World
 
@@ -27,6 +27,6 @@ def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> f
         mine = part[world.rank].to(world.device)
         tokens = mine[:, :-1].clamp(min=0)
         logits, targets = model(tokens).flatten(0, 1), mine[:, 1:].flatten()
-        total += cross_entropy_(logits, targets, divisor=1, chunk=model.chunk_loss)
+        total += model.loss(logits, targets, divisor=1)
     model.reshard()  # type: ignore[operator]
     return world.sum(total) / (count * config.batch.length)

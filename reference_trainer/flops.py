@@ -64,24 +64,6 @@ def step_flops(form: Form, shape: LlamaShape, *, sequences: int, length: int, ra
     return shape.layers * (matrices + attention) + head
 
 
-def recomputed_flops(
-    form: Form, shape: LlamaShape, *, sequences: int, length: int, rank: int
-) -> int:
-    """Return what a step costs more where every block's forward is computed again in backward.
-
-    Args:
-        form: how the update is computed: "full rank" or "two paths".
-        shape: of the model.
-        sequences: in the batch.
-        length: tokens of each.
-        rank: r.
-    """
-    tokens, thin = sequences * length, 0 if form == "full rank" else rank
-    matrices = sum(2 * tokens * (m * n + thin * (m + n)) for m, n in block_matrices(shape))
-    attention = 2 * tokens * length * shape.heads * shape.head_size
-    return shape.layers * (matrices + attention)
-
-
 def block_matrices(shape: LlamaShape) -> list[tuple[int, int]]:
     """Return (out, in) of the seven matrices of a block.
 

@@ -1,52 +1,51 @@
 """Cross-entropy in chunks of tokens: all logits exist once, in the dtype they were made in."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 _ENTRIES = 2**24  # of a chunk: 64 MiB in fp32
 
 
-ChunkLoss = Callable[[Tensor, Tensor, float, bool], Tensor]
+class CrossEntropy(nn.Module):
+    r"""$\frac{1}{c} \sum_t \log \sum_v e^{z_{tv}} - z_{t y_t}$, every chunk of it in fp32.
 
-
-def cross_entropy_(
-    logits: Tensor, targets: Tensor, *, divisor: float, chunk: ChunkLoss | None = None
-) -> Tensor:
-    r"""Return $\frac{1}{c} \sum_t \log \sum_v e^{z_{tv}} - z_{t y_t}$, fp32, with $c$ = `divisor`.
-
-    Every chunk is computed in fp32. Where gradients are on, the gradient takes the place of the
-    logits at once, so that backward may run once only, and nothing else may use the logits.
-
-    Args:
-        logits: z, `(tokens, vocabulary)`, changed in place.
-        targets: y, `(tokens,)`, ids; `IGNORED` adds nothing.
-        divisor: c: the number of targets for their mean, 1 for their sum.
-        chunk: `chunk_loss` if None, or that compiled.
+    Where gradients are on, the gradient takes the place of the logits at once, so that backward
+    may run once only, and nothing else may use the logits.
 
     Examples:
-        >>> cross_entropy_(torch.zeros(2, 4), torch.tensor([1, IGNORED]), divisor=1)  # log 4
+        >>> CrossEntropy()(torch.zeros(2, 4), torch.tensor([1, IGNORED]), divisor=1)  # log 4
         tensor(1.3863)
     """
-    loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits, targets, divisor, chunk or chunk_loss
-    )
-    return loss
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_chunk = chunk_loss
+
+    def forward(self, logits: Tensor, targets: Tensor, *, divisor: float) -> Tensor:
+        """Return the loss, an fp32 scalar.
+
+        Args:
+            logits: z, `(tokens, vocabulary)`, changed in place.
+            targets: y, `(tokens,)`, ids; `IGNORED` adds nothing.
+            divisor: c: the number of targets for their mean, 1 for their sum.
+        """
+        loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+            logits, targets, divisor, self.of_chunk
+        )
+        return loss
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, divisor: float, chunk: ChunkLoss
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, divisor: float, of_chunk: Any) -> Tensor:
         needed, tokens = ctx.needs_input_grad[0], chunk_tokens(logits.shape[1])
         total = torch.zeros((), dtype=torch.float32, device=logits.device)
         chunks = torch.split(logits, tokens), torch.split(targets, tokens)
         for z, y in zip(*chunks, strict=True):
-            total += chunk(z, y, divisor, needed)
+            total += of_chunk(z, y, divisor, needed)
         ctx.gradient = logits if needed else None
         return total
 

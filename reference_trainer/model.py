@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from reference_trainer.loss import ChunkLoss, chunk_loss, cross_entropy_
+from reference_trainer.loss import CrossEntropy
 
 
 @dataclass(frozen=True)
@@ -225,15 +225,15 @@ class Llama(nn.Module):
         self.shape = shape
         self.model = Decoder(shape)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
-        self.chunk_loss: ChunkLoss = chunk_loss
+        self.loss = CrossEntropy()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Map ids (b, t) to logits (b, t, vocab); with targets (b, t), to the mean loss in nats."""
         logits: Tensor = self.lm_head(self.model(tokens))
         if targets is None:
             return logits
-        flat, ids = logits.flatten(0, 1), targets.flatten()
-        return cross_entropy_(flat, ids, divisor=targets.numel(), chunk=self.chunk_loss)
+        loss: Tensor = self.loss(logits.flatten(0, 1), targets.flatten(), divisor=targets.numel())
+        return loss
 
 
 def rotary_table(length: int, shape: LlamaShape, device: torch.device) -> tuple[Tensor, Tensor]:

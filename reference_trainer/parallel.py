@@ -64,7 +64,7 @@ def build(
         if compiled:
             layers[index].compile()
     if compiled:
-        model.chunk_loss = torch.compile(chunk_loss)
+        model.loss.of_chunk = torch.compile(chunk_loss)
 
     dtype = compute_dtype(config, world.device)
     policy = MixedPrecisionPolicy(

@@ -19,7 +19,7 @@ from reference_trainer.begin import (
     goes_on,
     open_directory,
 )
-from reference_trainer.config import Config
+from reference_trainer.config import Config, Reduce
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
 from reference_trainer.errors import Stopped
@@ -149,7 +149,9 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
                 world.refuse(f"the restart at step {step} was refused: {error}")
             journal.restart(step, report)
 
-        loss = forward_backward(stage.model, run.batches.at(step), micro_steps, world)
+        loss = forward_backward(
+            stage.model, run.batches.at(step), micro_steps, world, config.parallel.reduce
+        )
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         broken, stop, save_now, unsaved = world.any(
@@ -184,19 +186,23 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
     return latest
 
 
-def forward_backward(model: Llama, batch: Tensor, micro_steps: int, world: World) -> Tensor:
+def forward_backward(
+    model: Llama, batch: Tensor, micro_steps: int, world: World, reduce: Reduce = "step"
+) -> Tensor:
     """Accumulate the gradient of the whole batch's mean loss; return this process's mean loss.
 
     Args:
-        model: sharded; gradients are reduced at the last micro-batch.
+        model: sharded.
         batch: (sequences, length + 1), the same on every process.
         micro_steps: how often each process runs forward and backward.
         world: the processes; each takes its part of every micro-batch.
+        reduce: gradients, over the processes: in the last micro-step of the step, or in each.
     """
     parts = batch.view(micro_steps, world.size, -1, batch.shape[1])[:, world.rank]
     total = torch.zeros((), device=world.device)
     for index, part in enumerate(parts.to(world.device)):
-        model.set_requires_gradient_sync(index == micro_steps - 1)  # type: ignore[operator]
+        last = index == micro_steps - 1
+        model.set_requires_gradient_sync(last or reduce == "micro-step")  # type: ignore[operator]
         loss = model(part[:, :-1], part[:, 1:]) / micro_steps
         loss.backward()
         total += loss.detach()

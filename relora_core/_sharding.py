@@ -46,12 +46,13 @@ def fsdp_owns(module: nn.Module) -> bool:
         parameter._module_info.module is module
         for state in states
         if isinstance(state, FSDPState)
-        for group in _parameter_groups(state)
+        for group in parameter_groups(state)
         for parameter in group.fsdp_params
     )
 
 
-def _parameter_groups(state: Any) -> list[Any]:
+def parameter_groups(state: Any) -> list[Any]:
+    """Return the groups of parameters of an FSDP2 module's state."""
     several = getattr(state, "_fsdp_param_groups", None)  # of newer torch
     if several is not None:
         return list(several)

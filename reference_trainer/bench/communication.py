@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -128,10 +128,11 @@ def sent_by(run: Callable[[], object]) -> list[Sent]:
 def measure_traffic(step: Step) -> dict[str, Any]:
     """Return what a process sends in a step and in a restart, over the group that there is."""
     layout, shape = step.layout, step.shape
-    sent = sent_in_step(step)
+    sent, further = sent_in_step(step), sent_in_micro_step(step)
     processes = dist.get_world_size()
     record: dict[str, Any] = {"event": "traffic", "arm": layout.name, "processes": processes}
     record["step"] = [asdict(each) for each in sent]
+    record["micro_step"] = [asdict(each) for each in further]
     if layout.low_rank:
         record["restart"] = [asdict(each) for each in sent_in_restart(step)]
         entries = shape.layers * sum(out * inner for out, inner in block_matrices(shape))
@@ -139,7 +140,25 @@ def measure_traffic(step: Step) -> dict[str, Any]:
     return record
 
 
-def sent_in_step(step: Step) -> list[Sent]:
+def sent_in_micro_step(step: Step) -> list[Sent]:
+    """Return what a process sends in each micro-step of a training step but the last."""
+    one, two = (
+        {(s.collective, s.processes, s.stride): s for s in sent_in_step(step, micro_steps=n)}
+        for n in (1, 2)
+    )
+    zero = {kind: replace(sent, calls=0, bytes=0) for kind, sent in two.items()}
+    more = [
+        replace(
+            sent,
+            calls=sent.calls - (zero | one)[kind].calls,
+            bytes=sent.bytes - (zero | one)[kind].bytes,
+        )
+        for kind, sent in two.items()
+    ]
+    return [sent for sent in more if sent.calls]
+
+
+def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     """Return what a process sends in a training step.
 
     Over a pretended group its tensors are fake: only their sizes are there.
@@ -151,10 +170,10 @@ def sent_in_step(step: Step) -> list[Sent]:
     if not pretends:
         fill_(stage.model)
     with memory:
-        batch = step.batch(world.size)
+        batch = replace(step, sequences=step.sequences * micro_steps).batch(world.size)
 
         def take() -> None:
-            forward_backward(stage.model, batch, 1, world)
+            forward_backward(stage.model, batch, micro_steps, world, step.reduce)
             clip_grad_norm_(stage.parameters.values(), 1.0)
             stage.optimizer.step()  # after which merged copies are made anew
 

@@ -41,6 +41,15 @@ def repeated(kernels: Iterable[Kernel], times: int) -> list[Kernel]:
     return [replace(one, times=one.times * times) for one in kernels]
 
 
+def together(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """Return equal kernels as one, launched as often as all of them."""
+    times: dict[Kernel, int] = {}
+    for one in kernels:
+        kind = replace(one, times=1)
+        times[kind] = times.get(kind, 0) + one.times
+    return [replace(kind, times=count) for kind, count in times.items()]
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = None) -> Kernel:
     """Return the kernel of `a @ b`, or of many; `addend` is read where the sum is written."""
     *batch, rows, inner = a.shape

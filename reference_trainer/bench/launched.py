@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,13 +33,29 @@ class Launched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+@dataclass
+class Compiled:
+    """What has been compiled.
+
+    Args:
+        graphs: the kernels of each graph: forward, then backward.
+    """
+
+    graphs: list[list[Kernel]] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Those of all graphs."""
+        return [kernel for graph in self.graphs for kernel in graph]
+
+
 @contextmanager
-def compiling() -> Iterator[tuple[Callable[..., Any], list[Kernel]]]:
-    """Give a backend of `torch.compile`, and the list of the kernels of what it compiles."""
-    found: list[Kernel] = []
+def compiling() -> Iterator[tuple[Callable[..., Any], "Compiled"]]:
+    """Give a backend of `torch.compile`, and the kernels of what it compiles."""
+    found = Compiled()
 
     def keep(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        found.extend(of_graph(graph.graph))
+        found.graphs.append(of_graph(graph.graph))
 
         def run(arguments: list[Any]) -> Any:
             return graph(*arguments)

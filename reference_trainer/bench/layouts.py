@@ -18,6 +18,7 @@ from reference_trainer.config import (
     LogConfig,
     ParallelConfig,
     Precision,
+    Reduce,
     ReLoRAConfig,
 )
 from reference_trainer.model import LlamaShape
@@ -68,6 +69,8 @@ class Step:
         sequences: that each process computes at once.
         recompute: whether the activations of each block are checkpointed.
         precision: of weights and computation.
+        accumulates: whether it is the last micro-step of several.
+        reduce: `parallel.reduce`, for those that accumulate.
     """
 
     layout: Layout
@@ -77,6 +80,8 @@ class Step:
     sequences: int = 1
     recompute: bool = False
     precision: Precision = "bf16"
+    accumulates: bool = False
+    reduce: Reduce = "step"
 
     def batch(self, processes: int) -> Tensor:
         """Return a batch for so many processes."""

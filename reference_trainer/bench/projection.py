@@ -1,14 +1,9 @@
-"""A model of step times on clusters that are not at hand: from bytes, operations and link speeds.
+"""A model of what clusters that are not at hand take to send: from bytes and link speeds."""
 
-Nothing of it is measured but the bytes, which `bench --comm` counts.
-"""
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any
-
-from reference_trainer.flops import Form, step_flops
-from reference_trainer.model import LlamaShape
 
 
 @dataclass(frozen=True)
@@ -17,9 +12,8 @@ class Cluster:
 
     Args:
         name: as a table shows it.
+        gpu: of `CEILINGS`.
         node: GPUs on a node.
-        flops: peak operations of a GPU in bf16, a second, dense.
-        used: the share of them that training reaches.
         inside: bytes a second that a GPU sends to its node.
         outside: bytes a second that a node sends to the others.
         near: seconds of a message's way within a node.
@@ -27,9 +21,8 @@ class Cluster:
     """
 
     name: str
+    gpu: str
     node: int
-    flops: float
-    used: float
     inside: float
     outside: float
     near: float = 2e-6
@@ -37,8 +30,8 @@ class Cluster:
 
 
 CLUSTERS = (
-    Cluster("8 x H100 a node, 3200 Gb/s between nodes", 8, 989e12, 0.4, 450e9, 400e9),
-    Cluster("8 x A100 a node, 400 Gb/s between nodes", 8, 312e12, 0.4, 300e9, 50e9),
+    Cluster("8 x H100 a node, 3200 Gb/s between nodes", "h100", 8, 450e9, 400e9),
+    Cluster("8 x A100 a node, 400 Gb/s between nodes", "a100-80gb", 8, 300e9, 50e9),
 )
 
 
@@ -50,7 +43,7 @@ def seconds_of(sent: dict[str, Any], cluster: Cluster) -> float:
     that spans nodes gets its share of what a node sends, and no more than a GPU can.
 
     Args:
-        sent: one entry of `bench --comm`: collective, processes, stride, calls, bytes.
+        sent: one entry of `bench traffic`: collective, processes, stride, calls, bytes.
         cluster: where.
     """
     n = sent["processes"]
@@ -68,35 +61,20 @@ def seconds_of(sent: dict[str, Any], cluster: Cluster) -> float:
     return float(sent["bytes"] / bandwidth + sent["calls"] * hops)
 
 
-def step_seconds(
-    record: dict[str, Any],
-    shape: LlamaShape,
+def communication_seconds(
+    step: Sequence[dict[str, Any]],
+    micro_step: Sequence[dict[str, Any]],
     cluster: Cluster,
     *,
-    sequences: int,
-    length: int,
-    micro: int,
-    rank: int,
-) -> tuple[float, float]:
-    """Return a step's computation and its communication, in seconds, one after the other.
-
-    What overlaps of them is for the reader to assume: between all (the larger one counts) and
-    nothing (their sum). Every micro-batch gathers weights; gradients are reduced once.
+    micro_steps: int,
+) -> float:
+    """Return how long a step's collectives take, one after the other.
 
     Args:
-        record: of `bench --comm`, with one micro-batch.
-        shape: of the model.
+        step: what `bench traffic` counts of a step of one micro-step.
+        micro_step: of each further one.
         cluster: where.
-        sequences: of a step, over all GPUs.
-        length: tokens of each.
-        micro: sequences that a GPU computes at once.
-        rank: of the sites.
+        micro_steps: of a step.
     """
-    form: Form = "two paths" if "restart" in record else "full rank"
-    operations = step_flops(form, shape, sequences=sequences, length=length, rank=rank)
-    compute = operations / record["processes"] / (cluster.flops * cluster.used)
-    micro_steps = max(1, sequences // record["processes"] // micro)
-    repeated = [s for s in record["step"] if s["collective"] == "all-gather"]
-    once = [s for s in record["step"] if s["collective"] != "all-gather"]
-    gathers = sum(seconds_of(sent, cluster) for sent in repeated)
-    return compute, micro_steps * gathers + sum(seconds_of(sent, cluster) for sent in once)
+    further = (micro_steps - 1) * sum(seconds_of(sent, cluster) for sent in micro_step)
+    return sum(seconds_of(sent, cluster) for sent in step) + further

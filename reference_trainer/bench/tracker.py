@@ -1,21 +1,27 @@
 """Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
 from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, world_of
 from reference_trainer.bench.memory import local, peak_bytes, state_bytes
+from reference_trainer.config import Reduce
+from reference_trainer.model import Llama
 from reference_trainer.train import forward_backward
+from reference_trainer.world import World
+from relora_core._sharding import parameter_groups
 
 _BLOCK = re.compile(r"\.layers\.\d+$")
+_LOSS = re.compile(r"\.loss$")
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class Tracked:
         optimizer: AdamW's moments.
         parts: all tensors, after each operation: before the first block; from the start of each
             block's forward to the next one's, and of its backward; and, one figure, the most that
-            clipping and the optimizer's step take.
+            clipping and the optimizer's step take. All operations of the loss are one figure, too:
+            how many chunks it has depends on the tokens.
     """
 
     weights: int
@@ -67,8 +74,13 @@ def track(step: Step, *, processes: int) -> Tracked:
             update()  # DTensor's first operations of a kind compute the shapes on whole tensors
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
             batch = step.batch(processes)
+            if step.accumulates:
+                _earlier(stage.model, batch, world, step.reduce)
             tracker = _Timeline(stage.model, stage.optimizer)
-            tracker.track_inputs((batch, *_unowned(stage.model)))
+            held = _unowned(stage.model)
+            if step.accumulates:
+                held += _accumulated(stage.model)
+            tracker.track_inputs((batch, *held))
             with tracker:
                 forward_backward(stage.model, batch, 1, world)
                 *parts, last = tracker.parts
@@ -85,6 +97,25 @@ def _unowned(model: nn.Module) -> list[Tensor]:
     return [local(s.weight) for s in sites if s.low_rank.merged_copy is not None]
 
 
+def _earlier(model: Llama, batch: Tensor, world: World, reduce: Reduce) -> None:
+    """Take a micro-step that is not the last of its step."""
+    model.set_requires_gradient_sync(reduce == "micro-step")  # type: ignore[operator]
+    part = batch[: len(batch) // world.size]
+    model(part[:, :-1], part[:, 1:]).backward()
+
+
+def _accumulated(model: nn.Module) -> list[Tensor]:
+    """Return the gradients that FSDP2 has accumulated, whole or sharded."""
+    found = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in parameter_groups(module._get_fsdp_state()):
+                for parameter in group.fsdp_params:
+                    kept = parameter.unsharded_accumulated_grad, parameter.unsharded_param.grad
+                    found += [whole for whole in kept if whole is not None]
+    return found
+
+
 def measure_peak(step: Step) -> int:
     """Return the peak of a real step on the CPUs of the process group that there is, in bytes.
 
@@ -94,10 +125,11 @@ def measure_peak(step: Step) -> int:
     world = world_of(step.layout)
     stage = laid_out(step, world)
     fill_(stage.model)
-    batch = step.batch(world.size)
+    micro_steps = 2 if step.accumulates else 1
+    batch = replace(step, sequences=step.sequences * micro_steps).batch(world.size)
 
     def take() -> None:
-        forward_backward(stage.model, batch, 1, world)
+        forward_backward(stage.model, batch, micro_steps, world, step.reduce)
         clip_grad_norm_(stage.parameters.values(), 1.0)
         stage.optimizer.step()
         stage.optimizer.zero_grad()
@@ -129,6 +161,7 @@ class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
         super().__init__(*args)
         self.parts: list[list[int]] = [[]]
         self._begun: set[tuple[bool, str]] = set()
+        self._of_loss = False
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         modules = self._mod_tracker
@@ -138,4 +171,10 @@ class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
                 self._begun.add(place)
                 self.parts.append([])
         now = self._curr_mem_snap.values()  # get_tracker_snapshot() copies it each time
-        self.parts[-1].append(sum(parts["Total"] for parts in now))
+        total = sum(parts["Total"] for parts in now)
+        of_loss = not modules.is_bw and any(map(_LOSS.search, modules.parents))
+        if of_loss and self._of_loss:
+            self.parts[-1][-1] = max(self.parts[-1][-1], total)
+        else:
+            self.parts[-1].append(total)
+        self._of_loss = of_loss

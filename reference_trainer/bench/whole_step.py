@@ -47,7 +47,7 @@ def linear_kernels(arm: str, step: Step, matrix: tuple[int, int]) -> list[Kernel
 
 
 def block_kernels(arm: str, step: Step) -> list[Kernel]:
-    """Return the kernels of forward and backward of one block, compiled.
+    """Return the kernels of forward and backward of one block, compiled; recomputed if it is.
 
     Args:
         arm: of `ARMS`.
@@ -65,11 +65,11 @@ def loss_kernels(step: Step) -> list[Kernel]:
     dtype, found = torch.float32 if step.precision == "fp32" else torch.bfloat16, []
     while left:
         tokens = min(left, chunk_tokens(vocabulary))
-        with FakeTensorMode(), compiling() as (backend, kernels):
+        with FakeTensorMode(), compiling() as (backend, compiled):
             z = torch.empty(tokens, vocabulary, dtype=dtype)
             y = torch.empty(tokens, dtype=torch.long)
             torch.compile(chunk_loss, backend=backend, fullgraph=True)(z, y, 1.0, True)
-        found += repeated(kernels, left // tokens)
+        found += repeated(compiled.kernels, left // tokens)
         left %= tokens
     return found
 
@@ -85,13 +85,14 @@ def _module_kernels(
         for p in module.parameters():
             p.data = p.data if any(p is one for one in kept) else p.data.to(dtype)
     memory = FakeTensorMode(allow_non_fake_inputs=True)
-    with memory, compiling() as (backend, found):
+    with memory, compiling() as (backend, compiled):
         module.to_empty(device="cpu")
         size = (step.sequences, step.length, inner)
         x = torch.empty(size, dtype=dtype, requires_grad=True)
         output = torch.compile(module, backend=backend, fullgraph=True)(x, *others)
         output.backward(torch.empty_like(output))
-    return found
+    again = compiled.graphs[0] if step.recompute else []
+    return compiled.kernels + again
 
 
 def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]:
@@ -108,11 +109,11 @@ def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]
         stage = laid_out(step, world, memory=memory)
         for layer in stage.model.model.layers:
             layer.forward = _Nothing(layer)
-        stage.model.chunk_loss = _no_loss
+        stage.model.loss.of_chunk = _no_loss
         batch = replace(step, sequences=step.sequences * micro_steps).batch(processes)
 
         def backward() -> None:
-            forward_backward(stage.model, batch, micro_steps, world)
+            forward_backward(stage.model, batch, micro_steps, world, step.reduce)
 
         def update() -> None:
             clip_grad_norm_(stage.parameters.values(), 1.0)

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -15,24 +15,24 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import results
+from reference_trainer.bench.ceilings import CEILINGS
+from reference_trainer.bench.computation import computation
 from reference_trainer.bench.layouts import (
     BF16,
     FULL,
     LAYOUTS,
     REPLICATE,
     SHARD,
-    Layout,
     Step,
     pretended,
 )
-from reference_trainer.bench.projection import Cluster, step_seconds
+from reference_trainer.bench.projection import Cluster, communication_seconds
 from reference_trainer.config import Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
 from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import Peak, estimate_peak
-from reference_trainer.flops import Form, recomputed_flops, step_flops
 from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.terminal import hidden
 
@@ -55,10 +55,11 @@ EXAMPLES = """examples:
   python -m reference_trainer estimate --model 7b --world-size 64 --optimizer adamw8bit
       for a trainer of your own that keeps moments in 8 bits (this one has AdamW)
 
-Memory is what tensors take after every operation of a training step, tracked on tensors that have
-sizes only, with three blocks and with four: each further one adds the same. A tenth of a GPU is
-kept free. Times are a model: 0.4 of the peak, and bytes over links; the lower figure hides all
-communication behind computation, the upper one none.
+Memory is what tensors take after every operation of a training step, the gradients that several
+micro-steps accumulate included, tracked on tensors that have sizes only, with three blocks and with
+four: each further one adds the same. A tenth of a GPU is kept free. Times are a model: what kernels
+take at measured ceilings (`bench roofline`), which a GPU at best reaches, and bytes over links; the
+lower figure hides all communication behind computation, the upper one none.
 """
 
 
@@ -92,7 +93,7 @@ class Row:
         peak: bytes with `micro` sequences at once; with one, if none fits.
         fits: how many sequences fit at once.
         micro: how many of them divide the step; 0 for none.
-        flops: of a step, on all GPUs.
+        reduce: `parallel.reduce`.
         sent: bytes that a GPU sends in a step.
         seconds: of a step, between all communication hidden and none; of none that fits, empty.
     """
@@ -106,7 +107,7 @@ class Row:
     peak: float
     fits: int
     micro: int
-    flops: int
+    reduce: str
     sent: float
     seconds: tuple[float, ...]
 
@@ -128,18 +129,16 @@ def run(arguments: argparse.Namespace) -> list[str]:
     ]
     options = {"processes": arguments.world_size, "moments": _share(arguments)}
     workers = min(2, os.cpu_count() or 1)  # half a GB each
-    rows: list[Row] = []
-    sent: dict[Layout, list[dict[str, Any]]] = {}
+    mine = sequences // arguments.world_size
+    options |= {"mine": mine, "room": room}
     with ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
         initializer=signal.signal,  # Ctrl-C ends them without a traceback of each
         initargs=(signal.SIGINT, signal.SIG_DFL),
     ) as pool:
-        found = pool.map(partial(_tracked, **options), work)
-        for peak, counted in tqdm(found, desc="tracking", total=len(work), disable=hidden()):
-            own = sent.setdefault(peak.step.layout, counted)  # what is recomputed is not sent again
-            rows.append(_row(peak, own, shape, sequences, arguments, room, cluster))
+        found = pool.map(partial(_row, cluster=cluster, **options), work)
+        rows = list(tqdm(found, desc="tracking", total=len(work), disable=hidden()))
     if arguments.out:
         keys = ("model", "vocab", "world_size", "gpu", "length", "rank", "precision", "optimizer")
         first: dict[str, Any] = {"event": "estimate", **environment(torch.device("cpu"))}
@@ -193,8 +192,10 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
     micro = min(warm.micro, low.micro)
     share = sum(low.seconds) / sum(warm.seconds)
     saved = (warm.peak - low.peak) / GiB
+    reduce = "micro-step" if "micro-step" in (warm.reduce, low.reduce) else "step"
     return [
         f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
+        f"--parallel.reduce {reduce} "
         f"--relora.base {low.base} "
         f"--parallel.checkpoint_activations {str(low.recompute).lower()}",
         f"Then a step of ReLoRA takes {share:.2f} of one of the warm start, and "
@@ -230,53 +231,72 @@ def _share(arguments: argparse.Namespace) -> float:
     return count * (own or entry) / (2 * entry)
 
 
-def _tracked(step: Step, *, processes: int, moments: float) -> tuple[Peak, list[dict[str, Any]]]:
-    """Return the peak of a step, and what a process sends in it, unless it recomputes."""
-    peak = estimate_peak(step, processes=processes, moments=moments)
-    if step.recompute:
-        return peak, []
-    with pretended(processes):
-        return peak, [asdict(sent) for sent in sent_at_depth(step)]
-
-
 def _row(
-    peak: Peak,
-    sent: list[dict[str, Any]],
-    shape: LlamaShape,
-    sequences: int,
-    arguments: argparse.Namespace,
-    room: float,
-    cluster: Cluster,
+    step: Step, *, processes: int, moments: float, mine: int, room: float, cluster: Cluster
 ) -> Row:
-    mine, fits = sequences // arguments.world_size, peak.most(room)
+    """Return what a step of `mine` sequences takes on each GPU, as many at once as fit.
+
+    Gradients are reduced once a step, in every micro-step if nothing fits otherwise.
+    """
+
+    def peak_of(**changed: Any) -> Peak:
+        return estimate_peak(replace(step, **changed), processes=processes, moments=moments)
+
+    peak = peak_of(accumulates=True)
+    if peak.most(room) >= mine or not peak.most(room):
+        alone = peak_of(accumulates=False)
+        if alone.most(room) >= mine:
+            peak = alone
+        elif not peak.most(room):
+            peak = peak_of(accumulates=True, reduce="micro-step")
+    fits = peak.most(room)
     micro = max((n for n in range(1, min(fits, mine) + 1) if mine % n == 0), default=0)
-    sizes = {"sequences": sequences, "length": arguments.length, "rank": arguments.rank}
-    form: Form = "two paths" if peak.step.layout.low_rank else "full rank"
-    more = recomputed_flops(form, shape, **sizes) if peak.step.recompute else 0
-    record = {"step": sent, "processes": arguments.world_size}
-    record |= {"restart": []} if peak.step.layout.low_rank else {}
     seconds: tuple[float, ...] = ()
     total = 0.0
     if micro:
-        compute, communication = step_seconds(record, shape, cluster, micro=micro, **sizes)
-        compute += more / arguments.world_size / (cluster.flops * cluster.used)
-        seconds = max(compute, communication), compute + communication
-        gathers = mine // micro
-        total = sum(s["bytes"] * (gathers if s["collective"] == "all-gather" else 1) for s in sent)
+        micro_steps = mine // micro
+        counted = replace(step, recompute=False, reduce=peak.step.reduce)  # sent as often
+        with pretended(processes):
+            once = [asdict(sent) for sent in sent_at_depth(counted)]
+            twice = [asdict(sent) for sent in sent_at_depth(counted, micro_steps=2)]
+        further = _difference(twice, once)
+        compute = _computed(replace(step, sequences=micro), processes, micro_steps, cluster)
+        sent = communication_seconds(once, further, cluster, micro_steps=micro_steps)
+        seconds = max(compute, sent), compute + sent
+        total = results.total(once) + (micro_steps - 1) * results.total(further)
     return Row(
-        _PHASES[peak.step.layout],
-        peak.step.layout.bases,
-        peak.step.layout.base,
-        peak.step.recompute,
+        _PHASES[step.layout],
+        step.layout.bases,
+        step.layout.base,
+        step.recompute,
         peak.weights,
         peak.optimizer,
         peak.at(micro or 1),
         fits,
         micro,
-        step_flops(form, shape, **sizes) + more,
+        peak.step.reduce,
         total,
         seconds,
     )
+
+
+def _computed(step: Step, processes: int, micro_steps: int, cluster: Cluster) -> float:
+    gpus = {cluster.gpu: CEILINGS[cluster.gpu]}
+    once, each = computation(step, processes=processes, gpus=gpus)[cluster.gpu]
+    return once + micro_steps * each
+
+
+def _difference(
+    more: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    def key(sent: dict[str, Any]) -> tuple[Any, ...]:
+        return sent["collective"], sent["processes"], sent["stride"]
+
+    before = {key(sent): sent for sent in less}
+    return [
+        sent | {name: sent[name] - before[key(sent)][name] for name in ("calls", "bytes")}
+        for sent in more
+    ]
 
 
 def _head(arguments: argparse.Namespace, shape: LlamaShape, sequences: int, room: float) -> str:

@@ -46,17 +46,21 @@ def track_at_depth(step: Step, *, processes: int) -> Deep:
     return Deep(weights, optimizer, np.array(totals))
 
 
-def sent_at_depth(step: Step) -> list[Sent]:
+def sent_at_depth(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     """Return what `sent_in_step` does, from as few blocks.
 
     Args:
         step: which; in the process group that there is.
+        micro_steps: of it.
     """
     layers = step.shape.layers
     if layers <= MORE:
-        return sent_in_step(step)
+        return sent_in_step(step, micro_steps=micro_steps)
     few, more = (
-        {(sent.collective, sent.processes, sent.stride): sent for sent in sent_in_step(one)}
+        {
+            (sent.collective, sent.processes, sent.stride): sent
+            for sent in sent_in_step(one, micro_steps=micro_steps)
+        }
         for one in (_of(step, FEW), _of(step, MORE))
     )
     further = layers - MORE

@@ -1,17 +1,16 @@
-"""GPUs by name: how much they hold, compute and send."""
+"""GPUs by name: how much they hold and send."""
 
 from reference_trainer.bench.projection import CLUSTERS, Cluster
 
 GiB = 2**30
 _H100, _A100 = CLUSTERS
 
-#: Memory as CUDA reports it, in bytes, and a cluster of them. Peaks are those of NVIDIA's data
-#: sheets, dense, in bf16 with sums in fp32; a GeForce sends over PCIe 4.0.
+#: Memory as CUDA reports it, in bytes, and a cluster of them; a GeForce sends over PCIe 4.0.
 GPUS: dict[str, tuple[float, Cluster]] = {
-    "h200": (139.8 * GiB, Cluster("H200", 8, 989e12, 0.4, 450e9, 400e9)),
+    "h200": (139.8 * GiB, Cluster("H200", "h200", 8, 450e9, 400e9)),
     "h100": (79.2 * GiB, _H100),
     "a100-80gb": (79.2 * GiB, _A100),
-    "a100-40gb": (39.4 * GiB, Cluster("A100 40 GB", 8, 312e12, 0.4, 300e9, 50e9)),
-    "rtx4090": (23.6 * GiB, Cluster("RTX 4090", 8, 165e12, 0.4, 25e9, 12.5e9)),
-    "rtx3090": (23.6 * GiB, Cluster("RTX 3090", 8, 71e12, 0.4, 25e9, 12.5e9)),
+    "a100-40gb": (39.4 * GiB, Cluster("A100 40 GB", "a100-40gb", 8, 300e9, 50e9)),
+    "rtx4090": (23.6 * GiB, Cluster("RTX 4090", "rtx4090", 8, 25e9, 12.5e9)),
+    "rtx3090": (23.6 * GiB, Cluster("RTX 3090", "rtx3090", 8, 25e9, 12.5e9)),
 }

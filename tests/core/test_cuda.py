@@ -16,6 +16,11 @@ from tests.reference import dense_twin, randomize_
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    # What torch says of itself: of the mode that counts waits, of the first backward of a process,
+    # and, compiling, of products in fp32.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix"),
 ]
 
 
@@ -162,3 +167,48 @@ def test_the_forward_and_backward_can_be_captured():
     x = torch.randn(16, 64, device="cuda")
     captured = torch.cuda.make_graphed_callables(copy.deepcopy(layer), (x,))
     torch.testing.assert_close(captured(x), layer(x))
+
+
+def test_merged_copies_are_those_of_the_cpu_after_steps_and_restarts():
+    model, optimizer = training()
+    relora.keep_merged_(model)
+    there = copy.deepcopy(model).cuda()
+    relora.keep_merged_(there)
+    x = torch.randint(0, 11, (4, 5))
+    for one, tokens in ((model, x), (there, x.cuda())):
+        trained = [p for p in one.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            one(tokens).float().square().mean().backward()
+        optimizer.step()
+        for _, site in relora.low_rank_sites(one):
+            V = torch.add(site.weight, site.lora_B @ site.lora_A, alpha=site.scale).bfloat16()
+            kept = site.low_rank.merged_copy
+            assert kept is not None
+            assert torch.equal(kept[:, : V.shape[1]], V)
+        with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16):
+            before = one(tokens)
+            relora.restart_(one, optimizer)
+            assert torch.equal(one(tokens), before)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["two paths", "merged copies"])
+def test_a_compiled_block_trains_as_an_eager_one(kept):
+    layer = relora.register_low_rank(nn.Linear(64, 48, device="cuda"), rank=8, alpha=4.0)
+    randomize_(layer)
+    model = nn.Sequential(layer)
+    if kept:
+        relora.keep_merged_(model)
+    x = torch.randn(32, 64, device="cuda", requires_grad=True)
+    found = []
+    for run in (model, torch.compile(model)):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(x).float().square().mean()
+        asked = (
+            x,
+            layer.parametrizations.weight[0].lora_A,
+            layer.parametrizations.weight[0].lora_B,
+        )
+        found.append([loss, *torch.autograd.grad(loss, asked)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=1e-3)

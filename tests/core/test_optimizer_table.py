@@ -29,6 +29,9 @@ from tests.reference import dropped, mask_by_sorting
 ON_CUDA = (
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    # What torch says of itself, of the first backward of a process and of compiled fp32 products.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix"),
 )
 MARKS = {"cpu": (), "cuda": ON_CUDA}
 

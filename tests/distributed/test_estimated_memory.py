@@ -25,6 +25,17 @@ STEPS = {
     ]
     for processes, cases in CASES.items()
 }
+STEPS[2] += [
+    Step(layout, SHAPE, RANK, LENGTH, SEQUENCES, precision=precision, accumulates=True, reduce=when)
+    for layout, precision, when in (
+        (LAYOUTS[0], "bf16", "step"),
+        (LAYOUTS[0], "bf16", "micro-step"),
+        (LAYOUTS[0], "fp32", "step"),
+        (LAYOUTS[1], "bf16", "step"),
+        (LAYOUTS[1], "pure-bf16", "step"),
+        (LAYOUTS[2], "bf16", "micro-step"),
+    )
+]
 
 
 def measured(rank, world_size):

@@ -2,20 +2,30 @@
 
 import dataclasses
 import json
-import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference_trainer.bench.layouts import Step, laid_out, layouts, pretended, world_of
+from reference_trainer.bench.ceilings import CEILINGS
+from reference_trainer.bench.communication import sent_in_micro_step
+from reference_trainer.bench.computation import computation
+from reference_trainer.bench.layouts import (
+    FULL,
+    SHARD,
+    Step,
+    laid_out,
+    layouts,
+    pretended,
+    world_of,
+)
 from reference_trainer.bench.memory import state_bytes
-from reference_trainer.bench.projection import CLUSTERS, seconds_of, step_seconds
+from reference_trainer.bench.projection import CLUSTERS, communication_seconds, seconds_of
 from reference_trainer.bench.results import total
 from reference_trainer.bench.tracker import track_peak
-from reference_trainer.flops import step_flops
+from reference_trainer.bench.whole_step import step_kernels
 from reference_trainer.main import main
-from reference_trainer.model import LlamaShape, preset
+from reference_trainer.model import LlamaShape
 from tests.trainer.test_command_line import lines_of
 
 SHAPE = LlamaShape(64, 96, 4, 4, 4, 80)
@@ -130,12 +140,29 @@ class TestProjection:
         assert seconds_of(sent("all-reduce", processes=64), cluster) == 2 * (3 + 3 * 100)
 
     def test_gathers_come_with_every_micro_batch_and_reductions_once(self):
-        shape, cluster = preset("1.3b", vocab_size=32_000), CLUSTERS[0]
+        cluster = CLUSTERS[0]
         gather, reduce = sent(bytes=10**9), sent("reduce-scatter", bytes=10**9)
-        record = {"processes": 8, "step": [gather, reduce], "restart": []}
-        sizes = {"sequences": 1024, "length": 1024, "micro": 16, "rank": 128}
-        compute, communication = step_seconds(record, shape, cluster, **sizes)
+        found = communication_seconds([gather, reduce], [gather], cluster, micro_steps=8)
         each = seconds_of(gather, cluster)
-        assert communication == pytest.approx(8 * each + seconds_of(reduce, cluster))
-        flops = step_flops("two paths", shape, sequences=1024, length=1024, rank=128)
-        assert math.isclose(compute, flops / 8 / (0.4 * 989e12))
+        assert found == pytest.approx(8 * each + seconds_of(reduce, cluster))
+
+    @pytest.mark.parametrize("layout", layouts(4, 8), ids=lambda layout: layout.name)
+    def test_a_micro_step_sends_no_gradient_unless_told(self, layout):
+        for reduce in ("step", "micro-step"):
+            with pretended(4):
+                found = sent_in_micro_step(step(layout, reduce=reduce))
+            kinds = {one.collective for one in found}
+            assert ("all-gather" in kinds) is (layout.shards != 1)
+            reductions = kinds & {"reduce-scatter", "all-reduce"}
+            assert bool(reductions) is (reduce == "micro-step")
+
+    @pytest.mark.parametrize("layout", [FULL, SHARD], ids=lambda layout: layout.name)
+    def test_computation_is_that_of_all_kernels(self, layout):
+        deep = Step(layout, dataclasses.replace(SHAPE, layers=6), **SIZES)
+        gpus = {"h100": CEILINGS["h100"]}
+        once, each = computation(deep, processes=4, gpus=gpus)["h100"]
+        arm = "ours" if layout.low_rank else "full"
+        for micro_steps in (1, 3):
+            parts = step_kernels(arm, deep, processes=4, micro_steps=micro_steps)
+            expected = sum(CEILINGS["h100"].seconds(k) for part in parts for k in part.kernels)
+            assert once + micro_steps * each == pytest.approx(expected)

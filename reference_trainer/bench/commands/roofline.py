@@ -13,7 +13,7 @@ from tqdm import tqdm
 from reference_trainer.bench import options
 from reference_trainer.bench.arms import parse_arms, usual
 from reference_trainer.bench.ceilings import CEILINGS, Ceilings
-from reference_trainer.bench.kernels import Kernel
+from reference_trainer.bench.kernels import Kernel, together
 from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step
 from reference_trainer.bench.whole_step import Part, block_kernels, linear_kernels, step_kernels
 from reference_trainer.config import Precision
@@ -121,7 +121,7 @@ def _records(
         {"event": "kernel", "subject": subject, "arm": arm, "part": part.name}
         | _kernel(kernel, ceilings)
         for part in parts
-        for kernel in part.kernels
+        for kernel in together(part.kernels)
     ]
     return [whole, *lines]
 
@@ -179,17 +179,13 @@ def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
 def _longest(records: Sequence[dict[str, Any]], arm: str) -> list[str]:
     """Return the kernels of a block that take longest."""
     name = "ours" if any(record.get("arm") == "ours" for record in records) else arm
-    found: dict[tuple[str, str], list[float]] = {}
-    for one in records:
-        if one["event"] == "kernel" and one["subject"] == "block" and one["arm"] == name:
-            key = (one["kernel"], one["bound"])
-            found.setdefault(key, []).append(one["seconds"])
-    longest = sorted(found.items(), key=lambda item: -sum(item[1]))[:_SHOWN]
+    own = [r for r in records if r["event"] == "kernel" and r["arm"] == name]
+    longest = sorted((r for r in own if r["subject"] == "block"), key=lambda r: -r["seconds"])
     lines = ["", f"**a block's kernels, {name}**", "", _line(["kernel", "times", "time", "bound"])]
     lines.append(_line(["---"] * 4))
     return lines + [
-        _line([kernel, str(len(times)), _time(sum(times)), bound])
-        for (kernel, bound), times in longest
+        _line([r["kernel"], str(r["times"]), _time(r["seconds"]), r["bound"]])
+        for r in longest[:_SHOWN]
     ]
 
 

@@ -6,8 +6,11 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import options, results
+from reference_trainer.bench.ceilings import CEILINGS
 from reference_trainer.bench.communication import measure_traffic
+from reference_trainer.bench.computation import computation
 from reference_trainer.bench.layouts import Step, layouts, pretended
+from reference_trainer.bench.projection import CLUSTERS
 from reference_trainer.config import ParallelConfig
 from reference_trainer.errors import UserError
 from reference_trainer.terminal import hidden
@@ -75,6 +78,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
         for step in tqdm(steps, disable=hidden()):
             with pretended(count):
                 records.append(measure_traffic(step))
+            gpus = {cluster.gpu: CEILINGS[cluster.gpu] for cluster in CLUSTERS}
+            records[-1]["computed"] = computation(step, processes=count, gpus=gpus)
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write([first, *records], out)
     return [results.table([first, *records]), "", f"measurement: {out}"]
