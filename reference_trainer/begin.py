@@ -15,10 +15,10 @@ from reference_trainer.documents import sources
 from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory
 from reference_trainer.model import Llama
+from reference_trainer.phase_model import prepare_
 from reference_trainer.phases import phases
 from reference_trainer.prepare import SPLITS, prepare, read_index, verify_data
 from reference_trainer.pretrained import check_weights, copy_config, read_shape, shape_of
-from reference_trainer.stage import prepare_
 from reference_trainer.tokenizer import load_tokenizer
 
 _MAY_CHANGE = ("runs", "name", "log.", "checkpoint.", "parallel.", "batch.micro")

@@ -11,10 +11,10 @@ from reference_trainer.config import Config
 from reference_trainer.documents import sources
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import compute_dtype
+from reference_trainer.phase_model import keeps_merged, prepare_
 from reference_trainer.phases import Phase, phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
-from reference_trainer.stage import keeps_merged, prepare_
 from reference_trainer.world import device_type
 from relora_core import low_rank_sites
 

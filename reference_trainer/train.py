@@ -200,7 +200,9 @@ def forward_backward(
     """
     parts = batch.view(micro_steps, world.size, -1, batch.shape[1])[:, world.rank]
     total = torch.zeros((), device=world.device)
-    for index, part in enumerate(parts.to(world.device)):
+    if world.device.type == "cuda":
+        parts = parts.contiguous().pin_memory()  # copied from there, the host need not wait
+    for index, part in enumerate(parts.to(world.device, non_blocking=True)):
         last = index == micro_steps - 1
         model.set_requires_gradient_sync(last or reduce == "micro-step")  # type: ignore[operator]
         loss = model(part[:, :-1], part[:, 1:]) / micro_steps

@@ -83,9 +83,13 @@ class World:
         return int(own)
 
     def any(self, *flags: Tensor | bool) -> list[bool]:
-        """Return whether each flag is set on any process; waits for the device."""
-        own = [torch.as_tensor(flag, device=self.device).float() for flag in flags]
-        together = torch.stack(own)
+        """Return whether each flag is set on any process; waits for the device, once."""
+        known = [not isinstance(flag, Tensor) and flag for flag in flags]
+        host = torch.tensor(known, dtype=torch.float32, pin_memory=self.device.type == "cuda")
+        together = host.to(self.device, non_blocking=True)
+        for place, flag in zip(together, flags, strict=True):
+            if isinstance(flag, Tensor):
+                place.copy_(flag)
         dist.all_reduce(together, dist.ReduceOp.MAX, group=self.group)
         return [bool(value) for value in together.tolist()]
 

@@ -22,8 +22,9 @@ from reference_trainer.config import (
     ReLoRAConfig,
 )
 from reference_trainer.model import LlamaShape
+from reference_trainer.phase_model import build_model
 from reference_trainer.phases import phases
-from reference_trainer.stage import Stage, build_model, staged
+from reference_trainer.stage import Stage, staged
 from reference_trainer.world import World, lay_world
 
 

@@ -44,14 +44,15 @@ LAYERS = {
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
         "bench.options checkpoint parallel prepare rank report.recorded",
-        "bench.commands.show bench.subjects data pretrained report.panels saving",
+        "bench.commands.show bench.subjects data phase_model pretrained report.panels saving",
         "report.page report.picture stage",
         "begin bench.measure evaluate export journal report.command study.tables study.train",
         "bench.commands.step bench.layouts bench.restarts plan study.picture",
         "bench.commands.prune bench.commands.restart train",
         "bench.checkpoints bench.communication bench.tracker bench.whole_step estimate.gpus",
-        "bench.commands.checkpoint bench.commands.roofline bench.commands.traffic "
+        "bench.commands.checkpoint bench.commands.roofline bench.computation "
         "estimate.depth study.command",
+        "bench.commands.traffic",
         "bench.commands.memory estimate.peaks",
         "estimate.command",
         "commands.__init__ commands.export commands.prepare commands.train",
@@ -66,7 +67,7 @@ MODULES = [
 ]
 USES_THE_CORE = (
     "bench.arms bench.communication bench.restarts bench.tracker bench.whole_step export journal "
-    "phases plan rank stage study.tables study.train world"
+    "phase_model phases plan rank stage study.tables study.train world"
 )
 
 

@@ -60,9 +60,11 @@ def test_in_place_functions_and_only_they_end_in_an_underscore():
     in_place = {name for name in relora.__all__ if name.endswith("_")}
     assert in_place == {
         "add_low_rank_",
+        "keep_merged_",
         "magnitude_prune_",
         "merge_",
         "random_prune_",
+        "refresh_merged_",
         "reinit_",
         "reset_optimizer_",
         "restart_",

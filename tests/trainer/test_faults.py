@@ -196,9 +196,9 @@ def test_a_checkpoint_that_cannot_be_removed_stays_until_it_can(tiny, monkeypatc
 def test_what_is_over_leaves_no_model_in_memory(tiny, monkeypatch):
     build, models = training.build_stage, []
 
-    def watched(*arguments):
+    def watched(*arguments, **options):
         assert [model() for model in models] == [None] * len(models)
-        stage = build(*arguments)
+        stage = build(*arguments, **options)
         models.append(weakref.ref(stage.model))
         return stage
 

@@ -1,0 +1,68 @@
+"""The model of a phase: its low-rank sites, and how their weights are kept."""
+
+import torch
+from torch import nn
+
+import relora_core as relora
+from reference_trainer.config import Config
+from reference_trainer.errors import UserError
+from reference_trainer.model import Llama, LlamaShape
+from reference_trainer.parallel import build, compute_dtype
+from reference_trainer.phases import Phase
+from reference_trainer.world import World
+
+
+def keeps_merged(config: Config, device: torch.device) -> bool:
+    """Whether the low-rank phase computes over merged copies (`relora_core.keep_merged_`).
+
+    It does where W's fp32 value is at hand and the computation is narrower: by `bench roofline`
+    no other form is faster, from 350m on.
+    """
+    return config.relora.base == "keep" and compute_dtype(config.parallel, device) != torch.float32
+
+
+def build_model(
+    config: Config, phase: Phase, shape: LlamaShape, world: World, *, merged: bool = True
+) -> Llama:
+    """Build a phase's model, sharded, on the meta device; see `build_stage`.
+
+    Raises:
+        UserError: if the base is to be narrower than the computation.
+    """
+    parallel, dtype = config.parallel, compute_dtype(config.parallel, world.device)
+    whole = parallel.layout == "replicate"
+    if config.relora.base == "bf16" and dtype == torch.float32:
+        raise UserError(
+            "relora.base=bf16 needs a computation in bf16; parallel.precision=auto is fp32 on a CPU"
+        )
+
+    def prepared(bare: nn.Module) -> list[nn.Parameter]:
+        prepare_(bare, config, phase)
+        if not phase.low_rank:
+            return []
+        sites = [site for _, site in relora.low_rank_sites(bare)]
+        if merged and keeps_merged(config, world.device):
+            bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
+            copies = [site.low_rank.merged_copy for site in sites] if whole else []
+            return bases + [copy for copy in copies if copy is not None]
+        if whole and dtype != torch.float32:  # FSDP2 casts what it gathers, and not these
+            relora.split_bases_(bare)
+        return [site.weight for site in sites] if whole else []
+
+    return build(shape, parallel, world, prepared)
+
+
+def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
+    """Make the bare model what the phase trains.
+
+    Raises:
+        UserError: if a target matches nothing or the rank does not fit.
+    """
+    if phase.low_rank:
+        options = config.relora
+        try:
+            relora.add_low_rank_(
+                model, options.targets, rank=options.rank, alpha=options.alpha, seed=config.seed
+            )
+        except ValueError as error:
+            raise UserError(f"relora: {error}") from None
