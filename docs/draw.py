@@ -18,10 +18,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reference_trainer.bench import results
+from reference_trainer.bench.computation import of_micro_steps
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, communication_seconds
-from reference_trainer.estimate.command import KEPT_FREE, Row, advice, table
+from reference_trainer.estimate.command import KEPT_FREE, advice, table
 from reference_trainer.estimate.gpus import GPUS
+from reference_trainer.estimate.row import Row
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.main import parser
@@ -127,9 +129,8 @@ def projection() -> str:
             assert at_once == min(most, sequences // count)
             times = {}
             for r in found:
-                once, each = r["computed"][cluster.gpu]
                 times[r["arm"]] = (
-                    once + micro_steps * each,
+                    of_micro_steps(r["computed"][cluster.gpu], micro_steps),
                     communication_seconds(
                         r["step"], r["micro_step"], cluster, micro_steps=micro_steps
                     ),

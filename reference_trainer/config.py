@@ -188,8 +188,8 @@ class ReLoRAConfig:
     lr_multiple: float = option(4.0, "the adapters' learning rate, times optim.lr")
     base: Literal["keep", "bf16"] = option(
         "keep",
-        "the frozen weights: 'keep' them in fp32, and in a narrower computation a merged copy in "
-        "its precision beside (fastest); or 'bf16', what that lacks in host memory (least memory)",
+        "'keep': frozen weights in fp32 and, where the computation is in 16 bits, a 16-bit copy of "
+        "W + s·BA (fastest); 'bf16': W in bf16, what that lacks in host memory (least memory)",
     )
 
     def __post_init__(self) -> None:
@@ -229,8 +229,8 @@ class ParallelConfig:
     )
     reduce: Reduce = option(
         "step",
-        "gradients that are accumulated: once a 'step', whole on every process until then, or in "
-        "every 'micro-step', sharded (less memory, more sent)",
+        "'step': reduce gradients once a step, each process keeping whole ones until then; "
+        "'micro-step': after every micro-step, keeping shards (less memory, more sent)",
     )
     replicas: int = option(
         1, "copies of what is sharded, each over processes / replicas of them (HSDP)"

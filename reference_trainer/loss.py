@@ -66,8 +66,8 @@ def chunk_loss(z: Tensor, y: Tensor, divisor: float, gradient: bool) -> Tensor:
     """Return the loss of a chunk; with `gradient`, put its gradient where the logits are."""
     logs = z.float().log_softmax(dim=1)
     counted = y != IGNORED
-    place = y.clamp(min=0).unsqueeze(1)
-    loss = -(logs.gather(1, place).squeeze(1) * counted).sum() / divisor
+    place = torch.where(counted, y, 0).unsqueeze(1)
+    loss = -torch.where(counted, logs.gather(1, place).squeeze(1), 0.0).sum() / divisor
     if gradient:
         p = logs.exp_().scatter_add_(1, place, torch.full_like(place, -1, dtype=logs.dtype))
         torch.mul(p, (counted / divisor).unsqueeze(1), out=z)

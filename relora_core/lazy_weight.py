@@ -10,7 +10,7 @@ from torch import Tensor
 
 from relora_core._sharding import is_sharded
 from relora_core.embedding import low_rank_embedding
-from relora_core.linear import autocasts, low_rank_linear, merged_linear
+from relora_core.linear import autocasts, computes_in, low_rank_linear, merged_linear
 from relora_core.one_path import following
 from relora_core.tensor_parallel import parallel_linear
 
@@ -168,7 +168,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     plain = not any(isinstance(t, LazyWeight) for t in others) and not input.is_nested
     if isinstance(weight, LazyWeight) and plain:
         W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
-        if weight.merged is not None:
+        if weight.merged is not None and computes_in(input, weight.merged.dtype):
             return merged_linear(input, weight.merged, A, B, s, bias)
         if is_sharded(W) and is_sharded(input):
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)

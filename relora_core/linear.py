@@ -90,21 +90,25 @@ def low_rank_linear(
     return output
 
 
+def computes_in(input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a linear of `input` computes in `dtype`, by autocast or by itself."""
+    if autocasts(input.device.type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type) == dtype
+    return input.dtype == dtype
+
+
 def merged_linear(
     input: Tensor, both: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, bias: Tensor | None
 ) -> Tensor:
     """Apply `F.linear(input, V, bias)` with `both` = [V | B], V = W + scale * lora_B @ lora_A.
 
-    Under autocast to another dtype than that of `both`, V is rounded to it.
+    It is for computations in the dtype of `both`.
     """
     dtype = both.dtype
-    if autocasts(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, both = input.to(dtype), both.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    input, A, B = input.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
     if needs_plain():
-        V = following(both[:, : input.shape[-1]], scale * (B @ A))
+        V = following(both[:, : A.shape[1]], scale * (B @ A))
         return F.linear(input, V, bias)
     x = input.reshape(-1, input.shape[-1])
     # Torch has no types for `apply`.

@@ -89,6 +89,9 @@ class LowRank(nn.Module):
         self.low_bits: Tensor | None = None
         # What `keep_merged_` makes: [V | B], V = W + s B A in the dtype of the computation.
         self.register_parameter("merged_copy", None)
+        # Of which factors it was made, and whether a step of theirs makes it anew.
+        self._made_of: dict[int, int] | None = None
+        self.followed = False
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
@@ -106,7 +109,8 @@ class LowRank(nn.Module):
     def forward(self, base: Tensor) -> LazyWeight:
         """Return the lazy W + s B A."""
         dropout = self.dropout if self.training else 0.0
-        return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, self.merged_copy)
+        copy = self._fresh_copy(base) if self.merged_copy is not None else None
+        return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, copy)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -196,6 +200,29 @@ class LowRank(nn.Module):
         self.merged_copy = nn.Parameter(copy, requires_grad=False)
         self.refresh_(base)
 
+    def _fresh_copy(self, base: Tensor) -> nn.Parameter | None:
+        """Return the merged copy, made anew if it is not of these factors; None if they are others.
+
+        Compiled, or over factors that FSDP2 has gathered, it cannot be known: there, what changes
+        factors makes it anew, `keep_merged_` says what.
+        """
+        if self.dropout or base.requires_grad:
+            return None
+        if torch.compiler.is_compiling():
+            return self.merged_copy if self.followed else None
+        if self._made_of == _SHARDED:
+            return self.merged_copy
+        now = _versions(self.lora_A, self.lora_B, base)
+        if self._made_of == now:
+            return self.merged_copy
+        if fsdp_owns(self):
+            self._made_of = _SHARDED
+        elif self._made_of is None or self._made_of.keys() == now.keys():
+            self.refresh_(base)
+        else:
+            return None
+        return self.merged_copy
+
     def copy_shape(self, base: Tensor) -> tuple[int, int]:
         """Return the shape of [V | B], in rows that a GPU reads in whole words."""
         return base.shape[0], -(-(math.prod(base.shape[1:]) + self.rank) // 8) * 8
@@ -211,6 +238,8 @@ class LowRank(nn.Module):
         if self.merged_copy is None or self.lora_A.is_meta:
             return
         self.refuse_gathered()
+        sharded = is_sharded(self.lora_A) or is_sharded(base)
+        self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
         if zero:
             V, B = self.exact(base), local(self.lora_B)
         else:  # by the operation by which a merge adds: of a merged W, V has the same bits
@@ -285,10 +314,13 @@ class LowRank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a deep copy has: no merged copy, which nothing would make anew."""
-        state = self.__dict__ | {"_parameters": dict(self._parameters)}
-        state["_parameters"]["merged_copy"] = None
-        return state
+        """Return what a deep copy has: a merged copy to be made anew, which no step follows."""
+        return self.__dict__ | {"_made_of": None, "followed": False}
+
+    def _apply(self, *arguments: Any) -> "LowRank":
+        self._made_of = None  # a converted copy is not what is made of converted factors
+        super()._apply(*arguments)  # type: ignore[no-untyped-call]
+        return self
 
     def get_extra_state(self) -> Tensor:
         """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64."""
@@ -314,6 +346,15 @@ class LowRank(nn.Module):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this site."""
         return f"rank={self.rank}, alpha={self.alpha:g}, seed={self.seed}, restart={self.restart}"
+
+
+# Of factors that FSDP2 shards: their gathered copies say nothing of them.
+_SHARDED: dict[int, int] = {-1: -1}
+
+
+def _versions(*tensors: Tensor) -> dict[int, int]:
+    """Return how often each tensor has been written to, by its identity."""
+    return {id(tensor): tensor._version for tensor in tensors}
 
 
 def draw_A(

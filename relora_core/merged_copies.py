@@ -1,8 +1,8 @@
 """Merged copies: W + s B A of each linear site in the computation's dtype, made once a step."""
 
-from collections.abc import Iterable
+import itertools
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -10,11 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import is_sharded, sharded_rows
+from relora_core._sharding import is_sharded, reshard_, sharded_rows
 from relora_core.register import low_rank_owner
-from relora_core.sites import Site, low_rank_sites, sites_of
+from relora_core.sites import Site, low_rank_sites, sites_of, unwrapped
 
-_models: WeakSet[nn.Module] = WeakSet()
+# In the order in which every process has given them: a refresh communicates.
+_models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def keep_merged_(
@@ -24,16 +26,17 @@ def keep_merged_(
 
     Forward is then one product, and backward one with the factors' gradients: fewer passes over
     activations than two paths take, which on a GPU cost more than their arithmetic. V is what
-    mixed-precision training at full rank computes with. It is made anew after each step of an
-    optimizer that has factors of `model`, and by `restart_`, `merge_`, `reinit_` and the loading
-    of weights; after any other write to W, A or B, call `refresh_merged_`. A restart leaves V as
-    it is, to the bit.
+    mixed-precision training at full rank computes with. A restart leaves V as it is, to the bit.
 
-    V takes the memory of one more W in `dtype`, beside W as it is: for W in fp32. It is a
-    Parameter that is not trained, `merged_copy`, `(out, in + rank)` rounded up to a multiple of
-    8 columns, so that FSDP2 shards and gathers it; it is in no state dict, and a deep copy of the
-    model does without. W is read at a refresh only: shard it here, over the mesh of FSDP2, and
-    leave it out of `fully_shard` by its `ignored_params`.
+    V is made anew after each step of a torch optimizer that has its factors, and by `restart_`,
+    `merge_`, `reinit_` and `load_state_dict` of `model`. In eager mode a forward also sees any
+    other write to W, A or B; compiled or under FSDP2, call `refresh_merged_` after one. A forward
+    in another dtype, with dropout, or over a W that is trained, does without V.
+
+    V takes the memory of one more W in `dtype`. It is a Parameter that is not trained,
+    `merged_copy`, `(out, in + rank)` rounded up to a multiple of 8 columns, so that FSDP2 shards
+    and gathers it; it is in no state dict. With `mesh`, W is sharded by rows here; pass what is
+    returned as `ignored_params`, so that FSDP2 does not gather W.
 
     Args:
         model: with low-rank sites; before `fully_shard`.
@@ -61,17 +64,24 @@ def keep_merged_(
     linear = [(name, site) for name, site in sites_of(model) if _is_linear(site)]
     if not linear:
         raise ValueError("the model has no low-rank site of an nn.Linear: others keep no copy")
+    kept = [site.weight for _, site in linear if site.low_rank.merged_copy is not None]
+    linear = [(name, site) for name, site in linear if site.low_rank.merged_copy is None]
+    if not linear:
+        raise ValueError(f"all {len(kept)} linear sites keep a merged copy already")
     for name, site in linear:
         _check(name, site, dtype)
     for _, site in linear:
         site.low_rank.keep_merged_(site.weight, dtype)
+        site.low_rank.followed = True
         if mesh is not None:
             owner = low_rank_owner(site.module, site.tensor_name)
             owner.original = nn.Parameter(sharded_rows(site.weight, mesh), requires_grad=False)
-    # Torch has no types for it.
-    model.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
-    _models.add(model)
-    return [site.weight for _, site in linear]
+    model = unwrapped(model)
+    if not kept:
+        # Torch has no types for it.
+        model.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
+        _models[next(_numbers)] = model
+    return kept + [site.weight for _, site in linear]
 
 
 def refresh_merged_(model: nn.Module) -> None:
@@ -84,7 +94,8 @@ def refresh_merged_(model: nn.Module) -> None:
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> refresh_merged_(model)
     """
-    for _, site in sites_of(model):
+    reshard_(model)
+    for _, site in low_rank_sites(model):
         site.refresh_()
 
 
@@ -98,8 +109,6 @@ def _is_linear(site: Site) -> bool:
 
 def _check(name: str, site: Site, dtype: torch.dtype) -> None:
     low_rank, W = site.low_rank, site.weight
-    if low_rank.merged_copy is not None:
-        raise ValueError(f"{name} keeps a merged copy already")
     if low_rank.dropout or low_rank.lora_scale is not None:
         what = "dropout" if low_rank.dropout else "a trained scale"
         raise ValueError(f"{name} has {what}, which needs two paths: register it without")
@@ -115,16 +124,17 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
 
 
 def _refresh_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    stepped: set[int] | None = None
-    for model in list(_models):
-        factors = (f for _, s in low_rank_sites(model) for f in (s.lora_A, s.lora_B))
-        stepped = stepped or {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if _any_in(factors, stepped):
-            refresh_merged_(model)
-
-
-def _any_in(factors: Iterable[nn.Parameter], ids: set[int]) -> bool:
-    return any(id(factor) in ids for factor in factors)
+    models = list(_models.values())
+    if not models:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in models:
+        sites = [site for _, site in low_rank_sites(model) if site.low_rank.merged_copy is not None]
+        moved = [s for s in sites if id(s.lora_A) in stepped or id(s.lora_B) in stepped]
+        if moved:
+            reshard_(model)
+        for site in moved:
+            site.refresh_()
 
 
 register_optimizer_step_post_hook(_refresh_after_step)

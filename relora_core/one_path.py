@@ -29,7 +29,7 @@ class OnePathLinear(torch.autograd.Function):
         """Return y."""
         ctx.save_for_backward(x, both, A, B)
         ctx.s = s
-        return F.linear(x, both[:, : x.shape[1]], b)
+        return F.linear(x, both[:, : A.shape[1]], b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ Torch gives each parametrized module a class of its own. `torch.compile` guards 
 equal blocks would be twelve graphs, of which it keeps eight and runs the other blocks eagerly.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,7 +31,8 @@ def share_class_(module: nn.Module) -> None:
     shared = _classes.get(key)
     if shared is None:
         metaclass = _metaclass(type(original))
-        shared = metaclass(own.__name__, own.__bases__, _members(own) | {"__delattr__": _part_})
+        shared = metaclass(own.__name__, own.__bases__, _members(own))
+        type.__setattr__(shared, "__delattr__", _parting(shared))
         _classes[key] = shared
     module.__class__ = shared
 
@@ -46,7 +48,9 @@ def own_class_(module: nn.Module) -> None:
     Not only a shared class belongs to others: a deepcopy has the class of its original.
     """
     cls = type(module)
-    members = {key: value for key, value in _members(cls).items() if value is not _part_}
+    members = _members(cls)
+    if isinstance(cls, _Shared):
+        members.pop("__delattr__", None)
     module.__class__ = type(cls.__bases__[0])(cls.__name__, cls.__bases__, members)
 
 
@@ -68,10 +72,15 @@ def _members(cls: type) -> dict[str, Any]:
     return {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
 
 
-def _part_(module: nn.Module, name: str) -> None:
-    """Delete an attribute, on a class of the module's own: torch is about to parametrize it."""
-    if name in module._parameters or name in module._buffers:
-        own_class_(module)
-        delattr(module, name)
-    else:
-        super(type(module), module).__delattr__(name)
+def _parting(shared: type) -> Callable[[nn.Module, str], None]:
+    """Return the `__delattr__` of a shared class."""
+
+    def part(module: nn.Module, name: str) -> None:
+        """Delete an attribute; a tensor, which torch is to parametrize, apart from the others."""
+        if type(module) is shared and (name in module._parameters or name in module._buffers):
+            own_class_(module)
+            delattr(module, name)
+        else:
+            super(shared, module).__delattr__(name)  # type: ignore[arg-type]
+
+    return part

@@ -1,6 +1,6 @@
 """How long a training step computes on a GPU at its ceilings, from few blocks and micro-steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from reference_trainer.bench.ceilings import Ceilings
@@ -13,18 +13,19 @@ _FEW, _MORE = 3, 4  # blocks: each further one adds the same
 
 def computation(
     step: Step, *, processes: int, gpus: dict[str, Ceilings]
-) -> dict[str, tuple[float, float]]:
-    r"""Return for each GPU the seconds $a$ and $b$ of a step of $m$ micro-steps, $a + m b$.
+) -> dict[str, tuple[float, float, float]]:
+    """Return for each GPU the seconds of a step of one, two and three micro-steps.
 
     It is what kernels take at the ceilings, `bench roofline`'s, blocks and loss compiled: at least
-    what a GPU takes. With L blocks, both are linear in L.
+    what a GPU takes. Each further micro-step adds what the third one does, and each further block
+    the same.
 
     Args:
         step: of one micro-step's sequences.
         processes: over how many it is laid.
         gpus: their ceilings by name.
     """
-    arm = "ours" if step.layout.low_rank else "full"
+    arm, layers = "ours" if step.layout.low_rank else "full", step.shape.layers
     block = block_kernels(arm, step)
     around = {
         (blocks, micro_steps): [
@@ -37,23 +38,30 @@ def computation(
             for kernel in part.kernels
         ]
         for blocks in (_FEW, _MORE)
-        for micro_steps in (1, 2)
+        for micro_steps in (1, 2, 3)
     }
-    found = {}
-    for name, ceilings in gpus.items():
-        taken = {size: _seconds(kernels, ceilings) for size, kernels in around.items()}
-        each = {blocks: taken[blocks, 2] - taken[blocks, 1] for blocks in (_FEW, _MORE)}
-        once = {blocks: taken[blocks, 1] - each[blocks] for blocks in (_FEW, _MORE)}
-        layers = step.shape.layers
-        found[name] = (
-            _at_depth(once, layers),
-            _at_depth(each, layers) + layers * _seconds(block, ceilings),
-        )
-    return found
+
+    def taken(micro_steps: int, ceilings: Ceilings) -> float:
+        few, more = (_seconds(around[blocks, micro_steps], ceilings) for blocks in (_FEW, _MORE))
+        blocks = layers * micro_steps * _seconds(block, ceilings)
+        return few + (layers - _FEW) * (more - few) + blocks
+
+    return {
+        name: (taken(1, ceilings), taken(2, ceilings), taken(3, ceilings))
+        for name, ceilings in gpus.items()
+    }
 
 
-def _at_depth(seconds: dict[int, float], layers: int) -> float:
-    return seconds[_FEW] + (layers - _FEW) * (seconds[_MORE] - seconds[_FEW])
+def of_micro_steps(taken: Sequence[float], micro_steps: int) -> float:
+    """Return the seconds of a step of so many micro-steps, of what `computation` returned.
+
+    Examples:
+        >>> of_micro_steps((3.0, 5.0, 6.0), 5)
+        8.0
+    """
+    if micro_steps <= len(taken):
+        return taken[micro_steps - 1]
+    return taken[-1] + (micro_steps - len(taken)) * (taken[-1] - taken[-2])
 
 
 def _seconds(kernels: Iterable[Kernel], ceilings: Ceilings) -> float:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -15,34 +15,20 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import results
-from reference_trainer.bench.ceilings import CEILINGS
-from reference_trainer.bench.computation import computation
 from reference_trainer.bench.layouts import (
-    BF16,
     FULL,
     LAYOUTS,
-    REPLICATE,
-    SHARD,
     Step,
-    pretended,
 )
-from reference_trainer.bench.projection import Cluster, communication_seconds
 from reference_trainer.config import Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
-from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
-from reference_trainer.estimate.peaks import Peak, estimate_peak
+from reference_trainer.estimate.row import PHASES, Row, row_of
 from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.terminal import hidden
 
 KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
-_PHASES = {
-    FULL: "warm start",
-    SHARD: "ReLoRA, shard",
-    REPLICATE: "ReLoRA, replicate",
-    BF16: "ReLoRA, replicate, base bf16",
-}
 _ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and of its moments
 # Moments, and bytes an entry of each beside those of fp32 or bf16: 8 bits have a scale a block.
 _OPTIMIZERS = {"adamw": (2, None), "adamw8bit": (2, 1 + 4 / 256), "momentum": (1, None)}
@@ -79,39 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="JSON lines to write")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A phase in a layout.
-
-    Args:
-        phase: as the table shows it.
-        layout: "shard" or "replicate".
-        base: `relora.base`.
-        recompute: whether activations are recomputed.
-        weights: bytes of parameters on a GPU.
-        optimizer: bytes of moments on a GPU.
-        peak: bytes with `micro` sequences at once; with one, if none fits.
-        fits: how many sequences fit at once.
-        micro: how many of them divide the step; 0 for none.
-        reduce: `parallel.reduce`.
-        sent: bytes that a GPU sends in a step.
-        seconds: of a step, between all communication hidden and none; of none that fits, empty.
-    """
-
-    phase: str
-    layout: str
-    base: str
-    recompute: bool
-    weights: float
-    optimizer: float
-    peak: float
-    fits: int
-    micro: int
-    reduce: str
-    sent: float
-    seconds: tuple[float, ...]
-
-
 def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
@@ -137,7 +90,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         initializer=signal.signal,  # Ctrl-C ends them without a traceback of each
         initargs=(signal.SIGINT, signal.SIG_DFL),
     ) as pool:
-        found = pool.map(partial(_row, cluster=cluster, **options), work)
+        found = pool.map(partial(row_of, cluster=cluster, **options), work)
         rows = list(tqdm(found, desc="tracking", total=len(work), disable=hidden()))
     if arguments.out:
         keys = ("model", "vocab", "world_size", "gpu", "length", "rank", "precision", "optimizer")
@@ -178,7 +131,7 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
         (warm, low)
         for warm in fitting
         for low in fitting
-        if warm.phase == _PHASES[FULL] != low.phase and warm.recompute == low.recompute
+        if warm.phase == PHASES[FULL] != low.phase and warm.recompute == low.recompute
     ]
     if not plans:
         least = {row.phase: min(r.peak for r in rows if r.phase == row.phase) for row in rows}
@@ -229,74 +182,6 @@ def _share(arguments: argparse.Namespace) -> float:
     entry = _ENTRY[arguments.precision]
     count, own = _OPTIMIZERS[arguments.optimizer]
     return count * (own or entry) / (2 * entry)
-
-
-def _row(
-    step: Step, *, processes: int, moments: float, mine: int, room: float, cluster: Cluster
-) -> Row:
-    """Return what a step of `mine` sequences takes on each GPU, as many at once as fit.
-
-    Gradients are reduced once a step, in every micro-step if nothing fits otherwise.
-    """
-
-    def peak_of(**changed: Any) -> Peak:
-        return estimate_peak(replace(step, **changed), processes=processes, moments=moments)
-
-    peak = peak_of(accumulates=True)
-    if peak.most(room) >= mine or not peak.most(room):
-        alone = peak_of(accumulates=False)
-        if alone.most(room) >= mine:
-            peak = alone
-        elif not peak.most(room):
-            peak = peak_of(accumulates=True, reduce="micro-step")
-    fits = peak.most(room)
-    micro = max((n for n in range(1, min(fits, mine) + 1) if mine % n == 0), default=0)
-    seconds: tuple[float, ...] = ()
-    total = 0.0
-    if micro:
-        micro_steps = mine // micro
-        counted = replace(step, recompute=False, reduce=peak.step.reduce)  # sent as often
-        with pretended(processes):
-            once = [asdict(sent) for sent in sent_at_depth(counted)]
-            twice = [asdict(sent) for sent in sent_at_depth(counted, micro_steps=2)]
-        further = _difference(twice, once)
-        compute = _computed(replace(step, sequences=micro), processes, micro_steps, cluster)
-        sent = communication_seconds(once, further, cluster, micro_steps=micro_steps)
-        seconds = max(compute, sent), compute + sent
-        total = results.total(once) + (micro_steps - 1) * results.total(further)
-    return Row(
-        _PHASES[step.layout],
-        step.layout.bases,
-        step.layout.base,
-        step.recompute,
-        peak.weights,
-        peak.optimizer,
-        peak.at(micro or 1),
-        fits,
-        micro,
-        peak.step.reduce,
-        total,
-        seconds,
-    )
-
-
-def _computed(step: Step, processes: int, micro_steps: int, cluster: Cluster) -> float:
-    gpus = {cluster.gpu: CEILINGS[cluster.gpu]}
-    once, each = computation(step, processes=processes, gpus=gpus)[cluster.gpu]
-    return once + micro_steps * each
-
-
-def _difference(
-    more: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    def key(sent: dict[str, Any]) -> tuple[Any, ...]:
-        return sent["collective"], sent["processes"], sent["stride"]
-
-    before = {key(sent): sent for sent in less}
-    return [
-        sent | {name: sent[name] - before[key(sent)][name] for name in ("calls", "bytes")}
-        for sent in more
-    ]
 
 
 def _head(arguments: argparse.Namespace, shape: LlamaShape, sequences: int, room: float) -> str:

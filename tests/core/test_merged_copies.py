@@ -223,27 +223,131 @@ class TestFreshness:
         relora.load_adapters(model, tmp_path)
         assert is_fresh(model)
 
-    def test_is_made_by_hand_after_other_writes(self):
+    def test_is_made_by_hand_or_at_the_next_forward_after_other_writes(self):
         model = model_of()
-        randomize_(model)
-        assert not is_fresh(model)
-        relora.refresh_merged_(model)
-        assert is_fresh(model)
+        for act in (lambda: relora.refresh_merged_(model), lambda: output(model)):
+            randomize_(model)
+            assert not is_fresh(model)
+            act()
+            assert is_fresh(model)
 
-    def test_is_not_made_by_a_step_of_another_model(self, monkeypatch):
+    def test_is_not_made_by_a_step_of_another_model(self):
         model, other = model_of(), model_of(seed=1)
         randomize_(model)
         step_(other, optimizer_of(other))
         assert not is_fresh(model)
 
+    def test_holds_within_a_step_that_moves_factors(self):
+        """As LBFGS does, which asks for the loss anew at each of its points."""
+        losses = {}
+        for kept in (True, False):
+            torch.manual_seed(0)
+            layer = layer_of(6, 4, alpha=None)
+            if kept:
+                relora.keep_merged_(layer)
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+            optimizer = torch.optim.LBFGS(
+                [p for p in layer.parameters() if p.requires_grad], lr=0.1, max_iter=6
+            )
+            seen = losses.setdefault(kept, [])
+
+            def closure(layer=layer, x=x, optimizer=optimizer, seen=seen):
+                optimizer.zero_grad()
+                loss = output(layer, x).float().square().mean()
+                loss.backward()
+                seen.append(loss.item())
+                return loss
+
+            optimizer.step(closure)
+        assert losses[True] == pytest.approx(losses[False], rel=0.05)
+        assert losses[True][-1] < 0.9 * losses[True][0]
+
+    def test_holds_after_conversions_and_loading_of_a_part(self):
+        model, other = model_of(), model_of(seed=1)
+        model.layers[0].load_state_dict(other.layers[0].state_dict())
+        output(model)
+        assert is_fresh(model)
+        wide = copy.deepcopy(model).double()
+        torch.testing.assert_close(wide(TOKENS).float(), model(TOKENS), rtol=1e-5, atol=1e-4)
+
+    def test_holds_of_a_wrapper_that_is_gone(self):
+        torch.manual_seed(0)
+        model = relora.add_low_rank_(Model(), TARGETS, rank=3)
+        relora.keep_merged_(torch.compile(model, backend="eager"))
+        step_(model, optimizer_of(model))
+        assert is_fresh(model)
+
+    def test_leaves_the_copies_that_others_still_need(self):
+        """A step of one part comes between forward and backward of another."""
+        first, second = layer_of(6, 5), layer_of(5, 4)
+        model = nn.ModuleList([first, second])
+        relora.keep_merged_(model)
+        steps = [
+            torch.optim.SGD([p for p in part.parameters() if p.requires_grad], lr=0.1)
+            for part in model
+        ]
+        hidden = output(first, torch.randn(3, 6))
+        output(second, hidden.detach()).float().sum().backward()
+        steps[1].step()
+        output(second, hidden).float().sum().backward()
+        steps[0].step()
+        for part in model:
+            (_, site), *_ = relora.low_rank_sites(part)
+            V = torch.add(site.weight, site.lora_B @ site.lora_A, alpha=site.scale).bfloat16()
+            assert torch.equal(site.low_rank.merged_copy[:, : V.shape[1]], V)
+
     def test_costs_nothing_once_the_model_is_gone(self):
         from relora_core import merged_copies
 
         model = model_of()
-        assert model in merged_copies._models
+        assert any(one is model for one in merged_copies._models.values())
         count = len(merged_copies._models)
         del model
         assert len(merged_copies._models) == count - 1
+
+
+class TestWithout:
+    """Where the copy does not apply, forward is that of two paths."""
+
+    def same_as_two_paths(self, model, run):
+        plain = copy.deepcopy(model)
+        for _, site in relora.low_rank_sites(plain):
+            site.low_rank.merged_copy = None
+        torch.testing.assert_close(run(model), run(plain))
+
+    def test_in_another_dtype(self):
+        self.same_as_two_paths(model_of(), lambda model: model(TOKENS))
+
+    def test_over_a_trained_base(self):
+        model = model_of()
+        model.requires_grad_(True)
+        output(model).float().sum().backward()
+        assert all(site.weight.grad is not None for _, site in relora.low_rank_sites(model))
+
+    def test_with_dropout_that_is_set_later(self):
+        model = model_of()
+        for _, site in relora.low_rank_sites(model):
+            site.low_rank.dropout = 0.5
+        torch.manual_seed(0)
+        one = output(model)
+        assert not torch.equal(one, output(model))
+
+    def test_called_with_other_factors(self):
+        model = model_of()
+        doubled = {n: p.detach() * 2 if "lora_B" in n else p for n, p in model.named_parameters()}
+        with autocast():
+            called = functional_call(model, doubled, (TOKENS,))
+        with torch.no_grad():
+            for _, site in relora.low_rank_sites(model):
+                site.lora_B.mul_(2)
+        assert error(called, output(model)) < 0.02
+
+    def test_of_an_input_of_another_width_there_is_an_error(self):
+        layer = layer_of(7, 5)
+        relora.keep_merged_(layer)
+        for width in (6, 8, 9):
+            with pytest.raises(RuntimeError):
+                output(layer, torch.randn(2, width))
 
 
 class TestRestart:
@@ -273,12 +377,25 @@ class TestState:
         )
         assert same(relora.merged_state_dict(model), relora.merged_state_dict(plain))
 
-    def test_of_a_deep_copy_has_no_merged_copy_and_the_same_function(self):
+    def test_of_a_deep_copy_is_its_own(self):
         model = model_of()
         copied = copy.deepcopy(model)
-        assert all(s.low_rank.merged_copy is None for _, s in relora.low_rank_sites(copied))
+        assert torch.equal(output(copied), output(model))
+        before = output(model)
+        step_(copied, optimizer_of(copied))
+        assert not torch.equal(output(copied), before)
+        assert is_fresh(copied)
         assert is_fresh(model)
-        assert error(output(copied), output(model)) < 0.02
+        assert torch.equal(output(model), before)
+
+    def test_of_an_averaged_model_is_that_of_its_own_factors(self):
+        model = model_of()
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        averaged.update_parameters(model)
+        step_(model, optimizer_of(model))
+        averaged.update_parameters(model)
+        output(averaged)
+        assert is_fresh(averaged.module)
 
     def test_is_plain_again_once_sites_are_removed(self):
         model = model_of()
@@ -287,6 +404,14 @@ class TestState:
                 relora.remove_low_rank(module)
         assert list(values(model)) == list(values(Model()))
         step_(model, optimizer_of(model))
+        model.load_state_dict(model.state_dict())
+
+    def test_takes_sites_that_come_later(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        relora.add_low_rank_(model, "0", rank=2)
+        relora.keep_merged_(model)
+        relora.add_low_rank_(model, "1", rank=2)
+        assert len(relora.keep_merged_(model)) == 2
 
     # Dynamo looks at .grad of what is no leaf, and torch warns of it.
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -308,7 +433,7 @@ class TestRefusals:
         ("make", "error", "match"),
         [
             (lambda: nn.Sequential(nn.Linear(4, 4)), ValueError, "no low-rank site"),
-            (lambda: model_of(), ValueError, "self_attn.q_proj keeps a merged copy already"),
+            (lambda: model_of(), ValueError, "all 6 linear sites keep a merged copy already"),
             (lambda: layer_of(dropout=0.1), ValueError, "0 has dropout"),
             (lambda: layer_of(trainable_scale=True), ValueError, "0 has a trained scale"),
             (lambda: layer_of().bfloat16(), ValueError, "0: W must be wider than torch.bfloat16"),

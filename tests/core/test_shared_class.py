@@ -183,6 +183,17 @@ class TestAnotherBlock:
         one.bias = None
         assert torch.equal(other(x), before)
 
+    def test_stays_when_one_has_a_class_upon_the_shared_one(self):
+        """As `fully_shard` gives to what it shards."""
+        one, other, x = pair()
+        before = other(x)
+        one.__class__ = type("FSDPLinear", (type(one),), {})
+        one.note = 1
+        del one.note
+        del one.bias
+        assert not hasattr(one, "bias")
+        assert torch.equal(other(x), before)
+
     def test_stays_when_the_copy_of_one_is_removed(self):
         one, other, x = pair()
         before = one(x)

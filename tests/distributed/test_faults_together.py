@@ -52,8 +52,8 @@ def run(rank, world_size, directory, *, stops=False):
     saver = Saver(config.checkpoints, world, fixed={}, keep=2)
     sound, calls = train.forward_backward, []
 
-    def spoilt(model, batch, micro_steps, world):
-        loss = sound(model, batch, micro_steps, world)
+    def spoilt(model, batch, *others):
+        loss = sound(model, batch, *others)
         if rank == world_size - 1 and len(calls) == BROKEN:
             next(p for p in model.parameters() if p.grad is not None).grad.to_local().fill_(np.nan)
         if stops and rank == world_size - 1 and len(calls) == STOPPED:

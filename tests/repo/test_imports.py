@@ -54,6 +54,7 @@ LAYERS = {
         "estimate.depth study.command",
         "bench.commands.traffic",
         "bench.commands.memory estimate.peaks",
+        "estimate.row",
         "estimate.command",
         "commands.__init__ commands.export commands.prepare commands.train",
         "main",

@@ -12,6 +12,7 @@ from reference_trainer.bench.communication import sent_in_step
 from reference_trainer.bench.layouts import LAYOUTS, Step, layouts, pretended
 from reference_trainer.bench.tracker import track
 from reference_trainer.estimate import command
+from reference_trainer.estimate import row as rows_of_layouts
 from reference_trainer.estimate.depth import sent_at_depth, track_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import Peak, estimate_peak
@@ -82,7 +83,7 @@ def of_bytes(monkeypatch):
         def known(step, *, processes, moments):
             return Peak(step, 1.0, 1.0, np.array([peak]), np.array([1.0]))
 
-        monkeypatch.setattr(command, "estimate_peak", known)
+        monkeypatch.setattr(rows_of_layouts, "estimate_peak", known)
         monkeypatch.setattr(command, "ProcessPoolExecutor", lambda *_, **__: nullcontext(Here))
 
     return put
@@ -130,7 +131,7 @@ class TestCommand:
             each = np.array([0.3 * room])
             return Peak(step, 1.0, 1.0, np.array([1.1 * room if whole else 1.0]), each)
 
-        monkeypatch.setattr(command, "estimate_peak", known)
+        monkeypatch.setattr(rows_of_layouts, "estimate_peak", known)
         monkeypatch.setattr(
             command, "ProcessPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map))
         )
@@ -147,7 +148,7 @@ class TestCommand:
         assert said.count("none fits") == 8
 
     def test_takes_the_layout_that_is_fastest(self):
-        row = command.Row(
+        row = rows_of_layouts.Row(
             "warm start", "shard", "keep", False, 1, 1, 9, 4, 4, "step", 1.0, (2.0, 3.0)
         )
         slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))

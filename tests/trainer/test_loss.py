@@ -92,3 +92,14 @@ def test_a_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gradient of this loss has been used"):
         loss.backward()
+
+
+def test_a_target_that_is_no_id_is_an_error():
+    with pytest.raises((IndexError, RuntimeError)):
+        CrossEntropy()(torch.zeros(2, 4), torch.tensor([-1, 1]), divisor=2)
+
+
+def test_what_is_ignored_may_be_infinite():
+    z = torch.tensor([[-float("inf"), 0.0], [0.0, 0.0]])
+    loss = CrossEntropy()(z, torch.tensor([IGNORED, 0]), divisor=1)
+    torch.testing.assert_close(loss, torch.tensor(0.6931472))

@@ -50,14 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=options.positive, default=1024, help="tokens of each (default: 1024)")
     add("--accumulate", type=options.positive, default=1, help="micro-steps a step (default: 1)")
     add("--processes", type=options.positive, default=1, help="GPUs (default: 1)")
-    add(
-        "--layout", default="shard", choices=_LAYOUTS, help="of the low-rank phase (default: shard)"
-    )
+    layouts = "parallel.layout; replicate-bf16: with relora.base=bf16 (default: shard)"
+    add("--layout", default="shard", choices=_LAYOUTS, help=layouts)
     precisions = [name for name in get_args(Precision) if name != "auto"]
-    add("--precision", default="bf16", choices=precisions, help="parallel.precision")
-    names = [*usual(), "two-paths"]
-    names.remove("dense")
-    add("--arms", nargs="+", default=names, help=f"without full, the baseline ({' '.join(names)})")
+    add("--precision", default="bf16", choices=precisions, help="of computation (default: bf16)")
+    names = [*(name for name in usual() if name not in ("full", "dense")), "two-paths"]
+    compared = f"compared with full, the baseline (default: {' '.join(names)})"
+    add("--arms", nargs="+", default=names, help=compared)
     add("--json", type=Path, metavar="FILE", help="JSON lines to write: a line each kernel")
 
 
@@ -168,8 +167,8 @@ def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
                 _time(one["seconds"]),
                 f"{one['ratio']:.3f}",
                 f"{one['kernels']:,}",
-                f"{one['bytes'] / 1e9:,.2f}",
-                f"{one['flops'] / 1e12:,.3f}",
+                f"{one['bytes'] / 1e9:,.4g}",
+                f"{one['flops'] / 1e12:,.4g}",
                 *(_time(one["parts"][part]) for part in parts),
             ]
             lines.append(_line(cells))
@@ -194,4 +193,4 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-2 else f"{seconds * 1e6:,.0f} us"
+    return f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-2 else f"{seconds * 1e6:,.4g} us"

@@ -1,0 +1,121 @@
+"""A phase in a layout: how many sequences fit at once, what is sent and how long a step takes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from reference_trainer.bench import results
+from reference_trainer.bench.ceilings import CEILINGS
+from reference_trainer.bench.computation import computation, of_micro_steps
+from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step, pretended
+from reference_trainer.bench.projection import Cluster, communication_seconds
+from reference_trainer.estimate.depth import sent_at_depth
+from reference_trainer.estimate.peaks import Peak, estimate_peak
+
+PHASES = {
+    FULL: "warm start",
+    SHARD: "ReLoRA, shard",
+    REPLICATE: "ReLoRA, replicate",
+    BF16: "ReLoRA, replicate, base bf16",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A phase in a layout.
+
+    Args:
+        phase: as the table shows it.
+        layout: "shard" or "replicate".
+        base: `relora.base`.
+        recompute: whether activations are recomputed.
+        weights: bytes of parameters on a GPU.
+        optimizer: bytes of moments on a GPU.
+        peak: bytes with `micro` sequences at once; with one, if none fits.
+        fits: how many sequences fit at once.
+        micro: how many of them divide the step; 0 for none.
+        reduce: `parallel.reduce`.
+        sent: bytes that a GPU sends in a step.
+        seconds: of a step, between all communication hidden and none; of none that fits, empty.
+    """
+
+    phase: str
+    layout: str
+    base: str
+    recompute: bool
+    weights: float
+    optimizer: float
+    peak: float
+    fits: int
+    micro: int
+    reduce: str
+    sent: float
+    seconds: tuple[float, ...]
+
+
+def row_of(
+    step: Step, *, processes: int, moments: float, mine: int, room: float, cluster: Cluster
+) -> Row:
+    """Return what a step of `mine` sequences takes on each GPU, as many at once as fit.
+
+    Gradients are reduced once a step, in every micro-step if nothing fits otherwise.
+    """
+
+    def peak_of(**changed: Any) -> Peak:
+        return estimate_peak(replace(step, **changed), processes=processes, moments=moments)
+
+    peak = peak_of(accumulates=True)
+    if peak.most(room) >= mine or not peak.most(room):
+        alone = peak_of(accumulates=False)
+        if alone.most(room) >= mine:
+            peak = alone
+        elif not peak.most(room):
+            peak = peak_of(accumulates=True, reduce="micro-step")
+    fits = peak.most(room)
+    micro = max((n for n in range(1, min(fits, mine) + 1) if mine % n == 0), default=0)
+    seconds: tuple[float, ...] = ()
+    total = 0.0
+    if micro:
+        micro_steps = mine // micro
+        counted = replace(step, recompute=False, reduce=peak.step.reduce)  # sent as often
+        with pretended(processes):
+            once = [asdict(sent) for sent in sent_at_depth(counted)]
+            twice = [asdict(sent) for sent in sent_at_depth(counted, micro_steps=2)]
+        further = _difference(twice, once)
+        compute = _computed(replace(step, sequences=micro), processes, micro_steps, cluster)
+        sent = communication_seconds(once, further, cluster, micro_steps=micro_steps)
+        seconds = max(compute, sent), compute + sent
+        total = results.total(once) + (micro_steps - 1) * results.total(further)
+    return Row(
+        PHASES[step.layout],
+        step.layout.bases,
+        step.layout.base,
+        step.recompute,
+        peak.weights,
+        peak.optimizer,
+        peak.at(micro or 1),
+        fits,
+        micro,
+        peak.step.reduce,
+        total,
+        seconds,
+    )
+
+
+def _computed(step: Step, processes: int, micro_steps: int, cluster: Cluster) -> float:
+    gpus = {cluster.gpu: CEILINGS[cluster.gpu]}
+    taken = computation(step, processes=processes, gpus=gpus)[cluster.gpu]
+    return of_micro_steps(taken, micro_steps)
+
+
+def _difference(
+    more: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    def key(sent: dict[str, Any]) -> tuple[Any, ...]:
+        return sent["collective"], sent["processes"], sent["stride"]
+
+    before = {key(sent): sent for sent in less}
+    return [
+        sent | {name: sent[name] - before[key(sent)][name] for name in ("calls", "bytes")}
+        for sent in more
+    ]
