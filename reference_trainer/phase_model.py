@@ -41,7 +41,8 @@ def build_model(
         if not phase.low_rank:
             return []
         sites = [site for _, site in relora.low_rank_sites(bare)]
-        if merged and keeps_merged(config, world.device):
+        linear = any(isinstance(site.module, nn.Linear) for site in sites)
+        if linear and merged and keeps_merged(config, world.device):
             bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
             copies = [site.low_rank.merged_copy for site in sites] if whole else []
             return bases + [copy for copy in copies if copy is not None]

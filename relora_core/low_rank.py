@@ -200,6 +200,23 @@ class LowRank(nn.Module):
         self.merged_copy = nn.Parameter(copy, requires_grad=False)
         self.refresh_(base)
 
+    @torch.no_grad()
+    def merge_and_redraw_(self, base: Tensor, update: Update) -> None:
+        """Add s B A to `base`, draw a new A and zero B: V of a merged copy stays as it is."""
+        known = self._made_of in (_SHARDED, _versions(self.lora_A, self.lora_B, base))
+        self.merge_into_(base, update)
+        self.redraw_()
+        if self.merged_copy is not None and known:
+            inner = self.lora_A.shape[1]
+            local(self.merged_copy)[:, inner : inner + self.rank].zero_()
+            self._note_made(base)
+        else:
+            self.refresh_(base, zero=True)
+
+    def _note_made(self, base: Tensor) -> None:
+        sharded = is_sharded(self.lora_A) or is_sharded(base)
+        self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
+
     def _fresh_copy(self, base: Tensor) -> nn.Parameter | None:
         """Return the merged copy, made anew if it is not of these factors; None if they are others.
 
@@ -212,15 +229,15 @@ class LowRank(nn.Module):
             return self.merged_copy if self.followed else None
         if self._made_of == _SHARDED:
             return self.merged_copy
-        now = _versions(self.lora_A, self.lora_B, base)
-        if self._made_of == now:
-            return self.merged_copy
-        if fsdp_owns(self):
+        factors = (self.lora_A, self.lora_B, base)
+        if self._made_of is not None and self._made_of.keys() != set(map(id, factors)):
+            if not fsdp_owns(self):
+                return None
             self._made_of = _SHARDED
-        elif self._made_of is None or self._made_of.keys() == now.keys():
+        elif self._made_of is None and fsdp_owns(self):
+            self._made_of = _SHARDED
+        elif self._made_of != _versions(*factors):
             self.refresh_(base)
-        else:
-            return None
         return self.merged_copy
 
     def copy_shape(self, base: Tensor) -> tuple[int, int]:
@@ -238,8 +255,6 @@ class LowRank(nn.Module):
         if self.merged_copy is None or self.lora_A.is_meta:
             return
         self.refuse_gathered()
-        sharded = is_sharded(self.lora_A) or is_sharded(base)
-        self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
         if zero:
             V, B = self.exact(base), local(self.lora_B)
         else:  # by the operation by which a merge adds: of a merged W, V has the same bits
@@ -247,6 +262,7 @@ class LowRank(nn.Module):
             V, B = update.sum(self.merged_copy.dtype), update.B
         copy_rows_(self.merged_copy, 0, V, base)
         copy_rows_(self.merged_copy, self.lora_A.shape[1], B, base)
+        self._note_made(base)
 
     def exact(self, base: Tensor) -> Tensor:
         """Return this process's part of W; of a split W its fp32 value, made anew.

@@ -111,8 +111,7 @@ def restart_(
         refuse_overflow(sites, norms)
 
     for (_, site), update in zip(sites, updates, strict=True):
-        site.low_rank.merge_into_(site.weight, update)
-        site.redraw_()
+        site.low_rank.merge_and_redraw_(site.weight, update)
     return RestartReport(norms, apply_reset_(states, reset, list(factors)))
 
 
