@@ -1,4 +1,4 @@
-"""How long a training step computes on a GPU at its ceilings, from few blocks and micro-steps."""
+"""The time of a step's computation on a GPU at its ceilings, from few blocks and micro-steps."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
