@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict
-
 from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
 
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = {"extra": "forbid", "allow_inf_nan": False}  # pydantic's, which reads files
 
 
 def option(default: Any, help: str) -> Any:

@@ -5,9 +5,7 @@ import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
-import pyarrow.parquet as parquet
-from pyarrow import RecordBatch
+from typing import Any
 
 from reference_trainer.config import DataConfig
 from reference_trainer.errors import UserError
@@ -88,6 +86,8 @@ def _lines(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _rows(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow.parquet as parquet  # a large import, for what is not often read
+
     try:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def _rows(path: Path, text_field: str) -> Iterator[str]:
             yield text
 
 
-def _batches(file: parquet.ParquetFile, path: Path, column: str) -> Iterator[RecordBatch]:
+def _batches(file: Any, path: Path, column: str) -> Iterator[Any]:
     try:
         yield from file.iter_batches(batch_size=1024, columns=[column])
     except (OSError, ValueError) as error:

@@ -56,6 +56,9 @@ _BENCHMARKS = {
         "list the kernels of a step and their times on a GPU that need not be here",
         "bench.commands.roofline",
     ),
+    "gpu-suite": _Command(
+        "measure all of it on a GPU in ten minutes, beside the roofline", "bench.commands.gpu_suite"
+    ),
     "show": _Command("show measurements on file", "bench.commands.show"),
 }
 _COMMANDS = {

@@ -3,19 +3,19 @@
 import argparse
 import copy
 import dataclasses
+import json
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from reference_trainer.config import Config
 from reference_trainer.errors import UserError, one_line
 from reference_trainer.nearest import nearest
+from reference_trainer.validated import MismatchError, validated
 
-_CONFIG = TypeAdapter(Config)
 _SHORT = reprlib.Repr()  # of values that a damaged file makes huge
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
@@ -77,12 +77,12 @@ def resolve(file: Path | None, overrides: dict[str, Any]) -> Config:
                 raise UserError(f"{head} is a section, not a value; got {branch!r:.80} in {file}")
         branch[leaf] = value
     try:
-        return _CONFIG.validate_python(tree)
-    except ValidationError as error:
-        message = _one_line(error)
+        return validated(Config, tree)
+    except MismatchError as error:
+        message = _one_line(error.first)
     try:
-        _CONFIG.validate_python(alone)
-    except ValidationError:
+        validated(Config, alone)
+    except MismatchError:
         message = f"{file}: {message}"
     raise UserError(message)
 
@@ -102,7 +102,7 @@ def read_tree(file: Path) -> dict[str, Any]:
 
 def write(config: Config, file: Path) -> None:
     """Write the configuration, every field of it, so that `resolve` reads it back."""
-    tree = _CONFIG.dump_python(config, mode="json")
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
     file.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
@@ -138,14 +138,13 @@ def _value(config: Config, path: str) -> Any:
     return value
 
 
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+def _one_line(first: Any) -> str:
     name = ".".join(str(part) for part in first["loc"] if part != "function-after")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [path for path, _ in leaves()]
         sections = [field.name for field in dataclasses.fields(Config)]
         return f"unknown option {name}{nearest(name, known + sections)}"
-    message = first["msg"].removeprefix("Value error, ")
+    message: str = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
     return f"{name}: {message}; got {_SHORT.repr(first['input'])}"

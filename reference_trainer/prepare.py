@@ -9,7 +9,6 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from reference_trainer.config import DataConfig
@@ -18,6 +17,7 @@ from reference_trainer.errors import DamagedError, UserError, one_line
 from reference_trainer.sealed import checksum, read_sealed, verify, write_sealed
 from reference_trainer.terminal import hidden
 from reference_trainer.tokenizer import load_tokenizer
+from reference_trainer.validated import MismatchError, validated
 
 SPLITS = ("train", "held_out")
 _FORMAT, _INDEX, _TOKENIZER = 2, "index.json", "tokenizer.json"
@@ -117,11 +117,11 @@ def read_index(directory: Path) -> Index:
     if not file.is_file():
         raise UserError(f"{directory} holds no prepared data (no {_INDEX}): run `prepare` first")
     try:
-        index = TypeAdapter(Index).validate_python(read_sealed(file, format=_FORMAT))
+        index = validated(Index, read_sealed(file, format=_FORMAT))
         sizes = _sizes(index, directory)
     except DamagedError as error:
         raise DamagedError(f"{error}: run `prepare` again") from None
-    except (ValidationError, KeyError, TypeError) as error:
+    except (MismatchError, KeyError, TypeError) as error:
         raise DamagedError(f"{file} is damaged ({one_line(error)}): run `prepare` again") from None
     for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from reference_trainer.errors import DamagedError, UserError, one_line
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import copy_whole_
 from reference_trainer.sealed import read_json
+from reference_trainer.validated import MismatchError, validated
 
 _COPY = "pretrained.json"
 _DTYPES = {"F64", "F32", "BF16", "F16"}
@@ -74,10 +74,10 @@ def read_shape(file: Path) -> LlamaShape:
     }
     try:
         theta = found.get("rope_theta", rope.get("rope_theta", 10_000.0))
-        shape = TypeAdapter(LlamaShape).validate_python(
-            {**fields, "rope_theta": theta, "rope_scaling": _scaling(rope, file)}
+        shape = validated(
+            LlamaShape, {**fields, "rope_theta": theta, "rope_scaling": _scaling(rope, file)}
         )
-    except (ValidationError, AttributeError) as error:
+    except (MismatchError, AttributeError) as error:
         raise DamagedError(f"{file} is damaged ({one_line(error)})") from None
     if found.get("head_dim") not in (None, shape.head_size):
         raise UserError(

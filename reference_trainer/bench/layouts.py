@@ -135,7 +135,10 @@ def laid_out(
     """
     layout = step.layout
     parallel = ParallelConfig(
-        "cpu", step.precision, checkpoint_activations=step.recompute, layout=layout.bases
+        "cuda" if world.device.type == "cuda" else "cpu",
+        step.precision,
+        checkpoint_activations=step.recompute,
+        layout=layout.bases,
     )
     warm, base = (0 if layout.low_rank else 2), layout.base
     base = base if step.precision != "fp32" else "keep"

@@ -52,10 +52,10 @@ def measure_restart(
     return _records(subject, interleaved(timed, repeats, "restart"))
 
 
-def measure_prune(device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
-    """Time pruning twice as many entries as torch.quantile takes, against it."""
-    whole = torch.randn(QUANTILE, device=device)
-    double = torch.randn(2 * QUANTILE, device=device)
+def measure_prune(device: torch.device, *, entries: int, repeats: int) -> list[dict[str, Any]]:
+    """Time pruning twice as many entries as torch.quantile gets, a power of two, against it."""
+    whole = torch.randn(entries, device=device)
+    double = torch.randn(2 * entries, device=device)
 
     def quantile() -> dict[str, float]:
         began = now(device)
@@ -68,7 +68,8 @@ def measure_prune(device: torch.device, *, repeats: int) -> list[dict[str, Any]]
         relora.magnitude_prune_(pruned, ratio=0.99)
         return {"step": now(device) - began}
 
-    timed = {"torch.quantile, 2^24": quantile, "magnitude_prune_, 2^25": prune}
+    power = entries.bit_length() - 1
+    timed = {f"torch.quantile, 2^{power}": quantile, f"magnitude_prune_, 2^{power + 1}": prune}
     return _records("pruning", interleaved(timed, repeats, "pruning"))
 
 

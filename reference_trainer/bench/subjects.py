@@ -74,7 +74,7 @@ class Subject:
         if self.level == "model":
             return self._model(prepare_, world, compiled=compiled, recompute=recompute)
         module = self._part(prepare_, world.device, DTYPES[self.dtype])
-        _fill_(module, self.shape)
+        draw_weights_(module, self.shape)
         if compiled:
             module.compile()
         # Under autocast a linear's input comes from what was computed in bf16.
@@ -123,7 +123,7 @@ class Subject:
         )
         model = build(self.shape, parallel, world, prepare_in_dtype_)
         model.to_empty(device=world.device)
-        _fill_(model, self.shape)
+        draw_weights_(model, self.shape)
         return self._work(model, world.device, DTYPES[self.dtype])
 
     def _work(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Work:
@@ -179,7 +179,7 @@ class _Linear(nn.Module):
 
 
 @torch.no_grad()
-def _fill_(module: nn.Module, shape: LlamaShape) -> None:
+def draw_weights_(module: nn.Module, shape: LlamaShape) -> None:
     """Draw every matrix alike, factors included: times do not depend on values that are usual."""
     for p in module.parameters():
         own = local(p)

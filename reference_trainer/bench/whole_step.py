@@ -74,9 +74,8 @@ def loss_kernels(step: Step) -> list[Kernel]:
     return found
 
 
-def _module_kernels(
-    module: nn.Module, arm: str, step: Step, inner: int, *others: Tensor
-) -> list[Kernel]:
+def as_arm_(module: nn.Module, arm: str, step: Step) -> torch.dtype:
+    """Make of a bare module what an arm computes a step over; return the computation's dtype."""
     ARMS[arm](module, step.rank)
     dtype = torch.float32 if step.precision == "fp32" else torch.bfloat16
     if dtype != torch.float32:
@@ -84,6 +83,13 @@ def _module_kernels(
         kept = relora.keep_merged_(module, dtype=dtype) if merges else []
         for p in module.parameters():
             p.data = p.data if any(p is one for one in kept) else p.data.to(dtype)
+    return dtype
+
+
+def _module_kernels(
+    module: nn.Module, arm: str, step: Step, inner: int, *others: Tensor
+) -> list[Kernel]:
+    dtype = as_arm_(module, arm, step)
     memory = FakeTensorMode(allow_non_fake_inputs=True)
     with memory, compiling() as (backend, compiled):
         module.to_empty(device="cpu")

@@ -37,9 +37,12 @@ LAYERS = {
     ],
     "reference_trainer": [
         "__init__ bench.__init__ bench.commands.__init__ bench.kernels bench.memory environment "
-        "errors estimate.__init__ interruption loss nearest peak report.__init__ streamed "
-        "study.__init__ terminal",
-        "bench.ceilings bench.fusion bench.results files model",
+        "bench.suite.__init__ bench.suite.jobs bench.suite.timing errors estimate.__init__ "
+        "interruption loss nearest peak report.__init__ streamed study.__init__ terminal "
+        "validated",
+        "bench.ceilings bench.fusion bench.results bench.suite.records bench.suite.table "
+        "files model",
+        "bench.suite.runner",
         "bench.arms bench.launched config flops study.trial",
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
@@ -49,9 +52,13 @@ LAYERS = {
         "begin bench.measure evaluate export journal report.command study.tables study.train",
         "bench.commands.step bench.layouts bench.restarts plan study.picture",
         "bench.commands.prune bench.commands.restart train",
-        "bench.checkpoints bench.communication bench.tracker bench.whole_step estimate.gpus",
-        "bench.commands.checkpoint bench.commands.roofline bench.computation "
-        "estimate.depth study.command",
+        "bench.checkpoints bench.communication bench.suite.sizes bench.tracker bench.whole_step "
+        "estimate.gpus",
+        "bench.commands.checkpoint bench.commands.gpu_suite bench.commands.roofline "
+        "bench.computation bench.suite.__main__ bench.suite.blocks bench.suite.gpu_tests "
+        "bench.suite.machine bench.suite.products bench.suite.restarting bench.suite.selection "
+        "bench.suite.stall bench.suite.steps bench.suite.training estimate.depth study.command",
+        "bench.suite.expected",
         "bench.commands.traffic",
         "bench.commands.memory estimate.peaks",
         "estimate.row",
@@ -67,7 +74,8 @@ MODULES = [
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
 USES_THE_CORE = (
-    "bench.arms bench.communication bench.restarts bench.tracker bench.whole_step export journal "
+    "bench.arms bench.communication bench.restarts bench.suite.blocks bench.suite.selection "
+    "bench.suite.steps bench.tracker bench.whole_step export journal "
     "phase_model phases plan rank stage study.tables study.train world"
 )
 

@@ -96,7 +96,7 @@ class TestCommand:
     @pytest.mark.parametrize("level", ["restart", "prune"])
     def test_times_restarts_and_pruning(self, level, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("reference_trainer.bench.restarts.QUANTILE", 2**10)
+        monkeypatch.setattr("reference_trainer.bench.commands.prune.QUANTILE", 2**10)
         assert self.run(level, "--repeats", "2") == 0
         _, *records = results.read(tmp_path / f"{level}.jsonl")
         assert all(len(record["step_seconds"]) == 2 for record in records)

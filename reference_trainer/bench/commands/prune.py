@@ -3,7 +3,7 @@
 import argparse
 
 from reference_trainer.bench import options
-from reference_trainer.bench.restarts import measure_prune
+from reference_trainer.bench.restarts import QUANTILE, measure_prune
 from reference_trainer.config import ParallelConfig
 from reference_trainer.world import open_world
 
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> list[str]:
     out = options.output_of(arguments, "prune")
     with open_world(ParallelConfig(device=arguments.device)) as world:
         first = options.head(arguments, "prune", world.device, "seed")
-        found = measure_prune(world.device, repeats=arguments.repeats)
+        found = measure_prune(world.device, entries=QUANTILE, repeats=arguments.repeats)
     return options.written([first, *found], out, arguments.picture)

@@ -1,0 +1,30 @@
+"""A job's process: `python -m reference_trainer.bench.suite JOB --out DIR`."""
+
+import argparse
+import faulthandler
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from reference_trainer.bench.suite.jobs import EXPECTED, JOBS, job_of
+from reference_trainer.bench.suite.records import Report
+from reference_trainer.bench.suite.sizes import sizes
+
+
+def main() -> None:
+    """Run the job that the arguments name, with everything drawn from one seed."""
+    parser = argparse.ArgumentParser(description="Run a job of the GPU suite.")
+    parser.add_argument("job", choices=[job.name for job in (*JOBS, EXPECTED)])
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    faulthandler.enable()
+    torch.manual_seed(0)
+    job, chosen = job_of(given.job), sizes()
+    device = torch.device("cpu" if job is EXPECTED else chosen.device)
+    module = import_module(f"reference_trainer.bench.suite.{job.module}")
+    module.run(Report(given.out, job.name), chosen, device, *job.arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Stage 4: a block forward and backward: full rank and ours, eager and compiled."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import relora_core as relora
+from reference_trainer.bench.layouts import FULL, SHARD, Layout
+from reference_trainer.bench.subjects import draw_weights_
+from reference_trainer.bench.suite.records import Report
+from reference_trainer.bench.suite.sizes import Sizes
+from reference_trainer.bench.suite.timing import medians
+from reference_trainer.bench.whole_step import as_arm_
+from reference_trainer.model import Block, rotary_table
+
+ARMS = {"full": FULL, "ours": SHARD, "two-paths": SHARD}
+
+
+def run(report: Report, sizes: Sizes, device: torch.device) -> None:
+    """Time each arm in turn, at each micro-batch."""
+    for micro in sizes.micros:
+        torch.compiler.reset()  # or the second size would be compiled for any size
+        runs = {}
+        for arm, layout in ARMS.items():
+            for compiled in (False, True):
+                runs[named(arm, micro, compiled)] = _backward(
+                    sizes, arm, layout, micro, device, compiled=compiled
+                )
+        found = medians(runs, device, repeats=sizes.repeats)
+        for name, seconds in found.items():
+            eager = name.endswith("eager")
+            report.measured(name, seconds, baseline=named("full", micro, not eager))
+
+
+def named(arm: str, micro: int, compiled: bool) -> str:
+    """Return what a block is called in the results."""
+    return f"block, {micro} sequences, {arm}, {'compiled' if compiled else 'eager'}"
+
+
+def _backward(
+    sizes: Sizes, arm: str, layout: Layout, micro: int, device: torch.device, *, compiled: bool
+) -> Callable[[], object]:
+    with torch.device("meta"):
+        block: nn.Module = Block(sizes.shape)
+    dtype = as_arm_(block, arm, sizes.step(layout, micro))
+    block.to_empty(device=device)
+    draw_weights_(block, sizes.shape)
+    if arm == "ours":
+        relora.refresh_merged_(block)
+    if compiled:
+        block.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+    table = rotary_table(sizes.length, sizes.shape, device)
+    size = (micro, sizes.length, sizes.shape.hidden_size)
+    x = torch.randn(size, dtype=dtype, device=device, requires_grad=True)
+    g = torch.randn(size, dtype=dtype, device=device)
+
+    def backward() -> None:
+        block(x, *table).backward(g)
+        x.grad = None
+        for p in block.parameters():
+            p.grad = None
+
+    return backward

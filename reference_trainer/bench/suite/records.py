@@ -1,0 +1,80 @@
+"""The suite's results: JSON lines that every process appends as they come."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reference_trainer.errors import UserError, one_line
+
+_FILE = "results.jsonl"
+
+
+def results_of(directory: Path) -> Path:
+    """Return the file of a suite's results."""
+    return directory / _FILE
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a job writes what it has found.
+
+    Args:
+        directory: of the suite.
+        job: its name.
+    """
+
+    directory: Path
+    job: str
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append a record, at once and whole."""
+        line = json.dumps({"event": event, "job": self.job, **values}, allow_nan=False)
+        with results_of(self.directory).open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+
+    def measured(
+        self,
+        what: str,
+        value: float,
+        unit: str = "s",
+        *,
+        expected: float | None = None,
+        baseline: str | None = None,
+        **more: Any,
+    ) -> None:
+        """Append a figure.
+
+        Args:
+            what: was measured; unique in the suite.
+            value: of it.
+            unit: "s", "bytes", "bytes/s", "FLOP/s", or what is counted.
+            expected: what the roofline says; None if another job does, or nobody.
+            baseline: what it is a ratio of.
+            more: known beside it.
+        """
+        known = {"expected": expected, "baseline": baseline}
+        given = {name: found for name, found in known.items() if found is not None}
+        self.write("measured", what=what, value=value, unit=unit, **given, **more)
+
+
+def read(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of a suite so far; a line that a kill has cut off is removed.
+
+    Raises:
+        UserError: if the file is no suite's.
+    """
+    file = results_of(directory)
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        file.write_bytes(whole)
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is damaged: {one_line(error)}") from None
+    if not all(isinstance(record, dict) and "event" in record for record in records):
+        raise UserError(f"{file} holds no records of a suite: give --out another directory")
+    return records

@@ -1,0 +1,125 @@
+"""The suite's processes: started in turn, each until its time is up, whatever becomes of it."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reference_trainer.bench.suite.jobs import Job
+from reference_trainer.bench.suite.records import Report, read
+from reference_trainer.terminal import log
+
+_LOG = "log.txt"
+_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError")
+_LEAST = 5.0  # seconds, below which no job is worth starting
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    began: float
+    limit: float
+    log: Path
+    directory: str  # for its temporary files
+
+
+def run_jobs(
+    jobs: Sequence[Job], directory: Path, *, seconds: float, beside: Job | None = None
+) -> list[Job]:
+    """Run each job that has not ended well before; return those for which no time was left.
+
+    Those that have not been tried come first. A job that fails, is killed, runs out of memory or
+    of time costs only itself: its end is a record, and what it wrote before stays.
+
+    Args:
+        jobs: in order.
+        directory: of results and log.
+        seconds: for all of them.
+        beside: a job that runs all the while.
+    """
+    deadline = time.monotonic() + seconds
+    ended = {record["job"]: record["status"] for record in _ends(directory)}
+    todo = [job for job in jobs if ended.get(job.name) != "ok"]
+    todo.sort(key=lambda job: job.name in ended)
+    with contextlib.ExitStack() as stack:
+        companion = None
+        if beside is not None and ended.get(beside.name) != "ok":
+            companion = stack.enter_context(_started(beside, directory, seconds))
+        for index, job in enumerate(todo):
+            left = deadline - time.monotonic()
+            if left < _LEAST:
+                return todo[index:]
+            log.info(f"stage {job.stage}: {job.title} ({job.name})")
+            with _started(job, directory, min(job.limit, left)) as running:
+                _finish(running, directory)
+        if companion is not None:
+            companion.limit = min(companion.limit, seconds)
+            _finish(companion, directory)
+    return []
+
+
+def _ends(directory: Path) -> list[dict[str, str]]:
+    return [record for record in read(directory) if record["event"] == "end"]
+
+
+@contextlib.contextmanager
+def _started(job: Job, directory: Path, limit: float) -> Iterator[_Running]:
+    """Start a job in a process group of its own, none of which is left when the block ends."""
+    temporary = tempfile.mkdtemp(prefix="suite-")
+    file = directory / _LOG if job.stage else directory / f"{job.name}-{_LOG}"
+    with file.open("ab") as output:
+        output.write(f"--- {job.name}\n".encode())
+        output.flush()
+        process = subprocess.Popen(
+            job.command(directory),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "TMPDIR": temporary},
+            start_new_session=True,
+        )
+    Report(directory, job.name).write("begin", pid=process.pid)
+    try:
+        yield _Running(job, process, time.monotonic(), limit, file, temporary)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(running: _Running, directory: Path) -> None:
+    """Wait for a job to end, or for its time to be up, and write down which."""
+    job, process = running.job, running.process
+    try:
+        code = process.wait(max(running.began + running.limit - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        status, error = "timed out", f"not done after {running.limit:.0f} s"
+    else:
+        status, error = _status(code, running.log)
+    taken = round(time.monotonic() - running.began, 1)
+    Report(directory, job.name).write(
+        "end", stage=job.stage, status=status, seconds=taken, error=error
+    )
+    if status != "ok":
+        log.warning(f"stage {job.stage}, {job.name}: {status}: {error}")
+
+
+def _status(code: int, file: Path) -> tuple[str, str]:
+    if code == 0:
+        return "ok", ""
+    if code < 0:
+        return "killed", f"by {signal.Signals(-code).name}"
+    own = file.read_text(encoding="utf-8", errors="replace").split("\n--- ")[-1]
+    lines = [line.strip()[:400] for line in own.splitlines() if line.strip()]
+    of_memory = [line for line in lines if any(sign in line for sign in _OF_MEMORY)]
+    if of_memory:
+        return "out of memory", of_memory[-1]
+    return "failed", lines[-1]
