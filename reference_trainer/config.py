@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from reference_trainer.errors import UserError
 from reference_trainer.model import PRESETS, LlamaShape, preset
@@ -31,6 +31,8 @@ def require(holds: bool, rule: str, **values: object) -> None:
 
 Precision = Literal["auto", "fp32", "bf16", "pure-bf16"]
 Reduce = Literal["step", "micro-step"]
+Checkpointing = Literal["none", "selective", "full"]
+CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,11 @@ class ParallelConfig:
         "are rounded away)",
     )
     compile: bool | None = option(None, "compile blocks and loss (default: on cuda)")
-    checkpoint_activations: bool = option(False, "recompute each block in backward")
+    checkpoint_activations: Checkpointing = option(
+        "none",
+        "of each block, for its backward: 'none': keep all; 'selective': keep what costly products "
+        "gave, compute the rest again; 'full': keep the input, compute all again",
+    )
     layout: Literal["shard", "replicate"] = option(
         "shard",
         "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "

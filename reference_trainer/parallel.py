@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from reference_trainer.activations import checkpointed
 from reference_trainer.config import ParallelConfig
 from reference_trainer.loss import chunk_loss
 from reference_trainer.model import Llama, LlamaShape
@@ -59,8 +59,7 @@ def build(
                 p.data = p.data.bfloat16()
     layers = model.model.layers
     for index, block in enumerate(layers):
-        if config.checkpoint_activations:
-            layers[index] = checkpoint_wrapper(block)
+        layers[index] = checkpointed(block, config.checkpoint_activations, shape)
         if compiled:
             layers[index].compile()
     if compiled:

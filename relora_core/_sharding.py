@@ -1,7 +1,7 @@
 """How a tensor is spread over processes. The only file that names DTensor or FSDP."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -236,6 +236,13 @@ def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W.to_local(), _placed(B, rows), _placed(A, columns).flatten(1)
 
 
+def row_parts(W: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return this rank's rows of a W that is whole or split by rows, and those rows of B."""
+    if not isinstance(W, DTensor):
+        return W, full(B)
+    return W.to_local(), _placed(B, list(W.placements))
+
+
 def split_once(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Return B, `(out, rank)`, and A, `(rank, ...)`, of `parts`, split wherever W is.
 
@@ -330,24 +337,95 @@ def sharded_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 @torch.no_grad()
-def copy_rows_(target: Tensor, start: int, part: Tensor, like: Tensor) -> None:
-    """Copy into `target`, from column `start` on, what has the rows of `like`.
-
-    Only where `target` is whole and `like` sharded there is communication.
+def copy_rows_(target: Tensor, rows: Tensor, like: Tensor) -> None:
+    """Copy `rows` into `target`, which has the rows of `like`; each whole or sharded by rows.
 
     Args:
-        target: with the rows of `like`, whole or sharded by rows.
-        start: a column.
-        part: of all its rows those that this process holds of `like`.
-        like: whole or sharded by rows.
+        target: what is changed; whole beside a sharded `like`, it takes a gather.
+        rows: of all its rows those that this process holds of `like`.
+        like: a matrix.
     """
-    part = part.to(target.dtype)
-    if isinstance(like, DTensor) and not isinstance(target, DTensor):
-        shape = (like.shape[0], part.shape[1])
-        part = _from_part(part, like.device_mesh, like.placements, shape).full_tensor()
-    elif isinstance(target, DTensor) and not isinstance(like, DTensor):
-        part = local_part(part, target)
-    local(target)[:, start : start + part.shape[1]].copy_(part)
+    copy_all_(((target, rows, like),))
+
+
+@torch.no_grad()
+def copy_all_(copies: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Do what `copy_rows_` does for each (target, rows, like); gathers alike are one collective."""
+    targets, sharded = [], []
+    for target, rows, like in copies:
+        if isinstance(like, DTensor) and not isinstance(target, DTensor):
+            shape = (like.shape[0], rows.shape[1])
+            targets.append(target)
+            sharded.append(_from_part(rows, like.device_mesh, like.placements, shape))
+        else:
+            both = isinstance(target, DTensor) and not isinstance(like, DTensor)
+            part = local_part(rows, target) if both else rows
+            if part is not local(target):
+                local(target).copy_(part)
+    for target, whole in zip(targets, gathered(sharded, targets), strict=True):
+        if whole is not target:
+            target.copy_(whole)
+
+
+@torch.no_grad()
+def gathered(tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Return every tensor whole; those that are split by rows alike share one all-gather.
+
+    Args:
+        tensors: sharded or not.
+        into: where each is put, if given; of a whole one nothing is copied.
+    """
+    found = [tensor if _rows_alike(tensor) else full(tensor) for tensor in tensors]
+    together: dict[object, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike = _rows_alike(tensor)
+        if alike is not None:
+            together.setdefault((*alike, tensor.dtype, tensor.device), []).append(index)
+    for members in together.values():
+        parts = [tensors[index] for index in members]
+        places = [
+            into[index] if into else torch.empty(p.shape, dtype=p.dtype, device=local(p).device)
+            for index, p in zip(members, parts, strict=True)
+        ]
+        _gather_rows_(places, parts)
+        for index, place in zip(members, places, strict=True):
+            found[index] = place
+    return found
+
+
+def _rows_alike(tensor: Tensor) -> tuple[DeviceMesh, int] | None:
+    """Return the dimension of a mesh over which alone a tensor is split, by rows; else None."""
+    if not isinstance(tensor, DTensor):
+        return None
+    split = [d for d, p in enumerate(tensor.placements) if not p.is_replicate()]
+    if len(split) != 1 or type(tensor.placements[split[0]]) is not Shard:
+        return None
+    return (tensor.device_mesh, split[0]) if _dim(tensor.placements[split[0]]) == 0 else None
+
+
+def _gather_rows_(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Gather tensors that `_rows_alike` says the same of, padded to as many rows of each rank."""
+    alike = _rows_alike(tensors[0])
+    assert alike is not None
+    mesh, dim = alike
+    processes = mesh.size(dim)
+    own = [local(tensor) for tensor in tensors]
+    if processes == 1:
+        for target, part in zip(targets, own, strict=True):
+            target.copy_(part)
+        return
+    rows = [-(-tensor.shape[0] // processes) for tensor in tensors]
+    sizes = [count * part.shape[1:].numel() for count, part in zip(rows, own, strict=True)]
+    sent = own[0].new_empty(sum(sizes))
+    for place, part in zip(torch.split(sent, sizes), own, strict=True):
+        place[: part.numel()].copy_(part.flatten())
+    assert isinstance(tensors[0], DTensor)
+    together = _from_part(sent, mesh, tensors[0].placements, (processes * sent.numel(),))
+    received = together.full_tensor()
+    places = torch.split(received.view(processes, -1), sizes, dim=1)
+    for target, place, part in zip(targets, places, own, strict=True):
+        whole = place.reshape(-1, *part.shape[1:])
+        target.copy_(whole[: target.shape[0]])
 
 
 def reshard_(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from relora_core._sharding import (
     new_factors,
     parts,
     replicated,
+    row_parts,
     sharded_like,
 )
 from relora_core.lazy_weight import LazyWeight
@@ -152,8 +153,12 @@ class LowRank(nn.Module):
                 "them first, or pass the whole model"
             )
 
-    def update(self, base: Tensor) -> Update:
+    def update(self, base: Tensor, whole_A: Tensor | None = None) -> Update:
         """Return this process's block of s B A; what it lacks of A (and rarely of B) is gathered.
+
+        Args:
+            base: W.
+            whole_A: A, if it has been gathered; W is whole then, or split by rows.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies, or a split W has been
@@ -164,7 +169,9 @@ class LowRank(nn.Module):
         A, s = self.lora_A.detach(), self.scale
         if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
             A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
-        return Update(*parts(base.detach(), self.lora_B.detach(), A), s)
+        W, B = base.detach(), self.lora_B.detach()
+        block = parts(W, B, A) if whole_A is None else (*row_parts(W, B), whole_A)
+        return Update(*block, s)
 
     @torch.no_grad()
     def merge_into_(self, base: Tensor, update: Update | None = None) -> None:
@@ -209,11 +216,12 @@ class LowRank(nn.Module):
         if self.merged_copy is not None and known:
             inner = self.lora_A.shape[1]
             local(self.merged_copy)[:, inner : inner + self.rank].zero_()
-            self._note_made(base)
+            self.note_made(base)
         else:
             self.refresh_(base, zero=True)
 
-    def _note_made(self, base: Tensor) -> None:
+    def note_made(self, base: Tensor) -> None:
+        """Note of which factors the merged copy is."""
         sharded = is_sharded(self.lora_A) or is_sharded(base)
         self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
 
@@ -255,14 +263,34 @@ class LowRank(nn.Module):
         if self.merged_copy is None or self.lora_A.is_meta:
             return
         self.refuse_gathered()
+        rows = self.rows_of_copy(base)
         if zero:
-            V, B = self.exact(base), local(self.lora_B)
-        else:  # by the operation by which a merge adds: of a merged W, V has the same bits
-            update = self.update(base)
-            V, B = update.sum(self.merged_copy.dtype), update.B
-        copy_rows_(self.merged_copy, 0, V, base)
-        copy_rows_(self.merged_copy, self.lora_A.shape[1], B, base)
-        self._note_made(base)
+            self._fill_(rows, self.exact(base), local(self.lora_B))
+        else:
+            self.make_rows_(rows, self.update(base))
+        copy_rows_(self.merged_copy, rows, base)
+        self.note_made(base)
+
+    def rows_of_copy(self, base: Tensor) -> Tensor:
+        """Return the rows of [V | B] that are this process's of W: the copy's own, or new ones."""
+        assert self.merged_copy is not None
+        own = local(self.merged_copy)
+        if is_sharded(self.merged_copy) == is_sharded(base):
+            return own
+        return own.new_empty(local(base).shape[0], own.shape[1])
+
+    @torch.no_grad()
+    def make_rows_(self, rows: Tensor, update: Update) -> None:
+        """Set rows of [V | B] by the operation by which a merge adds: V is what it leaves in W."""
+        update.sum_into_(rows[:, : self.lora_A.shape[1]])
+        self._fill_(rows, None, update.B)
+
+    def _fill_(self, rows: Tensor, V: Tensor | None, B: Tensor) -> None:
+        inner = self.lora_A.shape[1]
+        if V is not None:
+            rows[:, :inner].copy_(V)
+        rows[:, inner : inner + self.rank].copy_(B)
+        rows[:, inner + self.rank :].zero_()
 
     def exact(self, base: Tensor) -> Tensor:
         """Return this process's part of W; of a split W its fp32 value, made anew.

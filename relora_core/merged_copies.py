@@ -1,6 +1,7 @@
 """Merged copies: W + s B A of each linear site in the computation's dtype, made once a step."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,10 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import is_sharded, reshard_, sharded_rows
+from relora_core._sharding import copy_all_, gathered, is_sharded, reshard_, sharded_rows
 from relora_core.register import low_rank_owner
 from relora_core.sites import Site, low_rank_sites, sites_of, unwrapped
 
+_AT_ONCE = 2**28  # bytes
 # In the order in which every process has given them: a refresh communicates.
 _models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -95,8 +97,7 @@ def refresh_merged_(model: nn.Module) -> None:
         >>> refresh_merged_(model)
     """
     reshard_(model)
-    for _, site in low_rank_sites(model):
-        site.refresh_()
+    _refresh_([site for _, site in low_rank_sites(model) if _has_copy(site)])
 
 
 def _refresh_loaded(model: nn.Module, keys: Any) -> None:
@@ -123,18 +124,54 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
         )
 
 
+def _has_copy(site: Site) -> bool:
+    return site.low_rank.merged_copy is not None and not site.lora_A.is_meta
+
+
+@torch.no_grad()
+def _refresh_(sites: list[Site]) -> None:
+    """Make copies anew, a few sites at a time, of which everything is gathered together."""
+    for some in _batches(sites):
+        factors = gathered([site.lora_A.detach() for site in some])
+        copies = []
+        for site, A in zip(some, factors, strict=True):
+            low_rank, W = site.low_rank, site.weight
+            rows = low_rank.rows_of_copy(W)
+            low_rank.make_rows_(rows, low_rank.update(W, A))
+            assert low_rank.merged_copy is not None
+            copies.append((low_rank.merged_copy, rows, W))
+        copy_all_(copies)
+        for site in some:
+            site.low_rank.note_made(site.weight)
+
+
+def _batches(sites: list[Site]) -> Iterator[list[Site]]:
+    """Iterate over runs of sites whose whole copies take as little as `_AT_ONCE`."""
+    batch: list[Site] = []
+    taken = 0
+    for site in sites:
+        copy = site.low_rank.merged_copy
+        assert copy is not None
+        taken += copy.nbytes
+        if batch and taken > _AT_ONCE:
+            yield batch
+            batch, taken = [], copy.nbytes
+        batch.append(site)
+    if batch:
+        yield batch
+
+
 def _refresh_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     models = list(_models.values())
     if not models:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in models:
-        sites = [site for _, site in low_rank_sites(model) if site.low_rank.merged_copy is not None]
+        sites = [site for _, site in low_rank_sites(model) if _has_copy(site)]
         moved = [s for s in sites if id(s.lora_A) in stepped or id(s.lora_B) in stepped]
         if moved:
             reshard_(model)
-        for site in moved:
-            site.refresh_()
+            _refresh_(moved)
 
 
 register_optimizer_step_post_hook(_refresh_after_step)

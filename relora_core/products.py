@@ -6,6 +6,7 @@ full one, the thin one's result costs nothing. It is also rounded at its own siz
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def sum_of_products(
@@ -14,7 +15,8 @@ def sum_of_products(
     """Return s u v + x w + bias, `(T, m)`, in memory that both products write to.
 
     Compiled, it is one operator of its own, because an in-place product becomes one into new
-    memory, for which the addend is copied first.
+    memory, for which the addend is copied first. So it is under a dispatch mode: selective
+    activation checkpointing can keep what an operator returns, and not what one wrote in place.
 
     Args:
         u: `(T, r)`.
@@ -29,10 +31,15 @@ def sum_of_products(
         >>> sum_of_products(one, one, one, one, 0.5)
         tensor([[1.5000]])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_seen():
         total: Tensor = _operator(u, v, x, w, s, bias)
         return total
     return _computed(u, v, x, w, s, bias)
+
+
+def _is_seen() -> bool:
+    """Whether a dispatch mode looks on where nothing is to be differentiated."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not torch.is_grad_enabled()
 
 
 def _computed(u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float, bias: Tensor | None) -> Tensor:
@@ -49,3 +56,16 @@ def _operator(u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float, bias: Tensor
 @_operator.register_fake
 def _(u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[1])
+
+
+@register_flop_formula(torch.ops.relora.sum_of_products)
+def _operations(
+    u: tuple[int, int],
+    v: tuple[int, int],
+    x: tuple[int, int],
+    w: tuple[int, int],
+    *others: object,
+    **known: object,
+) -> int:
+    """Return its floating-point operations, from shapes."""
+    return 2 * u[0] * v[1] * (u[1] + x[1])

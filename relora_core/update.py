@@ -34,10 +34,9 @@ class Update:
             total.copy_(sum.view(total.shape))
         return total
 
-    def sum(self, dtype: torch.dtype) -> Tensor:
-        """Return W + s B A, `(rows, columns)`: as a merge adds it, rounded to `dtype` after."""
+    def sum_into_(self, total: Tensor) -> Tensor:
+        """Set `total`, `(rows, columns)`, to W + s B A: added as a merge does, then rounded."""
         wide = self._wide(self.W)
-        total = torch.empty(self.W.flatten(1).shape, dtype=dtype, device=self.W.device)
         return torch.add(self.W.to(wide).flatten(1), self._product(wide), alpha=self.s, out=total)
 
     def _product(self, wide: torch.dtype) -> Tensor:

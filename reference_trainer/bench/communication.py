@@ -1,6 +1,6 @@
 """Bytes that a process sends: in a training step, and in a restart, by collective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,6 +35,11 @@ class Sent:
     stride: int
     calls: int
     bytes: int
+
+    @property
+    def kind(self) -> tuple[str, int, int]:
+        """What calls of one kind have in common."""
+        return self.collective, self.processes, self.stride
 
 
 @dataclass(frozen=True)
@@ -142,20 +147,23 @@ def measure_traffic(step: Step) -> dict[str, Any]:
 
 def sent_in_micro_step(step: Step) -> list[Sent]:
     """Return what a process sends in each micro-step of a training step but the last."""
-    one, two = (
-        {(s.collective, s.processes, s.stride): s for s in sent_in_step(step, micro_steps=n)}
-        for n in (1, 2)
-    )
-    zero = {kind: replace(sent, calls=0, bytes=0) for kind, sent in two.items()}
-    more = [
-        replace(
-            sent,
-            calls=sent.calls - (zero | one)[kind].calls,
-            bytes=sent.bytes - (zero | one)[kind].bytes,
-        )
-        for kind, sent in two.items()
-    ]
-    return [sent for sent in more if sent.calls]
+    return difference(sent_in_step(step, micro_steps=2), sent_in_step(step))
+
+
+def difference(more: Iterable[Sent], less: Iterable[Sent]) -> list[Sent]:
+    """Return what was sent in `more` beyond what was in `less`.
+
+    Examples:
+        >>> one = Sent("all-gather", 2, 1, calls=3, bytes=30)
+        >>> difference([replace(one, calls=4, bytes=50)], [one])
+        [Sent(collective='all-gather', processes=2, stride=1, calls=1, bytes=20)]
+    """
+    before = {sent.kind: sent for sent in less}
+    found = []
+    for sent in more:
+        known = before.get(sent.kind, replace(sent, calls=0, bytes=0))
+        found.append(replace(sent, calls=sent.calls - known.calls, bytes=sent.bytes - known.bytes))
+    return [sent for sent in found if sent.calls]
 
 
 def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:

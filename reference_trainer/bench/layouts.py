@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reference_trainer.bench.memory import local
 from reference_trainer.config import (
+    Checkpointing,
     Config,
     LogConfig,
     ParallelConfig,
@@ -68,7 +69,7 @@ class Step:
         rank: of its sites.
         length: tokens of a sequence.
         sequences: that each process computes at once.
-        recompute: whether the activations of each block are checkpointed.
+        recompute: `parallel.checkpoint_activations`.
         precision: of weights and computation.
         accumulates: whether it is the last micro-step of several.
         reduce: `parallel.reduce`, for those that accumulate.
@@ -79,7 +80,7 @@ class Step:
     rank: int
     length: int
     sequences: int = 1
-    recompute: bool = False
+    recompute: Checkpointing = "none"
     precision: Precision = "bf16"
     accumulates: bool = False
     reduce: Reduce = "step"

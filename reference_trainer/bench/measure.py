@@ -11,6 +11,7 @@ from tqdm import tqdm
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.memory import kept_bytes, peak_bytes, state_bytes
 from reference_trainer.bench.subjects import Subject
+from reference_trainer.config import Checkpointing
 from reference_trainer.flops import counted_flops
 from reference_trainer.terminal import hidden
 from reference_trainer.world import World
@@ -48,7 +49,7 @@ def measure(
     rank: int,
     repeats: int,
     seed: int,
-    recompute: bool,
+    recompute: Checkpointing,
 ) -> list[dict[str, Any]]:
     """Return a record for each arm: seconds of each repeat, operations and memory.
 
@@ -59,7 +60,7 @@ def measure(
         rank: of the arms that have one.
         repeats: timed rounds.
         seed: of weights and inputs.
-        recompute: checkpoint the activations of each block (level "model").
+        recompute: `parallel.checkpoint_activations` (level "model").
     """
     timed: dict[str, Timed] = {}
     records: dict[str, dict[str, Any]] = {}

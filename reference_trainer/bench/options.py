@@ -38,6 +38,13 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     add("--length", type=positive, default=1024, help="tokens of a sequence (default: 1024)")
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of processes that are pretended."""
+    add = parser.add_argument
+    add("--processes", type=positive, default=8, help="how many (default: 8)")
+    add("--node", type=positive, default=8, help="processes on a node (default: 8)")
+
+
 def add_rank(parser: argparse.ArgumentParser) -> None:
     """Add the option of the adapters' rank."""
     parser.add_argument(

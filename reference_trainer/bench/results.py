@@ -127,20 +127,26 @@ def _traffic(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _peaks(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    by_arm: dict[str, dict[bool, dict[str, Any]]] = {}
+    by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         by_arm.setdefault(record["arm"], {})[record["recompute"]] = record
     base = by_arm[records[0]["arm"]]
     rows = []
-    for arm, both in by_arm.items():
-        row = {f"GiB on each of {both[False]['processes']}": arm}
+    for arm, modes in by_arm.items():
+        kept = modes["none"]
+        row = {f"GiB on each of {kept['processes']}": arm}
         for part in ("weights", "optimizer"):
-            row[part] = f"{both[False][part] / 2**30:.2f}"
-        for recompute, title in ((False, "peak"), (True, "peak, blocks recomputed")):
-            peak, full = both[recompute]["total"], base[recompute]["total"]
+            row[part] = f"{kept[part] / 2**30:.2f}"
+        for mode, found in modes.items():
+            title = "peak" if mode == "none" else f"peak, {mode}"
+            peak, full = found["total"], base[mode]["total"]
             row[title] = f"{peak / 2**30:.2f} ({peak / full:.2f})"
-            if "measured" in both[recompute]:
-                row[f"measured / {title}"] = f"{both[recompute]['measured'] / peak:.3f}"
+            if "measured" in found:
+                row[f"measured / {title}"] = f"{found['measured'] / peak:.3f}"
+        for mode, found in modes.items():
+            if "flops" in found and mode != "none":
+                again = found["flops"] / kept["flops"] - 1
+                row[f"computed again, {mode}"] = f"{again:.1%}"
         rows.append(row)
     return rows
 
@@ -158,7 +164,8 @@ def _where(first: dict[str, Any]) -> str:
         for key in ("model", "layers", "vocab", "dtype", "tokens", "length", "rank", "seed")
         if key in first
     ]
-    known += ["activations recomputed"] if first.get("checkpoint_activations") else []
+    mode = first.get("checkpoint_activations", "none")
+    known += [f"activation checkpointing {mode}"] if mode != "none" else []
     return ", ".join([*known, str(first["date"])[:10]])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reference_trainer.bench.memory import local
-from reference_trainer.config import ParallelConfig
+from reference_trainer.config import Checkpointing, ParallelConfig
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import Block, Llama, LlamaShape, rotary_table
 from reference_trainer.parallel import build
@@ -68,7 +68,7 @@ class Subject:
         world: World,
         *,
         compiled: bool = False,
-        recompute: bool = False,
+        recompute: Checkpointing = "none",
     ) -> Work:
         """Make it on the world's device, with values drawn from torch's global generator."""
         if self.level == "model":
@@ -109,7 +109,7 @@ class Subject:
         world: World,
         *,
         compiled: bool,
-        recompute: bool,
+        recompute: Checkpointing,
     ) -> Work:
         def prepare_in_dtype_(module: nn.Module) -> list[nn.Parameter]:
             module.to(DTYPES[self.dtype])

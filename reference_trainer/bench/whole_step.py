@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
+from reference_trainer.activations import checkpointed
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.kernels import Kernel, repeated
 from reference_trainer.bench.launched import Launched, compiling
@@ -47,7 +48,7 @@ def linear_kernels(arm: str, step: Step, matrix: tuple[int, int]) -> list[Kernel
 
 
 def block_kernels(arm: str, step: Step) -> list[Kernel]:
-    """Return the kernels of forward and backward of one block, compiled; recomputed if it is.
+    """Return the kernels of forward and backward of one block, compiled, checkpointed as it is.
 
     Args:
         arm: of `ARMS`.
@@ -90,6 +91,7 @@ def _module_kernels(
     module: nn.Module, arm: str, step: Step, inner: int, *others: Tensor
 ) -> list[Kernel]:
     dtype = as_arm_(module, arm, step)
+    module = checkpointed(module, step.recompute, step.shape)
     memory = FakeTensorMode(allow_non_fake_inputs=True)
     with memory, compiling() as (backend, compiled):
         module.to_empty(device="cpu")
@@ -97,8 +99,7 @@ def _module_kernels(
         x = torch.empty(size, dtype=dtype, requires_grad=True)
         output = torch.compile(module, backend=backend, fullgraph=True)(x, *others)
         output.backward(torch.empty_like(output))
-    again = compiled.graphs[0] if step.recompute else []
-    return compiled.kernels + again
+    return compiled.kernels
 
 
 def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]:

@@ -20,7 +20,7 @@ from reference_trainer.bench.layouts import (
     LAYOUTS,
     Step,
 )
-from reference_trainer.config import Precision
+from reference_trainer.config import CHECKPOINTING, Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
 from reference_trainer.estimate.gpus import GPUS, GiB
@@ -34,7 +34,7 @@ _ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and 
 _OPTIMIZERS = {"adamw": (2, None), "adamw8bit": (2, 1 + 4 / 256), "momentum": (1, None)}
 EXAMPLES = """examples:
   python -m reference_trainer estimate --model 1.3b --world-size 8
-      both phases on eight H100, in both layouts, with and without recomputed activations
+      both phases on eight H100, in both layouts, by what each block keeps of its activations
   python -m reference_trainer estimate --model 1.3b --world-size 2 --gpu rtx3090 --length 512 \\
       --precision pure-bf16
       whether two of 24 GB will do
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         Step(layout, shape, arguments.rank, arguments.length, 1, recompute, arguments.precision)
         for layout in LAYOUTS
         if arguments.precision != "fp32" or layout.base == "keep"
-        for recompute in (False, True)
+        for recompute in CHECKPOINTING
     ]
     options = {"processes": arguments.world_size, "moments": _share(arguments)}
     workers = min(2, os.cpu_count() or 1)  # half a GB each
@@ -105,14 +105,14 @@ def run(arguments: argparse.Namespace) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """Return the Markdown table."""
     lines = [
-        "| phase | activations | weights | moments | peak | sequences at once | sent | step |",
+        "| phase | checkpointing | weights | moments | peak | sequences at once | sent | step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         low, high = row.seconds or (0, 0)
         cells = [
             row.phase,
-            "recomputed" if row.recompute else "kept",
+            row.recompute,
             f"{row.weights / GiB:.2f} GiB",
             f"{row.optimizer / GiB:.2f} GiB",
             f"{row.peak / GiB:.2f} GiB",
@@ -150,7 +150,7 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
         f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
         f"--parallel.reduce {reduce} "
         f"--relora.base {low.base} "
-        f"--parallel.checkpoint_activations {str(low.recompute).lower()}",
+        f"--parallel.checkpoint_activations {low.recompute}",
         f"Then a step of ReLoRA takes {share:.2f} of one of the warm start, and "
         f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}.",
     ]

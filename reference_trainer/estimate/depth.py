@@ -57,10 +57,7 @@ def sent_at_depth(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     if layers <= MORE:
         return sent_in_step(step, micro_steps=micro_steps)
     few, more = (
-        {
-            (sent.collective, sent.processes, sent.stride): sent
-            for sent in sent_in_step(one, micro_steps=micro_steps)
-        }
+        {sent.kind: sent for sent in sent_in_step(one, micro_steps=micro_steps)}
         for one in (_of(step, FEW), _of(step, MORE))
     )
     further = layers - MORE

@@ -1,14 +1,15 @@
 """A phase in a layout: how many sequences fit at once, what is sent and how long a step takes."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from reference_trainer.bench import results
 from reference_trainer.bench.ceilings import CEILINGS
+from reference_trainer.bench.communication import difference
 from reference_trainer.bench.computation import computation, of_micro_steps
 from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step, pretended
 from reference_trainer.bench.projection import Cluster, communication_seconds
+from reference_trainer.config import Checkpointing
 from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.estimate.peaks import Peak, estimate_peak
 
@@ -28,7 +29,7 @@ class Row:
         phase: as the table shows it.
         layout: "shard" or "replicate".
         base: `relora.base`.
-        recompute: whether activations are recomputed.
+        recompute: `parallel.checkpoint_activations`.
         weights: bytes of parameters on a GPU.
         optimizer: bytes of moments on a GPU.
         peak: bytes with `micro` sequences at once; with one, if none fits.
@@ -42,7 +43,7 @@ class Row:
     phase: str
     layout: str
     base: str
-    recompute: bool
+    recompute: Checkpointing
     weights: float
     optimizer: float
     peak: float
@@ -77,11 +78,10 @@ def row_of(
     total = 0.0
     if micro:
         micro_steps = mine // micro
-        counted = replace(step, recompute=False, reduce=peak.step.reduce)  # sent as often
+        counted = replace(step, recompute="none", reduce=peak.step.reduce)  # sent as often
         with pretended(processes):
-            once = [asdict(sent) for sent in sent_at_depth(counted)]
-            twice = [asdict(sent) for sent in sent_at_depth(counted, micro_steps=2)]
-        further = _difference(twice, once)
+            one, two = (sent_at_depth(counted, micro_steps=n) for n in (1, 2))
+        once, further = ([asdict(sent) for sent in all] for all in (one, difference(two, one)))
         compute = _computed(replace(step, sequences=micro), processes, micro_steps, cluster)
         sent = communication_seconds(once, further, cluster, micro_steps=micro_steps)
         seconds = max(compute, sent), compute + sent
@@ -106,16 +106,3 @@ def _computed(step: Step, processes: int, micro_steps: int, cluster: Cluster) ->
     gpus = {cluster.gpu: CEILINGS[cluster.gpu]}
     taken = computation(step, processes=processes, gpus=gpus)[cluster.gpu]
     return of_micro_steps(taken, micro_steps)
-
-
-def _difference(
-    more: Sequence[dict[str, Any]], less: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    def key(sent: dict[str, Any]) -> tuple[Any, ...]:
-        return sent["collective"], sent["processes"], sent["stride"]
-
-    before = {key(sent): sent for sent in less}
-    return [
-        sent | {name: sent[name] - before[key(sent)][name] for name in ("calls", "bytes")}
-        for sent in more
-    ]

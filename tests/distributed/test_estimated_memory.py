@@ -8,6 +8,7 @@ import torch
 
 from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import measure_peak
+from reference_trainer.config import CHECKPOINTING
 from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.model import LlamaShape
 from tests.distributed.processes import on_processes
@@ -15,8 +16,8 @@ from tests.distributed.processes import on_processes
 SHAPE = LlamaShape(96, 250, 3, 4, 4, 500)  # 3 processes have uneven shards of it
 RANK, LENGTH, SEQUENCES = 7, 48, 4
 CASES = {
-    2: list(product(LAYOUTS[:2], (False,), ("fp32", "pure-bf16"))),
-    3: list(product(LAYOUTS, (False, True), ("bf16",))),
+    2: list(product(LAYOUTS[:2], ("none",), ("fp32", "pure-bf16"))),
+    3: list(product(LAYOUTS, CHECKPOINTING, ("bf16",))),
 }
 STEPS = {
     processes: [

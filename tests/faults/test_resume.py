@@ -21,7 +21,7 @@ EVERY_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "99")
 @pytest.mark.parametrize(
     "option",
     [
-        ("--parallel.checkpoint_activations", "true"),
+        ("--parallel.checkpoint_activations", "selective"),
         pytest.param(
             ("--parallel.compile", "true"),
             marks=[

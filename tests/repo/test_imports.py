@@ -44,6 +44,7 @@ LAYERS = {
         "files model",
         "bench.suite.runner",
         "bench.arms bench.launched config flops study.trial",
+        "activations",
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
         "bench.options checkpoint parallel prepare rank report.recorded",

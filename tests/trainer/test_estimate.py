@@ -11,6 +11,7 @@ import pytest
 from reference_trainer.bench.communication import sent_in_step
 from reference_trainer.bench.layouts import LAYOUTS, Step, layouts, pretended
 from reference_trainer.bench.tracker import track
+from reference_trainer.config import CHECKPOINTING
 from reference_trainer.estimate import command
 from reference_trainer.estimate import row as rows_of_layouts
 from reference_trainer.estimate.depth import sent_at_depth, track_at_depth
@@ -28,7 +29,7 @@ SMALL += ["--rank", "16"]
 
 
 class TestPeak:
-    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("recompute", CHECKPOINTING)
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
     def test_of_any_number_of_sequences_is_what_a_track_of_them_finds(self, layout, recompute):
         step = Step(layout, SHAPE, rank=8, length=16, recompute=recompute)
@@ -39,7 +40,7 @@ class TestPeak:
 
     def test_lies_elsewhere_with_few_sequences_than_with_many(self):
         """So that a straight line through two peaks would be wrong."""
-        peak = estimate_peak(dataclasses.replace(FULL, recompute=True), processes=2)
+        peak = estimate_peak(dataclasses.replace(FULL, recompute="full"), processes=2)
         assert peak.at(2) - peak.at(1) < 0.5 * (peak.at(20) - peak.at(19))
 
     def test_what_fits_is_the_most_that_does(self):
@@ -58,7 +59,7 @@ class TestPeak:
 class TestDepth:
     @pytest.mark.parametrize("number", range(4))
     def test_of_few_blocks_tells_what_a_track_of_all_finds(self, number):
-        layout, recompute = layouts(4, 2)[number], number % 2 == 1
+        layout, recompute = layouts(4, 2)[number], CHECKPOINTING[number % 3]
         step = Step(layout, DEEP, rank=8, length=16, sequences=3, recompute=recompute)
         found, expected = track_at_depth(step, processes=4), track(step, processes=4)
         assert len(expected.parts) == 1 + 2 * DEEP.layers + 1
@@ -104,15 +105,15 @@ class TestCommand:
                 "ReLoRA, replicate",
                 "ReLoRA, replicate, base bf16",
             )
-            for recompute in (False, True)
+            for recompute in CHECKPOINTING
         ]
         for row in rows:
             assert row["micro"] == 12  # of a process: all of them fit
             assert 0 < row["weights"] + row["optimizer"] < row["peak"] < 0.9 * GPUS["h100"][0]
             assert row["seconds"][0] <= row["seconds"][1]
-        kept, recomputed = rows[:2]
-        assert recomputed["peak"] < kept["peak"]
-        assert recomputed["seconds"][1] > kept["seconds"][1]
+        kept, selective, recomputed = rows[:3]
+        assert recomputed["peak"] < selective["peak"] < kept["peak"]
+        assert kept["seconds"][1] < selective["seconds"][1] < recomputed["seconds"][1]
         assert "--batch.micro 12 --parallel.layout" in said
         assert f"| {kept['peak'] / GiB:.2f} GiB | 12 (of {kept['fits']} that fit) |" in said
 
@@ -145,17 +146,17 @@ class TestCommand:
         assert main(SMALL) == 0
         said = capsys.readouterr().out
         assert "It does not fit: a sequence at a time takes warm start" in said
-        assert said.count("none fits") == 8
+        assert said.count("none fits") == 12
 
     def test_takes_the_layout_that_is_fastest(self):
         row = rows_of_layouts.Row(
-            "warm start", "shard", "keep", False, 1, 1, 9, 4, 4, "step", 1.0, (2.0, 3.0)
+            "warm start", "shard", "keep", "none", 1, 1, 9, 4, 4, "step", 1.0, (2.0, 3.0)
         )
         slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))
         fast = dataclasses.replace(
             row, phase="ReLoRA, replicate", layout="replicate", seconds=(1.0, 1.5), micro=2
         )
-        again = dataclasses.replace(fast, recompute=True, seconds=(0.1, 0.1))  # of no warm start
+        again = dataclasses.replace(fast, recompute="full", seconds=(0.1, 0.1))  # of no warm start
         first, second = command.advice([row, slow, fast, again], 10.0)
         assert "--batch.micro 2 --parallel.layout replicate" in first
         assert "takes 0.50 of one of the warm start" in second

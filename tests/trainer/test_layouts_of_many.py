@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_trainer.bench.ceilings import CEILINGS
-from reference_trainer.bench.communication import sent_in_micro_step
+from reference_trainer.bench.communication import sent_in_micro_step, sent_in_step
 from reference_trainer.bench.computation import computation, of_micro_steps
 from reference_trainer.bench.layouts import (
     FULL,
+    REPLICATE,
     SHARD,
     Step,
     laid_out,
@@ -24,6 +25,7 @@ from reference_trainer.bench.projection import CLUSTERS, communication_seconds, 
 from reference_trainer.bench.results import total
 from reference_trainer.bench.tracker import track_peak
 from reference_trainer.bench.whole_step import step_kernels
+from reference_trainer.config import CHECKPOINTING
 from reference_trainer.main import main
 from reference_trainer.model import LlamaShape
 from tests.trainer.test_command_line import lines_of
@@ -65,9 +67,14 @@ class TestCommand:
         file = tmp_path / "runs/bench/memory-9m.jsonl"
         records = [json.loads(line) for line in file.read_text().splitlines()][1:]
         assert [(r["arm"], r["recompute"]) for r in records] == [
-            (layout.name, recompute) for layout in layouts(4, 8) for recompute in (False, True)
+            (layout.name, mode) for layout in layouts(4, 8) for mode in CHECKPOINTING
         ]
-        assert "GiB on each of 4" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "GiB on each of 4" in shown
+        assert "computed again, selective" in shown
+        for layout in layouts(4, 8):
+            none, selective, full = (r["flops"] for r in records if r["arm"] == layout.name)
+            assert none <= selective < full
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -98,13 +105,23 @@ class TestPeak:
             expected = state_bytes(stage.model, stage.optimizer)
         assert found["weights"] + found["optimizer"] == expected
 
+    @pytest.mark.parametrize(("layout", "gathers"), [(SHARD, 1), (REPLICATE, 2)])
+    def test_copies_of_all_sites_are_gathered_together(self, layout, gathers):
+        """A, and where copies are whole these, however many sites there are."""
+        calls = []
+        for merged in (False, True):
+            with pretended(4):
+                sent = sent_in_step(step(dataclasses.replace(layout, merged=merged)))
+            calls.append(sum(s.calls for s in sent if s.collective == "all-gather"))
+        assert calls[1] - calls[0] == gathers
+
     def test_recomputing_needs_less(self):
         for layout in layouts(4, 8):
-            kept, recomputed = (
-                track_peak(step(layout, recompute=recompute), processes=4)["total"]
-                for recompute in (False, True)
+            kept, products, inputs = (
+                track_peak(step(layout, recompute=mode), processes=4)["total"]
+                for mode in CHECKPOINTING
             )
-            assert recomputed < kept
+            assert inputs < products < kept
 
 
 def sent(collective="all-gather", processes=8, stride=1, calls=1, bytes=0):

@@ -8,8 +8,10 @@ from tqdm import tqdm
 
 from reference_trainer.bench import options, results
 from reference_trainer.bench.commands.traffic import steps_of
+from reference_trainer.bench.layouts import Step
 from reference_trainer.bench.tracker import measure_peak, track_peak
-from reference_trainer.config import ParallelConfig
+from reference_trainer.bench.whole_step import block_kernels
+from reference_trainer.config import CHECKPOINTING, ParallelConfig
 from reference_trainer.terminal import hidden
 from reference_trainer.world import open_world, world_size
 
@@ -26,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_batch(parser)
     options.add_rank(parser)
-    add = parser.add_argument
-    add("--processes", type=options.positive, default=8, help="how many (default: 8)")
-    add("--node", type=options.positive, default=8, help="processes on a node (default: 8)")
+    options.add_processes(parser)
     options.add_files(parser, "memory-MODEL")
 
 
@@ -43,11 +43,12 @@ def run(arguments: argparse.Namespace) -> list[str]:
     keys = ("model", "vocab", "tokens", "length", "rank")
     first = options.head(arguments, "memory", torch.device("cpu"), *keys)
     first["layers"] = steps[0].shape.layers
-    cases = [
-        dataclasses.replace(step, recompute=again) for step in steps for again in (False, True)
-    ]
+    cases = [dataclasses.replace(step, recompute=mode) for step in steps for mode in CHECKPOINTING]
     records = [track_peak(step, processes=count) for step in tqdm(cases, disable=hidden())]
-    if world_size() > 1:
+    if world_size() == 1:
+        for step, record in zip(cases, records, strict=True):
+            record["flops"] = _operations(step)
+    else:
         with open_world(ParallelConfig(device="cpu")) as world:
             for step, record in zip(cases, records, strict=True):
                 record["measured"] = world.largest(measure_peak(step))
@@ -56,3 +57,9 @@ def run(arguments: argparse.Namespace) -> list[str]:
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write([first, *records], out)
     return [results.table([first, *records]), "", f"measurement: {out}"]
+
+
+def _operations(step: Step) -> int:
+    """Return the operations of all blocks in a step, what is computed again included."""
+    kernels = block_kernels("ours" if step.layout.low_rank else "full", step)
+    return step.shape.layers * sum(kernel.times * kernel.flops for kernel in kernels)

@@ -7,7 +7,7 @@ from reference_trainer.bench import options, results
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.subjects import DTYPES, subjects
-from reference_trainer.config import ParallelConfig
+from reference_trainer.config import CHECKPOINTING, ParallelConfig
 from reference_trainer.world import open_world
 
 EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="fp32", choices=DTYPES, help=dtypes)
     options.add_batch(parser)
     options.add_rank(parser)
-    add("--checkpoint-activations", action="store_true", help="recompute blocks (level model)")
+    add(
+        "--checkpoint-activations",
+        default="none",
+        choices=CHECKPOINTING,
+        help="parallel.checkpoint_activations (level model; default: none)",
+    )
     add("--count", action="store_true", help="count operations on meta tensors, and stop")
     options.add_timing(parser)
     options.add_files(parser, "LEVEL-MODEL-DTYPE")

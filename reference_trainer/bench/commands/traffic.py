@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_batch(parser)
     options.add_rank(parser)
-    add = parser.add_argument
-    add("--processes", type=options.positive, default=8, help="how many (default: 8)")
-    add("--node", type=options.positive, default=8, help="processes on a node (default: 8)")
+    options.add_processes(parser)
     options.add_files(parser, "traffic-MODEL")
 
 
