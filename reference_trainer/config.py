@@ -31,6 +31,7 @@ def require(holds: bool, rule: str, **values: object) -> None:
 
 Precision = Literal["auto", "fp32", "bf16", "pure-bf16"]
 Reduce = Literal["step", "micro-step"]
+BaseLayout = Literal["shard", "replicate"]
 Checkpointing = Literal["none", "selective", "full"]
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 
@@ -226,7 +227,7 @@ class ParallelConfig:
         "of each block, for its backward: 'none': keep all; 'selective': keep what costly products "
         "gave, compute the rest again; 'full': keep the input, compute all again",
     )
-    layout: Literal["shard", "replicate"] = option(
+    layout: BaseLayout = option(
         "shard",
         "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "
         "what is computed with whole on every process ('replicate'), gathered once a step at most",

@@ -83,7 +83,24 @@ class Batches:
 
     def at(self, step: int) -> Tensor:
         """Return the whole batch of `step`: (sequences, length + 1), int64."""
-        positions = np.arange(step * self.sequences, (step + 1) * self.sequences, dtype=np.uint64)
+        return self._read(self._positions(step))
+
+    def part(self, step: int, *, rank: int, processes: int, micro_steps: int) -> Tensor:
+        """Return one process's part of the batch: (micro_steps, n, length + 1); it reads no more.
+
+        Args:
+            step: of the run.
+            rank: of the process.
+            processes: that share the batch.
+            micro_steps: of the step; each is shared by all of them.
+        """
+        places = self._positions(step).reshape(micro_steps, processes, -1)[:, rank]
+        return self._read(places.reshape(-1)).view(micro_steps, places.shape[1], -1)
+
+    def _positions(self, step: int) -> NDArray[np.uint64]:
+        return np.arange(step * self.sequences, (step + 1) * self.sequences, dtype=np.uint64)
+
+    def _read(self, positions: NDArray[np.uint64]) -> Tensor:
         epochs, places = np.divmod(positions, np.uint64(len(self.windows)))
         return self.windows.read(shuffled(places, epochs, len(self.windows), self.seed))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from reference_trainer.head import Head
 from reference_trainer.loss import CrossEntropy
 
 
@@ -224,15 +225,15 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = Head(shape.hidden_size, shape.vocab_size)
         self.loss = CrossEntropy()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Map ids (b, t) to logits (b, t, vocab); with targets (b, t), to the mean loss in nats."""
-        logits: Tensor = self.lm_head(self.model(tokens))
+        logits: Tensor = self.lm_head(self.model(tokens).flatten(0, 1))
         if targets is None:
-            return logits
-        loss: Tensor = self.loss(logits.flatten(0, 1), targets.flatten(), divisor=targets.numel())
+            return logits.view(*tokens.shape, -1)
+        loss: Tensor = self.loss(logits, targets.flatten(), divisor=targets.numel())
         return loss
 
 

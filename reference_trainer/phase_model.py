@@ -43,14 +43,28 @@ def build_model(
         sites = [site for _, site in relora.low_rank_sites(bare)]
         linear = any(isinstance(site.module, nn.Linear) for site in sites)
         if linear and merged and keeps_merged(config, world.device):
-            bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
-            copies = [site.low_rank.merged_copy for site in sites] if whole else []
-            return bases + [copy for copy in copies if copy is not None]
+            return keep_copies_(bare, world, dtype=dtype, whole=whole)
         if whole and dtype != torch.float32:  # FSDP2 casts what it gathers, and not these
             relora.split_bases_(bare)
         return [site.weight for site in sites] if whole else []
 
     return build(shape, parallel, world, prepared)
+
+
+def keep_copies_(
+    bare: nn.Module, world: World, *, dtype: torch.dtype, whole: bool
+) -> list[nn.Parameter]:
+    """Keep merged copies of a bare model's linear sites; return what FSDP2 must leave alone.
+
+    Args:
+        bare: with low-rank sites.
+        world: over whose mesh W is sharded.
+        dtype: of the copies.
+        whole: whether the copies, too, stay out of FSDP2, whole on every process.
+    """
+    bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
+    copies = [site.low_rank.merged_copy for _, site in relora.low_rank_sites(bare)]
+    return bases + [copy for copy in copies if whole and copy is not None]
 
 
 def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:

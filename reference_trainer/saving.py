@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
@@ -117,16 +116,15 @@ class Saver:
 
     @torch.no_grad()
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
-        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in self._copies.items()}:
-            self._copies = {}  # before there are others
-            copies: dict[str, Any] = BlockingAsyncStager().stage(state)
-            return copies
-        for name, tensor in state.items():  # into memory that is there already
-            copy = self._copies[name]
-            if isinstance(tensor, DTensor):
-                copy, tensor = copy.to_local(), tensor.to_local()
-            copy.copy_(tensor)
-        return self._copies
+        copies = self._copies
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in copies.items()}:
+            self._copies.clear()  # before there are others
+            copies = {name: _on_host(tensor) for name, tensor in state.items()}
+        for name, tensor in state.items():
+            _local(copies[name]).copy_(_local(tensor), non_blocking=True)
+        if any(tensor.is_cuda for tensor in state.values()):
+            torch.cuda.current_stream().synchronize()
+        return copies
 
     def _write(self, target: Path, position: str, state: dict[str, Any]) -> Path:
         world = self._world
@@ -176,6 +174,20 @@ def _give_way() -> None:
     """Let this thread compute when the training leaves a core free, where threads may differ."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return memory of the host for this process's part; of a GPU's pinned, to which it copies."""
+    own = _local(tensor)
+    copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+    if not isinstance(tensor, DTensor):
+        return copy
+    # Not from_local: it would move the copy to where the mesh computes. Torch has no types for it.
+    return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _make(target: Path) -> None:

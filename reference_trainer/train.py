@@ -25,6 +25,7 @@ from reference_trainer.environment import environment
 from reference_trainer.errors import Stopped
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export
+from reference_trainer.feed import Feed
 from reference_trainer.files import locked
 from reference_trainer.interruption import Interruption
 from reference_trainer.journal import Journal
@@ -47,7 +48,7 @@ class Run:
     Args:
         config: the run.
         world: its processes.
-        batches: to train on, by step.
+        feed: of what is trained on, by step.
         held_out: what is evaluated on.
         metrics: where records go.
         saver: of checkpoints.
@@ -56,7 +57,7 @@ class Run:
 
     config: Config
     world: World
-    batches: Batches
+    feed: Feed
     held_out: Windows
     metrics: Metrics
     saver: Saver
@@ -86,6 +87,7 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
         held_out = open_windows(data, "held_out", length)
         windows = open_windows(data, "train", length)
         batches = Batches(windows, config.batch.sequences, config.seed)
+        feed = Feed(batches, world, config.batch.micro_steps(world.size))
 
         newest = checkpoint.find(config.checkpoints, world)
         position = checkpoint.read_position(newest) if newest else None
@@ -103,8 +105,8 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
             config.checkpoints, world, fixed=fixed(config), keep=keep, keep_every=keep_every
         )
         interruption = Interruption(config.checkpoint.stop_after)
-        run = Run(config, world, batches, held_out, writer, saver, interruption)
-        with writer, saver, interruption:
+        run = Run(config, world, feed, held_out, writer, saver, interruption)
+        with writer, saver, interruption, feed:
             if world.first:
                 for line in plan(config, processes=world.size, resume=resume):
                     log.info(line)
@@ -135,7 +137,6 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
         Stopped: if the run is asked to stop.
     """
     config, world, saver, phase = run.config, run.world, run.saver, stage.phase
-    micro_steps = config.batch.micro_steps(world.size)
     journal = Journal(config, stage, run.metrics, world)
     latest, skipped = Path(), 0
     if start == phase.start:
@@ -149,9 +150,7 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
                 world.refuse(f"the restart at step {step} was refused: {error}")
             journal.restart(step, report)
 
-        loss = forward_backward(
-            stage.model, run.batches.at(step), micro_steps, world, config.parallel.reduce
-        )
+        loss = forward_backward(stage.model, run.feed.at(step), world, config.parallel.reduce)
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         broken, stop, save_now, unsaved = world.any(
@@ -186,22 +185,16 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
     return latest
 
 
-def forward_backward(
-    model: Llama, batch: Tensor, micro_steps: int, world: World, reduce: Reduce = "step"
-) -> Tensor:
+def forward_backward(model: Llama, parts: Tensor, world: World, reduce: Reduce = "step") -> Tensor:
     """Accumulate the gradient of the whole batch's mean loss; return this process's mean loss.
 
     Args:
         model: sharded.
-        batch: (sequences, length + 1), the same on every process.
-        micro_steps: how often each process runs forward and backward.
-        world: the processes; each takes its part of every micro-batch.
+        parts: this process's, of each micro-step: (micro_steps, sequences, length + 1).
+        world: the processes.
         reduce: gradients, over the processes: in the last micro-step of the step, or in each.
     """
-    parts = batch.view(micro_steps, world.size, -1, batch.shape[1])[:, world.rank]
-    total = torch.zeros((), device=world.device)
-    if world.device.type == "cuda":
-        parts = parts.contiguous().pin_memory()  # copied from there, the host need not wait
+    total, micro_steps = torch.zeros((), device=world.device), len(parts)
     for index, part in enumerate(parts.to(world.device, non_blocking=True)):
         last = index == micro_steps - 1
         model.set_requires_gradient_sync(last or reduce == "micro-step")  # type: ignore[operator]

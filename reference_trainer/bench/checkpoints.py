@@ -51,7 +51,7 @@ def measure_checkpoints(
     stage = build_stage(config, phase, shape, world)
     step = fill_(stage, config, None, world)
     generator = torch.Generator().manual_seed(config.seed)
-    size = (batch["sequences"], batch["length"] + 1)
+    size = (1, batch["sequences"], batch["length"] + 1)
     tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
     with (
         tempfile.TemporaryDirectory(dir=directory) as place,
@@ -64,7 +64,7 @@ def measure_checkpoints(
             if saves:
                 save(stage, step, saver, world, copied=True)
             for _ in range(every):
-                forward_backward(stage.model, tokens, 1, world)
+                forward_backward(stage.model, tokens, world)
                 clip_grad_norm_(stage.parameters.values(), config.optim.clip)
                 stage.step(skip=False)
                 step += 1

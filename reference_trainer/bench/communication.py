@@ -178,10 +178,10 @@ def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     if not pretends:
         fill_(stage.model)
     with memory:
-        batch = replace(step, sequences=step.sequences * micro_steps).batch(world.size)
+        parts = step.parts(micro_steps)
 
         def take() -> None:
-            forward_backward(stage.model, batch, micro_steps, world, step.reduce)
+            forward_backward(stage.model, parts, world, step.reduce)
             clip_grad_norm_(stage.parameters.values(), 1.0)
             stage.optimizer.step()  # after which merged copies are made anew
 

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reference_trainer.bench.memory import local
 from reference_trainer.config import (
+    BaseLayout,
     Checkpointing,
     Config,
     LogConfig,
@@ -45,7 +46,7 @@ class Layout:
 
     name: str
     low_rank: bool = True
-    bases: Literal["shard", "replicate"] = "shard"
+    bases: BaseLayout = "shard"
     shards: int | None = None
     base: Literal["keep", "bf16"] = "keep"
     merged: bool = True
@@ -85,9 +86,9 @@ class Step:
     accumulates: bool = False
     reduce: Reduce = "step"
 
-    def batch(self, processes: int) -> Tensor:
-        """Return a batch for so many processes."""
-        return torch.zeros(self.sequences * processes, self.length + 1, dtype=torch.long)
+    def parts(self, micro_steps: int = 1) -> Tensor:
+        """Return a process's parts of a batch of so many micro-steps."""
+        return torch.zeros(micro_steps, self.sequences, self.length + 1, dtype=torch.long)
 
 
 def layouts(processes: int, node: int) -> list[Layout]:

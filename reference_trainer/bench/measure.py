@@ -11,7 +11,7 @@ from tqdm import tqdm
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.memory import kept_bytes, peak_bytes, state_bytes
 from reference_trainer.bench.subjects import Subject
-from reference_trainer.config import Checkpointing
+from reference_trainer.config import BaseLayout, Checkpointing
 from reference_trainer.flops import counted_flops
 from reference_trainer.terminal import hidden
 from reference_trainer.world import World
@@ -50,6 +50,7 @@ def measure(
     repeats: int,
     seed: int,
     recompute: Checkpointing,
+    layout: BaseLayout,
 ) -> list[dict[str, Any]]:
     """Return a record for each arm: seconds of each repeat, operations and memory.
 
@@ -61,13 +62,14 @@ def measure(
         repeats: timed rounds.
         seed: of weights and inputs.
         recompute: `parallel.checkpoint_activations` (level "model").
+        layout: `parallel.layout` (level "model").
     """
     timed: dict[str, Timed] = {}
     records: dict[str, dict[str, Any]] = {}
     for name, arm, compiled in tqdm(arms, desc=f"{subject.name}: building", disable=hidden()):
         prepare_ = _preparing(arm, rank)
         torch.manual_seed(seed)
-        work = subject.work(prepare_, world, compiled=compiled, recompute=recompute)
+        work = subject.work(prepare_, world, compiled=compiled, recompute=recompute, layout=layout)
         trained = [p for p in work.module.parameters() if p.requires_grad]
         # Fused, for every arm: the fastest AdamW that torch has, of which full rank has the most.
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

@@ -166,6 +166,7 @@ def _where(first: dict[str, Any]) -> str:
     ]
     mode = first.get("checkpoint_activations", "none")
     known += [f"activation checkpointing {mode}"] if mode != "none" else []
+    known += ["layout replicate"] if first.get("layout") == "replicate" else []
     return ", ".join([*known, str(first["date"])[:10]])
 
 

@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+import relora_core as relora
 from reference_trainer.bench.memory import local
-from reference_trainer.config import Checkpointing, ParallelConfig
+from reference_trainer.config import BaseLayout, Checkpointing, ParallelConfig
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import Block, Llama, LlamaShape, rotary_table
 from reference_trainer.parallel import build
+from reference_trainer.phase_model import keep_copies_
 from reference_trainer.world import World
 
 Level = Literal["linear", "block", "model"]
@@ -69,10 +71,25 @@ class Subject:
         *,
         compiled: bool = False,
         recompute: Checkpointing = "none",
+        layout: BaseLayout = "shard",
     ) -> Work:
-        """Make it on the world's device, with values drawn from torch's global generator."""
+        """Make it on the world's device, with values drawn from torch's global generator.
+
+        Args:
+            prepare_: makes an arm of the bare module.
+            world: of one process.
+            compiled: whether to compile it.
+            recompute: `parallel.checkpoint_activations`, of a model.
+            layout: `parallel.layout`, of a model.
+        """
         if self.level == "model":
-            return self._model(prepare_, world, compiled=compiled, recompute=recompute)
+            parallel = ParallelConfig(
+                precision="fp32" if self.dtype == "fp32" else "bf16",
+                compile=compiled,
+                checkpoint_activations=recompute,
+                layout=layout,
+            )
+            return self._model(prepare_, world, parallel)
         module = self._part(prepare_, world.device, DTYPES[self.dtype])
         draw_weights_(module, self.shape)
         if compiled:
@@ -107,23 +124,21 @@ class Subject:
         self,
         prepare_: Callable[[nn.Module], None],
         world: World,
-        *,
-        compiled: bool,
-        recompute: Checkpointing,
+        parallel: ParallelConfig,
     ) -> Work:
         def prepare_in_dtype_(module: nn.Module) -> list[nn.Parameter]:
             module.to(DTYPES[self.dtype])
             prepare_(module)
-            return []
+            sites = [site for _, site in relora.low_rank_sites(module)]
+            whole = parallel.layout == "replicate"
+            if sites and self.dtype == "mixed":  # as in the trainer
+                return keep_copies_(module, world, dtype=torch.bfloat16, whole=whole)
+            return [site.weight for site in sites] if whole else []
 
-        parallel = ParallelConfig(
-            precision="fp32" if self.dtype == "fp32" else "bf16",
-            compile=compiled,
-            checkpoint_activations=recompute,
-        )
         model = build(self.shape, parallel, world, prepare_in_dtype_)
         model.to_empty(device=world.device)
         draw_weights_(model, self.shape)
+        relora.refresh_merged_(model)
         return self._work(model, world.device, DTYPES[self.dtype])
 
     def _work(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> Work:

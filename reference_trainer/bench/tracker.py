@@ -1,7 +1,7 @@
 """Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from reference_trainer.bench.memory import local, peak_bytes, state_bytes
 from reference_trainer.config import Reduce
 from reference_trainer.model import Llama
 from reference_trainer.train import forward_backward
-from reference_trainer.world import World
 from relora_core._sharding import parameter_groups
 
 _BLOCK = re.compile(r"\.layers\.\d+$")
@@ -73,16 +72,16 @@ def track(step: Step, *, processes: int) -> Tracked:
                 p.grad = torch.zeros_like(p)
             update()  # DTensor's first operations of a kind compute the shapes on whole tensors
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
-            batch = step.batch(processes)
+            parts_of_batch = step.parts()
             if step.accumulates:
-                _earlier(stage.model, batch, world, step.reduce)
+                _earlier(stage.model, parts_of_batch[0], step.reduce)
             tracker = _Timeline(stage.model, stage.optimizer)
             held = _unowned(stage.model)
             if step.accumulates:
                 held += _accumulated(stage.model)
-            tracker.track_inputs((batch, *held))
+            tracker.track_inputs((parts_of_batch, *held))
             with tracker:
-                forward_backward(stage.model, batch, 1, world)
+                forward_backward(stage.model, parts_of_batch, world)
                 *parts, last = tracker.parts
                 count = len(last)
                 update()
@@ -97,10 +96,9 @@ def _unowned(model: nn.Module) -> list[Tensor]:
     return [local(s.weight) for s in sites if s.low_rank.merged_copy is not None]
 
 
-def _earlier(model: Llama, batch: Tensor, world: World, reduce: Reduce) -> None:
+def _earlier(model: Llama, part: Tensor, reduce: Reduce) -> None:
     """Take a micro-step that is not the last of its step."""
     model.set_requires_gradient_sync(reduce == "micro-step")  # type: ignore[operator]
-    part = batch[: len(batch) // world.size]
     model(part[:, :-1], part[:, 1:]).backward()
 
 
@@ -125,11 +123,10 @@ def measure_peak(step: Step) -> int:
     world = world_of(step.layout)
     stage = laid_out(step, world)
     fill_(stage.model)
-    micro_steps = 2 if step.accumulates else 1
-    batch = replace(step, sequences=step.sequences * micro_steps).batch(world.size)
+    parts = step.parts(2 if step.accumulates else 1)
 
     def take() -> None:
-        forward_backward(stage.model, batch, micro_steps, world, step.reduce)
+        forward_backward(stage.model, parts, world, step.reduce)
         clip_grad_norm_(stage.parameters.values(), 1.0)
         stage.optimizer.step()
         stage.optimizer.zero_grad()

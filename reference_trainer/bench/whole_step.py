@@ -1,7 +1,7 @@
 """The kernels of a training step of the trainer: those of its blocks, and all around them."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -117,10 +117,10 @@ def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]
         for layer in stage.model.model.layers:
             layer.forward = _Nothing(layer)
         stage.model.loss.of_chunk = _no_loss
-        batch = replace(step, sequences=step.sequences * micro_steps).batch(processes)
+        parts = step.parts(micro_steps)
 
         def backward() -> None:
-            forward_backward(stage.model, batch, micro_steps, world, step.reduce)
+            forward_backward(stage.model, parts, world, step.reduce)
 
         def update() -> None:
             clip_grad_norm_(stage.parameters.values(), 1.0)

@@ -19,6 +19,7 @@ from reference_trainer.config import (
 )
 from reference_trainer.data import Batches, Windows
 from reference_trainer.errors import Stopped
+from reference_trainer.feed import Feed
 from reference_trainer.interruption import Interruption
 from reference_trainer.metrics import Metrics
 from reference_trainer.phases import phases
@@ -64,8 +65,9 @@ def run(rank, world_size, directory, *, stops=False):
     train.forward_backward = spoilt
     try:
         metrics = Metrics(config.directory, writes=False)
-        with Interruption(None) as interruption, saver:
-            parts = (config, world, batches, windows, metrics, saver, interruption)
+        feed = Feed(batches, world, config.batch.micro_steps(world_size))
+        with Interruption(None) as interruption, saver, feed:
+            parts = (config, world, feed, windows, metrics, saver, interruption)
             train.train_stage(stage, 0, train.Run(*parts))
         assert not stops
     except Stopped:

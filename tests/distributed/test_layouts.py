@@ -55,7 +55,8 @@ def train(rank, world_size, precision, layout, replicas):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
         micro_steps = config.batch.micro_steps(world_size)
-        loss = forward_backward(stage.model, batch, micro_steps, world)
+        parts = batch.view(micro_steps, world_size, -1, LENGTH + 1)[:, rank]
+        loss = forward_backward(stage.model, parts, world)
         clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         stage.optimizer.step()
         stage.schedule.step()

@@ -340,7 +340,7 @@ BREAKAGES = {
         "tests/trainer/test_run.py",
     ),
     "data order restarts at a resume": (
-        *("reference_trainer/train.py", "batches.at(step)", "batches.at(step - start)"),
+        *("reference_trainer/train.py", "run.feed.at(step)", "run.feed.at(step - start)"),
         "tests/trainer/test_run.py",
     ),
     "a step that is not finite is taken": (

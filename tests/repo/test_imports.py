@@ -37,7 +37,7 @@ LAYERS = {
     ],
     "reference_trainer": [
         "__init__ bench.__init__ bench.commands.__init__ bench.kernels bench.memory environment "
-        "bench.suite.__init__ bench.suite.jobs bench.suite.timing errors estimate.__init__ "
+        "bench.suite.__init__ bench.suite.jobs bench.suite.timing errors estimate.__init__ head "
         "interruption loss nearest peak report.__init__ streamed study.__init__ terminal "
         "validated",
         "bench.ceilings bench.fusion bench.results bench.suite.records bench.suite.table "
@@ -48,9 +48,9 @@ LAYERS = {
         "bench.picture bench.projection metrics phases study.plans",
         "documents options sealed tokenizer world",
         "bench.options checkpoint parallel prepare rank report.recorded",
-        "bench.commands.show bench.subjects data phase_model pretrained report.panels saving",
-        "report.page report.picture stage",
-        "begin bench.measure evaluate export journal report.command study.tables study.train",
+        "bench.commands.show data phase_model pretrained report.panels saving",
+        "bench.subjects report.page report.picture stage",
+        "begin bench.measure evaluate feed export journal report.command study.tables study.train",
         "bench.commands.step bench.layouts bench.restarts plan study.picture",
         "bench.commands.prune bench.commands.restart train",
         "bench.checkpoints bench.communication bench.suite.sizes bench.tracker bench.whole_step "
@@ -76,7 +76,7 @@ MODULES = [
 ]
 USES_THE_CORE = (
     "bench.arms bench.communication bench.restarts bench.suite.blocks bench.suite.selection "
-    "bench.suite.steps bench.tracker bench.whole_step export journal "
+    "bench.subjects bench.suite.steps bench.tracker bench.whole_step export journal "
     "phase_model phases plan rank stage study.tables study.train world"
 )
 

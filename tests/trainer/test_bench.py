@@ -7,10 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+import relora_core as relora
 from reference_trainer.bench import arms, memory, results
+from reference_trainer.bench.subjects import subjects
+from reference_trainer.config import ParallelConfig
 from reference_trainer.main import main
 from reference_trainer.model import Block, preset, rotary_table
+from reference_trainer.world import open_world
 from tests.trainer.test_command_line import lines_of
 
 SHAPE = ["--model", "9m", "--layers", "1", "--vocab", "50"]
@@ -48,6 +53,21 @@ def test_all_arms_compute_the_same(monkeypatch):
         assert len(trained) == 7 * 2 + 2
         for value, one in zip(values, expected, strict=True):
             torch.testing.assert_close(value, one, msg=arm)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "mixed"])
+@pytest.mark.parametrize("layout", ["shard", "replicate"])
+def test_a_model_is_laid_out_as_the_trainer_lays_it(dtype, layout):
+    shape = preset("9m", vocab_size=50)
+    (subject,) = subjects("model", shape, dtype=dtype, sequences=1, length=16)
+    with open_world(ParallelConfig("cpu")) as world:
+        work = subject.work(lambda m: arms.ours_(m, 4), world, layout=layout)
+        work.backward()
+        for _, site in relora.low_rank_sites(work.module):
+            computed = site.low_rank.merged_copy if dtype == "mixed" else site.weight
+            assert isinstance(computed, DTensor) == (layout == "shard")
+            assert isinstance(site.weight, DTensor) == (dtype == "mixed" or layout == "shard")
+            assert site.lora_A.grad is not None
 
 
 class TestCommand:

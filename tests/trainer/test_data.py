@@ -1,6 +1,7 @@
 """Data: any source, an order that is a pure function of seed and step, clear refusals."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from reference_trainer.config import DataConfig
 from reference_trainer.data import Batches, Windows, open_windows, shuffled
 from reference_trainer.errors import UserError
+from reference_trainer.feed import Feed
 from reference_trainer.prepare import prepare, read_index, shard_path
 from reference_trainer.tokenizer import Bytes
 
@@ -164,6 +166,39 @@ class TestOrder:
         one, other = (Batches(self.windows(), sequences, seed=3) for _ in range(2))
         one.at(step + 5)
         assert torch.equal(one.at(step), other.at(step))
+
+    @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 30))
+    def test_the_parts_of_all_processes_are_the_batch(self, micro_steps, processes, n, step):
+        batches = Batches(self.windows(), micro_steps * processes * n, seed=3)
+        parts = [
+            batches.part(step, rank=rank, processes=processes, micro_steps=micro_steps)
+            for rank in range(processes)
+        ]
+        assert all(part.shape == (micro_steps, n, 5) for part in parts)
+        whole = torch.stack(parts, dim=1)  # of each micro-step, process by process
+        assert torch.equal(whole.flatten(0, 2), batches.at(step))
+
+    @pytest.mark.parametrize("steps", [[0, 1, 2, 3], [5, 6], [3, 9, 4, 4]])
+    def test_what_is_read_ahead_is_what_is_asked_for(self, steps):
+        batches = Batches(self.windows(), 4, seed=3)
+        world = SimpleNamespace(rank=1, size=2, device=torch.device("cpu"))
+        with Feed(batches, world, 2) as feed:
+            for step in steps:
+                expected = batches.part(step, rank=1, processes=2, micro_steps=2)
+                assert torch.equal(feed.at(step), expected)
+
+    def test_a_reader_that_fails_says_so_where_it_is_asked(self):
+        class Broken(Batches):
+            def part(self, step, **others):
+                if step == 1:
+                    raise OSError("the disk is gone")
+                return super().part(step, **others)
+
+        world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
+        with Feed(Broken(self.windows(), 4, seed=3), world, 1) as feed:
+            feed.at(0)
+            with pytest.raises(OSError, match="the disk is gone"):
+                feed.at(1)
 
     def test_an_epoch_sees_every_window_once(self):
         windows = self.windows()

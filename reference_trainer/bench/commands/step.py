@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CHECKPOINTING,
         help="parallel.checkpoint_activations (level model; default: none)",
     )
+    layouts = "parallel.layout of ours: with --dtype mixed as the trainer lays it (level model)"
+    add("--layout", default="shard", choices=("shard", "replicate"), help=layouts)
     add("--count", action="store_true", help="count operations on meta tensors, and stop")
     options.add_timing(parser)
     options.add_files(parser, "LEVEL-MODEL-DTYPE")
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         sequences=arguments.tokens // arguments.length,
         length=arguments.length,
     )
-    batch = ("tokens", "length", "checkpoint_activations")
+    batch = ("tokens", "length", "checkpoint_activations", "layout")
     keys = ("model", "vocab", "seed", "dtype", "rank", *batch)
     with open_world(ParallelConfig(device=arguments.device)) as world:
         first = options.head(arguments, arguments.level, world.device, *keys)
@@ -82,6 +84,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
                 repeats=arguments.repeats,
                 seed=arguments.seed,
                 recompute=arguments.checkpoint_activations,
+                layout=arguments.layout,
             )
     if out is None:
         return [results.table(records)]

@@ -24,7 +24,7 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
         step = sizes.step(FULL, 1)
         stage = laid_out(step, world)
         draw_weights_(stage.model, step.shape)
-        forward_backward(stage.model, step.batch(1), 1, world)
+        forward_backward(stage.model, step.parts(), world)
         stage.optimizer.step()
         with Saver(Path(directory), world, fixed={}, keep=2) as saver:
             for number, which in enumerate(("first", "second")):

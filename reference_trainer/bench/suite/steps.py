@@ -49,10 +49,12 @@ def _measure(report: Report, step: Step, world: World, arm: str, repeats: int) -
     stage = laid_out(step, world)
     draw_weights_(stage.model, step.shape)
     relora.refresh_merged_(stage.model)
-    batch = torch.randint(0, step.shape.vocab_size, step.batch(1).shape)
+    parts = torch.randint(0, step.shape.vocab_size, step.parts().shape)
+    if device.type == "cuda":
+        parts = parts.pin_memory()
 
     def take() -> None:
-        loss = forward_backward(stage.model, batch, 1, world)
+        loss = forward_backward(stage.model, parts, world)
         norm = clip_grad_norm_(stage.parameters.values(), 1.0)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         world.any(~(loss + norm).isfinite())  # what the trainer waits for

@@ -1,0 +1,53 @@
+"""The output head: logits in rows that a GPU reads in whole words, whatever the vocabulary."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WORD = 8  # entries of 16 bits that a GPU's products want to begin together
+
+
+class Head(nn.Linear):
+    """x Wᵀ, without a bias.
+
+    Where the vocabulary is no multiple of 8, each row of logits is followed by a few entries that
+    nobody sees. All three products of a training step then read and write aligned rows: the
+    gradient of the logits takes their place (`loss.py`).
+
+    Args:
+        hidden_size: n.
+        vocab_size: m.
+
+    Examples:
+        >>> Head(4, 10)(torch.ones(3, 4)).stride()
+        (16, 1)
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (tokens, n) to (tokens, m)."""
+        plain = isinstance(self.weight, Tensor)  # a parametrization may give something else
+        if self.out_features % _WORD == 0 or not plain:
+            return F.linear(x, self.weight)
+        logits: Tensor = _Aligned.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return logits
+
+
+class _Aligned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        columns = -(-W.shape[0] // _WORD) * _WORD
+        rows = x.new_empty(x.shape[0], columns)[:, : W.shape[0]]
+        return torch.mm(x, W.t(), out=rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        (g,) = grads
+        need_x, need_W = ctx.needs_input_grad
+        return g @ W if need_x else None, g.t() @ x if need_W else None
