@@ -1,7 +1,6 @@
 """The time of a step's computation on a GPU at its ceilings, from few blocks and micro-steps."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from reference_trainer.bench.ceilings import Ceilings
 from reference_trainer.bench.kernels import Kernel
@@ -31,7 +30,7 @@ def computation(
         (blocks, micro_steps): [
             kernel
             for part in around_blocks(
-                replace(step, shape=replace(step.shape, layers=blocks)),
+                step.of_blocks(blocks),
                 processes=processes,
                 micro_steps=micro_steps,
             )

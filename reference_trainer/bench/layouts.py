@@ -86,6 +86,10 @@ class Step:
     accumulates: bool = False
     reduce: Reduce = "step"
 
+    def of_blocks(self, blocks: int) -> "Step":
+        """Return the same step of a model of so many blocks."""
+        return replace(self, shape=replace(self.shape, layers=blocks))
+
     def parts(self, micro_steps: int = 1) -> Tensor:
         """Return a process's parts of a batch of so many micro-steps."""
         return torch.zeros(micro_steps, self.sequences, self.length + 1, dtype=torch.long)

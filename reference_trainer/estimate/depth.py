@@ -1,11 +1,10 @@
-"""A model of three blocks and one of four tell what any number of them takes and sends."""
+"""A model of three blocks and one of four tell what any number of them takes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reference_trainer.bench.communication import Sent, sent_in_step
 from reference_trainer.bench.layouts import Step
 from reference_trainer.bench.tracker import Tracked, track
 
@@ -41,38 +40,11 @@ def track_at_depth(step: Step, *, processes: int) -> Deep:
     if layers <= MORE:
         found = track(step, processes=processes)
         return Deep(found.weights, found.optimizer, np.concatenate(found.parts).astype(np.float64))
-    few, more = (_ends(track(_of(step, blocks), processes=processes)) for blocks in (FEW, MORE))
+    few, more = (
+        _ends(track(step.of_blocks(blocks), processes=processes)) for blocks in (FEW, MORE)
+    )
     weights, optimizer, *totals = few + (layers - FEW) * (more - few)
     return Deep(weights, optimizer, np.array(totals))
-
-
-def sent_at_depth(step: Step, *, micro_steps: int = 1) -> list[Sent]:
-    """Return what `sent_in_step` does, from as few blocks.
-
-    Args:
-        step: which; in the process group that there is.
-        micro_steps: of it.
-    """
-    layers = step.shape.layers
-    if layers <= MORE:
-        return sent_in_step(step, micro_steps=micro_steps)
-    few, more = (
-        {sent.kind: sent for sent in sent_in_step(one, micro_steps=micro_steps)}
-        for one in (_of(step, FEW), _of(step, MORE))
-    )
-    further = layers - MORE
-    return [
-        replace(
-            sent,
-            calls=sent.calls + further * (sent.calls - few[kind].calls),
-            bytes=sent.bytes + further * (sent.bytes - few[kind].bytes),
-        )
-        for kind, sent in more.items()
-    ]
-
-
-def _of(step: Step, blocks: int) -> Step:
-    return replace(step, shape=replace(step.shape, layers=blocks))
 
 
 def _ends(found: Tracked) -> NDArray[np.float64]:

@@ -1,16 +1,16 @@
 """A phase in a layout: how many sequences fit at once, what is sent and how long a step takes."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from reference_trainer.bench import results
 from reference_trainer.bench.ceilings import CEILINGS
-from reference_trainer.bench.communication import difference
+from reference_trainer.bench.communication import difference, sent_at_depth, sent_in_step
 from reference_trainer.bench.computation import computation, of_micro_steps
 from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step, pretended
 from reference_trainer.bench.projection import Cluster, communication_seconds
 from reference_trainer.config import Checkpointing
-from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.estimate.peaks import Peak, estimate_peak
 
 PHASES = {
@@ -80,7 +80,9 @@ def row_of(
         micro_steps = mine // micro
         counted = replace(step, recompute="none", reduce=peak.step.reduce)  # sent as often
         with pretended(processes):
-            one, two = (sent_at_depth(counted, micro_steps=n) for n in (1, 2))
+            one, two = (
+                sent_at_depth(counted, partial(sent_in_step, micro_steps=n)) for n in (1, 2)
+            )
         once, further = ([asdict(sent) for sent in all] for all in (one, difference(two, one)))
         compute = _computed(replace(step, sequences=micro), processes, micro_steps, cluster)
         sent = communication_seconds(once, further, cluster, micro_steps=micro_steps)

@@ -4,10 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from reference_trainer.bench.communication import measure_traffic, sent_by
+from reference_trainer.bench.communication import (
+    measure_traffic,
+    sent_at_depth,
+    sent_by,
+    sent_in_step,
+)
 from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, Step, layouts, pretended
 from reference_trainer.bench.results import total
-from reference_trainer.estimate.depth import sent_at_depth
 from reference_trainer.flops import block_matrices
 from reference_trainer.model import LlamaShape, preset
 from tests.distributed.processes import on_processes
@@ -98,7 +102,7 @@ def test_low_rank_steps_send_so_much_of_what_full_rank_sends(name, shard, replic
     sent = {}
     for layout in layouts(4, node=8):
         with pretended(4):
-            found = sent_at_depth(Step(layout, shape, rank=128, length=64))
+            found = sent_at_depth(Step(layout, shape, rank=128, length=64), sent_in_step)
         sent[layout.name] = sum(s.bytes for s in found)
     full = sent[FULL.name]
     assert sent[SHARD.name] <= shard * full

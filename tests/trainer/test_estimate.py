@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from reference_trainer.bench.communication import sent_in_step
+from reference_trainer.bench.communication import sent_at_depth, sent_in_restart, sent_in_step
 from reference_trainer.bench.layouts import LAYOUTS, Step, layouts, pretended
 from reference_trainer.bench.tracker import track
 from reference_trainer.config import CHECKPOINTING
 from reference_trainer.estimate import command
 from reference_trainer.estimate import row as rows_of_layouts
-from reference_trainer.estimate.depth import sent_at_depth, track_at_depth
+from reference_trainer.estimate.depth import track_at_depth
 from reference_trainer.estimate.gpus import GPUS, GiB
 from reference_trainer.estimate.peaks import Peak, estimate_peak
 from reference_trainer.main import main
@@ -70,7 +70,10 @@ class TestDepth:
     def test_of_few_blocks_tells_what_is_sent_for_all(self, layout):
         step = Step(layout, DEEP, rank=8, length=16)
         with pretended(4):
-            assert sent_at_depth(step) == sent_in_step(step)
+            assert sent_at_depth(step, sent_in_step) == sent_in_step(step)
+            if layout.low_rank:
+                found = sent_at_depth(step, sent_in_restart)
+                assert found == sent_in_restart(step)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ JOBS = (
     Job(5, "the model's step", "step, full", "steps", 150, ("full",)),
     Job(5, "the model's step", "step, shard", "steps", 150, ("shard",)),
     Job(5, "the model's step", "step, replicate", "steps", 150, ("replicate",)),
-    Job(6, "a run stopped and resumed", "run", "training", 150),
+    Job(6, "a run stopped and resumed", "run", "training", 200),
     Job(7, "a checkpoint", "checkpoint", "stall", 120),
     Job(8, "selection over two processes", "selection", "selection", 60),
     Job(9, "restart and pruning", "restart", "restarting", 60),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
@@ -85,9 +86,11 @@ def _profiled(take: Callable[[], None], device: torch.device) -> dict[str, Any]:
     with profile(activities=activities) as profiler:
         take()
     events = {event.key: event for event in profiler.key_averages()}
-    times = {key: event.self_device_time_total / 1e6 for key, event in events.items()}
-    if not cuda:
-        times = {key: event.self_cpu_time_total / 1e6 for key, event in events.items()}
+    times = {
+        key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        for key, event in events.items()
+        if not cuda or event.device_type == DeviceType.CUDA
+    }
     longest = sorted(times, key=lambda key: -times[key])[:_SHOWN]
     return {
         "launches": sum(events[key].count for key in _LAUNCHES if key in events),

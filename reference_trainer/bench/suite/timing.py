@@ -15,8 +15,8 @@ def medians(
 ) -> dict[str, float]:
     """Return the median seconds of each, all run in turn.
 
-    On CUDA they are between two events on the stream: what the host takes is hidden by the work
-    that lies before, as in a step.
+    On CUDA they are between two events on the stream: launches of a few kernels are hidden by the
+    work that lies before, as in a step.
 
     Args:
         runs: by name.
