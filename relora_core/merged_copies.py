@@ -1,7 +1,7 @@
 """Merged copies: W + s B A of each linear site in the computation's dtype, made once a step."""
 
-import itertools
 from collections.abc import Iterator
+from itertools import count, pairwise
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,10 +15,11 @@ from relora_core._sharding import copy_all_, gathered, is_sharded, reshard_, sha
 from relora_core.register import low_rank_owner
 from relora_core.sites import Site, low_rank_sites, sites_of, unwrapped
 
-_AT_ONCE = 2**28  # bytes
+# What is gathered at once: an eighth of all, and no more than so many bytes.
+_RUNS, _AT_ONCE = 8, 2**28
 # In the order in which every process has given them: a refresh communicates.
 _models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
-_numbers = itertools.count()
+_numbers = count()
 
 
 def keep_merged_(
@@ -130,8 +131,8 @@ def _has_copy(site: Site) -> bool:
 
 @torch.no_grad()
 def _refresh_(sites: list[Site]) -> None:
-    """Make copies anew, a few sites at a time, of which everything is gathered together."""
-    for some in _batches(sites):
+    """Make copies anew, a run of sites at a time, of which everything is gathered together."""
+    for some in _runs(sites):
         factors = gathered([site.lora_A.detach() for site in some])
         copies = []
         for site, A in zip(some, factors, strict=True):
@@ -145,20 +146,14 @@ def _refresh_(sites: list[Site]) -> None:
             site.low_rank.note_made(site.weight)
 
 
-def _batches(sites: list[Site]) -> Iterator[list[Site]]:
-    """Iterate over runs of sites whose whole copies take as little as `_AT_ONCE`."""
-    batch: list[Site] = []
-    taken = 0
-    for site in sites:
-        copy = site.low_rank.merged_copy
-        assert copy is not None
-        taken += copy.nbytes
-        if batch and taken > _AT_ONCE:
-            yield batch
-            batch, taken = [], copy.nbytes
-        batch.append(site)
-    if batch:
-        yield batch
+def _runs(sites: list[Site]) -> Iterator[list[Site]]:
+    """Iterate over runs of sites, each a small part of all, and of a bounded size."""
+    copies = (site.low_rank.merged_copy for site in sites)
+    total = sum(copy.nbytes for copy in copies if copy is not None)
+    runs = min(len(sites), max(_RUNS, -(-total // _AT_ONCE)))
+    bounds = [index * len(sites) // runs for index in range(runs + 1)] if runs else []
+    for start, stop in pairwise(bounds):
+        yield sites[start:stop]
 
 
 def _refresh_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -164,8 +164,8 @@ def _where(first: dict[str, Any]) -> str:
         for key in ("model", "layers", "vocab", "dtype", "tokens", "length", "rank", "seed")
         if key in first
     ]
-    mode = first.get("checkpoint_activations", "none")
-    known += [f"activation checkpointing {mode}"] if mode != "none" else []
+    mode = first.get("checkpoint_activations")
+    known += [f"activation checkpointing {mode}"] if mode in ("selective", "full") else []
     known += ["layout replicate"] if first.get("layout") == "replicate" else []
     return ", ".join([*known, str(first["date"])[:10]])
 

@@ -532,7 +532,7 @@ BREAKAGES = {
         "tests/distributed/test_merged_copies.py",
     ),
     "copies are gathered site by site": (
-        *("relora_core/merged_copies.py", "_AT_ONCE = 2**28", "_AT_ONCE = 1"),
+        *("relora_core/merged_copies.py", "_AT_ONCE = 8, 2**28", "_AT_ONCE = 8, 1"),
         "tests/trainer/test_layouts_of_many.py",
     ),
     "every process takes the first one's part": (

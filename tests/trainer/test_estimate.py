@@ -120,7 +120,8 @@ class TestCommand:
         assert "--batch.micro 12 --parallel.layout" in said
         assert f"| {kept['peak'] / GiB:.2f} GiB | 12 (of {kept['fits']} that fit) |" in said
 
-    def test_of_one_gpu_sends_nothing(self, tmp_path, of_bytes):
+    def test_of_one_gpu_sends_nothing(self, tmp_path, monkeypatch, of_bytes):
+        monkeypatch.setattr(command, "CHECKPOINTING", ("none",))
         of_bytes(1.0)
         out = tmp_path / "estimate.jsonl"
         assert main([*SMALL, "--world-size", "1", "--out", str(out)]) == 0
@@ -135,6 +136,7 @@ class TestCommand:
             each = np.array([0.3 * room])
             return Peak(step, 1.0, 1.0, np.array([1.1 * room if whole else 1.0]), each)
 
+        monkeypatch.setattr(command, "CHECKPOINTING", ("none",))
         monkeypatch.setattr(rows_of_layouts, "estimate_peak", known)
         monkeypatch.setattr(
             command, "ProcessPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map))

@@ -191,11 +191,17 @@ def test_the_export_is_transformers_llama_with_the_same_logits(finished, monkeyp
 
 
 @pytest.mark.parametrize(
-    "option", ["--parallel.checkpoint_activations", "--batch.micro", "--data.prepared"]
+    "options",
+    [
+        ("--parallel.checkpoint_activations", "selective"),
+        ("--parallel.checkpoint_activations", "full"),
+        ("--batch.micro", "4"),
+        ("--data.prepared", f"{RUN}/data", "--data.files"),
+    ],
+    ids=lambda options: " ".join(options[:2]),
 )
-def test_how_it_is_computed_does_not_change_what_is_computed(finished, option):
-    value = {"--batch.micro": ["4"], "--data.prepared": [f"{RUN}/data", "--data.files"]}
-    train(*finished, "--name", "other", option, *value.get(option, ["true"]))
+def test_how_it_is_computed_does_not_change_what_is_computed(finished, options):
+    train(*finished, "--name", "other", *options)
     assert losses(Path("runs/other")) == pytest.approx(losses(RUN), abs=1e-5)
 
 
@@ -234,7 +240,7 @@ EVERY_CHECKPOINT = ("--checkpoint.keep", "9")
 
 
 def test_a_checkpoint_that_the_run_waits_for_is_not_copied(tiny, monkeypatch):
-    monkeypatch.setattr("reference_trainer.saving.BlockingAsyncStager", None)
+    monkeypatch.setattr("reference_trainer.saving._on_host", None)
     train(*tiny, "--checkpoint.every", "1000")
     assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
         "step-00000006",
