@@ -1,5 +1,6 @@
 """Activation checkpointing: what a block keeps for its backward, and what it computes again."""
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from reference_trainer.config import Checkpointing
 from reference_trainer.model import LlamaShape
 
+# Torch warns of operations in place under selective checkpointing: compiled, a block has none.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(
+    lambda record: "context_fn is passed" not in record.getMessage()
+)
 _aten = torch.ops.aten
 # Each with the place of its left operand. Not addmm_: what an in-place product gave is not put back
 # from what was kept.

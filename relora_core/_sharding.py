@@ -22,6 +22,10 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+_APART = (
+    "W is sharded and its factors are not: shard them with it, or leave W out of FSDP2 too "
+    "(ignored_params)"
+)
 # Seen in 2.8, and not in 2.13.
 _MISPLACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
@@ -226,10 +230,7 @@ def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(W, DTensor):
         return W, full(B), full(A)
     if not isinstance(A, DTensor) or not isinstance(B, DTensor):
-        raise ValueError(
-            "W is sharded and its factors are not: shard them with it, or leave W out of FSDP2 too "
-            "(ignored_params)"
-        )
+        raise ValueError(_APART)
     if W.ndim > 2 and any(_dim(p) not in (None, 0) for p in W.placements):
         A = replicated(A).view(A.shape[0], *W.shape[1:])  # so that its columns split as W's do
     rows, columns = _along(W)
@@ -240,6 +241,8 @@ def row_parts(W: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return this rank's rows of a W that is whole or split by rows, and those rows of B."""
     if not isinstance(W, DTensor):
         return W, full(B)
+    if not isinstance(B, DTensor):
+        raise ValueError(_APART)
     return W.to_local(), _placed(B, list(W.placements))
 
 

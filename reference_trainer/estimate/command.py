@@ -145,13 +145,16 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
     micro = min(warm.micro, low.micro)
     share = sum(low.seconds) / sum(warm.seconds)
     saved = (warm.peak - low.peak) / GiB
+    apart = ""
+    if warm.micro != low.micro:  # there is one batch.micro for both
+        apart = f" ({warm.micro} sequences at once there, {low.micro} here)"
     reduce = "micro-step" if "micro-step" in (warm.reduce, low.reduce) else "step"
     return [
         f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
         f"--parallel.reduce {reduce} "
         f"--relora.base {low.base} "
         f"--parallel.checkpoint_activations {low.recompute}",
-        f"Then a step of ReLoRA takes {share:.2f} of one of the warm start, and "
+        f"Then a step of ReLoRA takes {share:.2f} of one of the warm start{apart}, and "
         f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}.",
     ]
 
