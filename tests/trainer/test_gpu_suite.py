@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from reference_trainer.bench.commands.gpu_suite import _here
 from reference_trainer.bench.suite.jobs import EXPECTED, JOBS, Job
 from reference_trainer.bench.suite.records import Report, read, results_of
 from reference_trainer.bench.suite.runner import run_jobs
 from reference_trainer.bench.suite.sizes import gpu_of
 from reference_trainer.bench.suite.table import off, table
 from reference_trainer.errors import UserError
+from reference_trainer.files import locked
 from reference_trainer.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +111,14 @@ class TestASuiteGoesOn:
         before = results_of(tmp_path).read_bytes()
         assert main(["bench", "gpu-suite", "--out", str(tmp_path)]) == 2
         assert "another GPU" in capsys.readouterr().err
+        assert results_of(tmp_path).read_bytes() == before
+
+    def test_not_beside_another_one_in_the_same_directory(self, tmp_path, capsys):
+        Report(tmp_path, "").write("suite", **_here())
+        before = results_of(tmp_path).read_bytes()
+        with locked(results_of(tmp_path)):
+            assert main(["bench", "gpu-suite", "--out", str(tmp_path)]) == 2
+        assert "is in use" in capsys.readouterr().err
         assert results_of(tmp_path).read_bytes() == before
 
     @pytest.mark.parametrize("text", ["no JSON\n", "[1, 2]\n", '{"value": 1}\n'])

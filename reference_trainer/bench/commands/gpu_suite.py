@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from reference_trainer.bench.suite.jobs import EXPECTED, JOBS
-from reference_trainer.bench.suite.records import Report, read
+from reference_trainer.bench.suite.records import Report, read, results_of
 from reference_trainer.bench.suite.runner import run_jobs
 from reference_trainer.bench.suite.sizes import sizes
 from reference_trainer.bench.suite.table import off, table
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
-from reference_trainer.files import write_whole
+from reference_trainer.files import locked, write_whole
 
 EXAMPLES = """examples:
   python -m reference_trainer bench gpu-suite --minutes 9 --out docs/results/gpu
@@ -48,26 +48,34 @@ def run(arguments: argparse.Namespace) -> list[str]:
     if not 0 < arguments.minutes <= 1440:
         raise UserError(f"--minutes must lie between 0 and 1440; got {arguments.minutes:g}")
     directory: Path = arguments.out
-    begun = [record for record in read(directory) if record["event"] == "suite"]
     here = _here()
-    for name in ("device", "torch") if begun else ():
-        if begun[0][name] != here[name]:
-            raise UserError(
-                f"{directory} has results of {begun[0][name]}, and this is {here[name]}: give "
-                "--out another directory"
-            )
+    _check(directory, here)
     directory.mkdir(parents=True, exist_ok=True)
-    if not begun:
-        Report(directory, "").write("suite", **here)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left
-    run_jobs(JOBS, directory, seconds=60 * arguments.minutes, beside=EXPECTED)
-    records = read(directory)
-    text = table(records)
-    write_whole(directory / "table.md", text + "\n")
+    results_of(directory).touch()
+    with locked(results_of(directory)):
+        if not _check(directory, here):
+            Report(directory, "").write("suite", **here)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left
+        run_jobs(JOBS, directory, seconds=60 * arguments.minutes, beside=EXPECTED)
+        records = read(directory)
+        text = table(records)
+        write_whole(directory / "table.md", text + "\n")
     wrong = off(records)
     if here["cuda"] and wrong:
         text += "\n\nOff the roofline by more than 15 percent:\n" + "\n".join(wrong)
     return [text, "", f"results: {directory}"]
+
+
+def _check(directory: Path, here: dict[str, object]) -> bool:
+    """Return whether a suite has begun there; refuse one of another machine."""
+    begun = [record for record in read(directory) if record["event"] == "suite"]
+    for name in ("device", "torch") if begun else ():
+        if begun[0].get(name) != here[name]:
+            raise UserError(
+                f"{directory} has results of {begun[0].get(name)}, and this is {here[name]}: give "
+                "--out another directory"
+            )
+    return bool(begun)
 
 
 def _here() -> dict[str, object]:
