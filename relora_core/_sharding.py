@@ -362,9 +362,7 @@ def copy_all_(copies: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
             sharded.append(_from_part(rows, like.device_mesh, like.placements, shape))
         else:
             both = isinstance(target, DTensor) and not isinstance(like, DTensor)
-            part = local_part(rows, target) if both else rows
-            if part is not local(target):
-                local(target).copy_(part)
+            local(target).copy_(local_part(rows, target) if both else rows)
     for target, whole in zip(targets, gathered(sharded, targets), strict=True):
         if whole is not target:
             target.copy_(whole)

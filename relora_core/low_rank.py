@@ -263,21 +263,25 @@ class LowRank(nn.Module):
         if self.merged_copy is None or self.lora_A.is_meta:
             return
         self.refuse_gathered()
-        rows = self.rows_of_copy(base)
+        rows, own = self.rows_of_copy(base)
         if zero:
             self._fill_(rows, self.exact(base), local(self.lora_B))
         else:
             self.make_rows_(rows, self.update(base))
-        copy_rows_(self.merged_copy, rows, base)
+        if not own:
+            copy_rows_(self.merged_copy, rows, base)
         self.note_made(base)
 
-    def rows_of_copy(self, base: Tensor) -> Tensor:
-        """Return the rows of [V | B] that are this process's of W: the copy's own, or new ones."""
+    def rows_of_copy(self, base: Tensor) -> tuple[Tensor, bool]:
+        """Return rows for [V | B] where this process has W's, and whether they are the copy's own.
+
+        They are where the copy is sharded as W is. Otherwise they are new, to be copied into it.
+        """
         assert self.merged_copy is not None
         own = local(self.merged_copy)
         if is_sharded(self.merged_copy) == is_sharded(base):
-            return own
-        return own.new_empty(local(base).shape[0], own.shape[1])
+            return own, True
+        return own.new_empty(local(base).shape[0], own.shape[1]), False
 
     @torch.no_grad()
     def make_rows_(self, rows: Tensor, update: Update) -> None:

@@ -137,10 +137,11 @@ def _refresh_(sites: list[Site]) -> None:
         copies = []
         for site, A in zip(some, factors, strict=True):
             low_rank, W = site.low_rank, site.weight
-            rows = low_rank.rows_of_copy(W)
+            rows, own = low_rank.rows_of_copy(W)
             low_rank.make_rows_(rows, low_rank.update(W, A))
             assert low_rank.merged_copy is not None
-            copies.append((low_rank.merged_copy, rows, W))
+            if not own:
+                copies.append((low_rank.merged_copy, rows, W))
         copy_all_(copies)
         for site in some:
             site.low_rank.note_made(site.weight)

@@ -9,10 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import relora_core as relora
 from reference_trainer.bench.ceilings import CEILINGS, Ceilings
 from reference_trainer.bench.kernels import Kernel
 from reference_trainer.bench.launched import Launched
-from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step
+from reference_trainer.bench.layouts import (
+    BF16,
+    FULL,
+    REPLICATE,
+    SHARD,
+    Step,
+    laid_out,
+    pretended,
+    world_of,
+)
 from reference_trainer.bench.whole_step import (
     around_blocks,
     block_kernels,
@@ -145,6 +155,20 @@ class TestStep:
             for n in (1, 2)
         )
         assert 1.5 * once < twice <= 2.5 * once
+
+    def test_merged_copies_are_written_where_they_lie(self):
+        """W is read once and V written once, by the addition; what is copied are the factors."""
+        with pretended(1):
+            memory = FakeTensorMode(allow_non_fake_inputs=True)
+            stage = laid_out(step(SHARD), world_of(SHARD), memory=memory)
+            with memory, Launched() as launched:
+                relora.refresh_merged_(stage.model)
+            entries = sum(site.weight.numel() for _, site in relora.low_rank_sites(stage.model))
+        moved = Counter()
+        for kernel in launched.kernels:
+            moved[kernel.name] += kernel.times * kernel.moved
+        assert moved["add"] == (4 + 4 + 2) * entries  # W, s B A, V
+        assert moved["copy_"] < entries
 
     def test_the_loss_reads_and_writes_the_logits_once(self):
         shape = preset("1.3b", vocab_size=32_000)
