@@ -35,8 +35,8 @@ def checkpointed(block: nn.Module, mode: Checkpointing, shape: LlamaShape) -> nn
         block: of the model.
         mode: "none": it keeps all. "selective": the outputs of attention and of products over the
             residual stream's width (q, k, v, o, gate and up: most of the arithmetic), and computes
-            norms, rotations and SwiGLU again; the product down is not needed again. "full": its
-            input only.
+            norms, rotations and SwiGLU again; in eager mode a low-rank block the product down,
+            too, as its Function saves after it. "full": its input only.
         shape: of the model.
     """
     if mode == "none":

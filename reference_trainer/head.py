@@ -29,12 +29,20 @@ class Head(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (tokens, n) to (tokens, m)."""
-        plain = isinstance(self.weight, Tensor)  # a parametrization may give something else
-        if self.out_features % _WORD == 0 or not plain:
+        """Map (tokens, n) to (tokens, m); of other shapes, or compiled, as any linear layer."""
+        if self.out_features % _WORD == 0 or not self._is_plain(x):
             return F.linear(x, self.weight)
         logits: Tensor = _Aligned.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return logits
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether nothing looks on that has its own way with a linear layer."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            return False
+        # A parametrization's weight may be something else.
+        return isinstance(self.weight, Tensor) and x.ndim == 2 and x.dtype == self.weight.dtype
 
 
 class _Aligned(torch.autograd.Function):

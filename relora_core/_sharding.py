@@ -429,6 +429,17 @@ def _gather_rows_(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         target.copy_(whole[: target.shape[0]])
 
 
+def reshard_owners_(modules: Iterable[nn.Module]) -> None:
+    """Make the FSDP2 modules that own parameters of `modules` hold their shards again."""
+    wanted = set(map(id, modules))
+    for owner, reference in list(_module_state_mapping.items()) if wanted else ():
+        state = reference()
+        groups = parameter_groups(state) if isinstance(state, FSDPState) else []
+        owned = (id(p._module_info.module) for group in groups for p in group.fsdp_params)
+        if isinstance(owner, FSDPModule) and not wanted.isdisjoint(owned):
+            owner.reshard()
+
+
 def reshard_(model: nn.Module) -> None:
     """Make every FSDP2 module of `model` hold its shards again.
 

@@ -231,6 +231,9 @@ class LowRank(nn.Module):
         Compiled, or over factors that FSDP2 has gathered, it cannot be known: there, what changes
         factors makes it anew, `keep_merged_` says what.
         """
+        assert self.merged_copy is not None
+        if base.dtype.itemsize <= self.merged_copy.dtype.itemsize:  # converted since
+            return None
         if self.dropout or base.requires_grad:
             return None
         if torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
 """Merged copies: W + s B A of each linear site in the computation's dtype, made once a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, pairwise
 from typing import Any
 from weakref import WeakValueDictionary
@@ -8,17 +8,26 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import copy_all_, gathered, is_sharded, reshard_, sharded_rows
+from relora_core._sharding import (
+    copy_all_,
+    fsdp_owns,
+    gathered,
+    is_sharded,
+    reshard_owners_,
+    sharded_rows,
+)
+from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_owner
-from relora_core.sites import Site, low_rank_sites, sites_of, unwrapped
+from relora_core.sites import Site, low_rank_sites, sites_of
 
 # What is gathered at once: an eighth of all, and no more than so many bytes.
 _RUNS, _AT_ONCE = 8, 2**28
 # In the order in which every process has given them: a refresh communicates.
-_models: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_owners: WeakValueDictionary[int, ParametrizationList] = WeakValueDictionary()
 _numbers = count()
 
 
@@ -33,8 +42,9 @@ def keep_merged_(
 
     V is made anew after each step of a torch optimizer that has its factors, and by `restart_`,
     `merge_`, `reinit_` and `load_state_dict` of `model`. In eager mode a forward also sees any
-    other write to W, A or B; compiled or under FSDP2, call `refresh_merged_` after one. A forward
-    in another dtype, with dropout, or over a W that is trained, does without V.
+    other write to W, A or B; compiled or under FSDP2, call `refresh_merged_` after one, and use no
+    optimizer that computes the loss several times in a step (LBFGS). A forward in another dtype,
+    with dropout, or over a W that is trained or no wider than V, does without V.
 
     V takes the memory of one more W in `dtype`. It is a Parameter that is not trained,
     `merged_copy`, `(out, in + rank)` rounded up to a multiple of 8 columns, so that FSDP2 shards
@@ -67,24 +77,28 @@ def keep_merged_(
     linear = [(name, site) for name, site in sites_of(model) if _is_linear(site)]
     if not linear:
         raise ValueError("the model has no low-rank site of an nn.Linear: others keep no copy")
-    kept = [site.weight for _, site in linear if site.low_rank.merged_copy is not None]
-    linear = [(name, site) for name, site in linear if site.low_rank.merged_copy is None]
-    if not linear:
-        raise ValueError(f"all {len(kept)} linear sites keep a merged copy already")
-    for name, site in linear:
-        _check(name, site, dtype)
-    for _, site in linear:
+    fresh = [(name, site) for name, site in linear if not site.low_rank.followed]
+    if not fresh:
+        raise ValueError(f"all {len(linear)} linear sites keep a merged copy already")
+    for name, site in fresh:
+        if site.low_rank.merged_copy is None:  # a deep copy has one
+            _check(name, site, dtype)
+    for _, site in fresh:
+        _keep_(site, dtype, mesh)
+    return [site.weight for _, site in linear]
+
+
+def _keep_(site: Site, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
+    owner = low_rank_owner(site.module, site.tensor_name)
+    if site.low_rank.merged_copy is None:
         site.low_rank.keep_merged_(site.weight, dtype)
-        site.low_rank.followed = True
-        if mesh is not None:
-            owner = low_rank_owner(site.module, site.tensor_name)
+        if mesh is not None and not is_sharded(site.weight):
             owner.original = nn.Parameter(sharded_rows(site.weight, mesh), requires_grad=False)
-    model = unwrapped(model)
-    if not kept:
+    site.low_rank.followed = True
+    _owners[next(_numbers)] = owner
+    if _refresh_loaded not in owner._load_state_dict_post_hooks.values():
         # Torch has no types for it.
-        model.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
-        _models[next(_numbers)] = model
-    return kept + [site.weight for _, site in linear]
+        owner.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
 
 
 def refresh_merged_(model: nn.Module) -> None:
@@ -97,12 +111,13 @@ def refresh_merged_(model: nn.Module) -> None:
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
         >>> refresh_merged_(model)
     """
-    reshard_(model)
-    _refresh_([site for _, site in low_rank_sites(model) if _has_copy(site)])
+    sites = [site for _, site in low_rank_sites(model)]
+    _refresh_([low_rank_owner(site.module, site.tensor_name) for site in sites])
 
 
-def _refresh_loaded(model: nn.Module, keys: Any) -> None:
-    refresh_merged_(model)
+def _refresh_loaded(owner: nn.Module, keys: Any) -> None:
+    assert isinstance(owner, ParametrizationList)
+    _refresh_([owner])
 
 
 def _is_linear(site: Site) -> bool:
@@ -125,31 +140,41 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
         )
 
 
-def _has_copy(site: Site) -> bool:
-    return site.low_rank.merged_copy is not None and not site.lora_A.is_meta
-
-
 @torch.no_grad()
-def _refresh_(sites: list[Site]) -> None:
+def _refresh_(owners: Iterable[ParametrizationList]) -> None:
     """Make copies anew, a run of sites at a time, of which everything is gathered together."""
+    sites = [pair for pair in map(_pair, owners) if _has_copy(pair[0])]
+    reshard_owners_(module for owner in owners for module in (owner, *owner))
     for some in _runs(sites):
-        factors = gathered([site.lora_A.detach() for site in some])
+        factors = gathered([low_rank.lora_A.detach() for low_rank, _ in some])
         copies = []
-        for site, A in zip(some, factors, strict=True):
-            low_rank, W = site.low_rank, site.weight
+        for (low_rank, W), A in zip(some, factors, strict=True):
             rows, own = low_rank.rows_of_copy(W)
             low_rank.make_rows_(rows, low_rank.update(W, A))
             assert low_rank.merged_copy is not None
             if not own:
                 copies.append((low_rank.merged_copy, rows, W))
         copy_all_(copies)
-        for site in some:
-            site.low_rank.note_made(site.weight)
+        for low_rank, W in some:
+            low_rank.note_made(W)
 
 
-def _runs(sites: list[Site]) -> Iterator[list[Site]]:
+def _pair(owner: ParametrizationList) -> tuple[LowRank, nn.Parameter]:
+    low_rank, W = owner[0], owner.original
+    assert isinstance(low_rank, LowRank)
+    assert isinstance(W, nn.Parameter)
+    return low_rank, W
+
+
+def _has_copy(low_rank: LowRank) -> bool:
+    return low_rank.merged_copy is not None and not low_rank.lora_A.is_meta
+
+
+def _runs(
+    sites: list[tuple[LowRank, nn.Parameter]],
+) -> Iterator[list[tuple[LowRank, nn.Parameter]]]:
     """Iterate over runs of sites, each a small part of all, and of a bounded size."""
-    copies = (site.low_rank.merged_copy for site in sites)
+    copies = (low_rank.merged_copy for low_rank, _ in sites)
     total = sum(copy.nbytes for copy in copies if copy is not None)
     runs = min(len(sites), max(_RUNS, -(-total // _AT_ONCE)))
     bounds = [index * len(sites) // runs for index in range(runs + 1)] if runs else []
@@ -158,16 +183,19 @@ def _runs(sites: list[Site]) -> Iterator[list[Site]]:
 
 
 def _refresh_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    models = list(_models.values())
-    if not models:
+    owners = list(_owners.values())
+    if not owners:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in models:
-        sites = [site for _, site in low_rank_sites(model) if _has_copy(site)]
-        moved = [s for s in sites if id(s.lora_A) in stepped or id(s.lora_B) in stepped]
-        if moved:
-            reshard_(model)
-            _refresh_(moved)
+
+    def moved(owner: ParametrizationList) -> bool:
+        low_rank, _ = _pair(owner)
+        return id(low_rank.lora_A) in stepped or id(low_rank.lora_B) in stepped
+
+    # What FSDP2 has gathered, and not let go of, hides what the optimizer has.
+    others = [_pair(owner)[0] for owner in owners if not moved(owner)]
+    reshard_owners_(one for one in others if not is_sharded(one.lora_A) and fsdp_owns(one))
+    _refresh_([owner for owner in owners if moved(owner)])
 
 
 register_optimizer_step_post_hook(_refresh_after_step)

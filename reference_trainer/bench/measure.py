@@ -79,9 +79,10 @@ def measure(
         optimizer.zero_grad()
         records[name] = _counted(subject, name, arm, rank) | {
             "trained_parameters": sum(p.numel() for p in trained),
-            "kept_bytes": kept_bytes(work.module, work.forward),
             "peak_bytes": state + peak_bytes(work.backward, world.device),
         }
+        if recompute != "selective":  # which keeps what autograd does not know of
+            records[name]["kept_bytes"] = kept_bytes(work.module, work.forward)
         optimizer.zero_grad()
         timed[name] = _step(work.backward, optimizer, world.device)
 

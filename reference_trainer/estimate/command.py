@@ -144,10 +144,10 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
     warm, low = min(plans, key=lambda plan: sum(plan[0].seconds) + 3 * sum(plan[1].seconds))
     micro = min(warm.micro, low.micro)
     share = sum(low.seconds) / sum(warm.seconds)
-    saved = (warm.peak - low.peak) / GiB
+    saved = (warm.peak_of(micro) - low.peak_of(micro)) / GiB
     apart = ""
     if warm.micro != low.micro:  # there is one batch.micro for both
-        apart = f" ({warm.micro} sequences at once there, {low.micro} here)"
+        apart = f" (with {low.micro} at once, and {warm.micro} in the warm start)"
     reduce = "micro-step" if "micro-step" in (warm.reduce, low.reduce) else "step"
     return [
         f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "

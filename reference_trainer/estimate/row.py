@@ -38,6 +38,7 @@ class Row:
         reduce: `parallel.reduce`.
         sent: bytes that a GPU sends in a step.
         seconds: of a step, between all communication hidden and none; of none that fits, empty.
+        peaks: bytes with one sequence at once, with two, and so on to `micro`.
     """
 
     phase: str
@@ -52,6 +53,11 @@ class Row:
     reduce: str
     sent: float
     seconds: tuple[float, ...]
+    peaks: tuple[float, ...] = ()
+
+    def peak_of(self, sequences: int) -> float:
+        """Return the peak in bytes with so many sequences at once, `micro` at most."""
+        return self.peaks[sequences - 1]
 
 
 def row_of(
@@ -101,6 +107,7 @@ def row_of(
         peak.step.reduce,
         total,
         seconds,
+        tuple(peak.at(count) for count in range(1, micro + 1)),
     )
 
 

@@ -82,6 +82,39 @@ def run(rank, world_size, replicas, whole):
     return found
 
 
+def looked_at(rank, world_size):
+    """What is gathered for a look, and stays so, hides the factors that an optimizer has."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = low_rank()
+    kept = relora.keep_merged_(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=set(kept), reshard_after_forward=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    output(model, torch.ones(2, 5)).float().square().mean().backward()
+    with torch.no_grad():
+        output(model, torch.ones(2, 5))
+    optimizer.step()
+    model.reshard()
+    found = {}
+    for name, site in relora.low_rank_sites(model):
+        found |= {
+            f"{name}/W": full(site.weight),
+            f"{name}/A": full(site.lora_A),
+            f"{name}/B": full(site.lora_B),
+            f"{name}/copy": full(site.low_rank.merged_copy),
+            f"{name}/scale": torch.tensor(site.scale),
+        }
+    return found
+
+
+def test_copies_follow_a_step_after_a_look(tmp_path):
+    for found in on_processes(looked_at, 2, tmp_path / "ranks"):
+        names = [name.removesuffix("/copy") for name in found if name.endswith("/copy")]
+        for name in names:
+            W, A, B, s = (found[f"{name}/{key}"] for key in ("W", "A", "B", "scale"))
+            V = torch.add(W, B @ A, alpha=s.item()).bfloat16()
+            assert torch.equal(found[f"{name}/copy"][:, : V.shape[1]], V)
+
+
 @pytest.mark.parametrize(
     ("world_size", "replicas"),
     [(1, 1), (2, 1), (3, 1), (4, 2)],

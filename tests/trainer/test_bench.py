@@ -153,6 +153,11 @@ class TestCommand:
             (["--model", "2b"], "invalid choice: '2b'"),
             (["--device", "cuda"], "torch sees no CUDA device"),
             (["--dtypes", "fp32"], "unknown option --dtypes"),
+            (["--layout", "replicate"], "--layout needs --level model; got --level block"),
+            (
+                ["--checkpoint-activations", "full"],
+                "--checkpoint-activations needs --level model; got --level block",
+            ),
         ],
     )
     def test_refuses_what_is_wrong(self, given, message, tmp_path, monkeypatch, capsys):

@@ -155,16 +155,19 @@ class TestCommand:
 
     def test_takes_the_layout_that_is_fastest(self):
         row = rows_of_layouts.Row(
-            "warm start", "shard", "keep", "none", 1, 1, 9, 4, 4, "step", 1.0, (2.0, 3.0)
+            *("warm start", "shard", "keep", "none", 1, 1, 9, 4, 4, "step", 1.0, (2.0, 3.0)),
+            peaks=(3 * GiB, 6 * GiB, 8 * GiB, 9 * GiB),
         )
         slow = dataclasses.replace(row, phase="ReLoRA, shard", seconds=(1.9, 2.9))
         fast = dataclasses.replace(
             row, phase="ReLoRA, replicate", layout="replicate", seconds=(1.0, 1.5), micro=2
         )
+        fast = dataclasses.replace(fast, peaks=(2 * GiB, 4 * GiB))
         again = dataclasses.replace(fast, recompute="full", seconds=(0.1, 0.1))  # of no warm start
         first, second = command.advice([row, slow, fast, again], 10.0)
         assert "--batch.micro 2 --parallel.layout replicate" in first
-        assert "takes 0.50 of one of the warm start" in second
+        assert "takes 0.50 of one of the warm start (with 2 at once, and 4 in the warm" in second
+        assert "2.0 GiB less" in second  # both with two at once
 
     @pytest.mark.parametrize(
         ("given", "message"),

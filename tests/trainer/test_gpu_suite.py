@@ -17,7 +17,6 @@ from reference_trainer.bench.suite.records import Report, read, results_of
 from reference_trainer.bench.suite.runner import run_jobs
 from reference_trainer.bench.suite.sizes import gpu_of
 from reference_trainer.bench.suite.table import off, table
-from reference_trainer.errors import UserError
 from reference_trainer.files import locked
 from reference_trainer.main import main
 
@@ -45,6 +44,9 @@ class TestAStageCostsOnlyItself:
             python("killed", "import os; os.kill(os.getpid(), 9)"),
             python("memory", "import torch; torch.empty(2**60)"),
             python("failed", "raise ValueError('rank must be 1 at least')"),
+            python("silent", "raise SystemExit(3)"),
+            python("odd", "import os; os.kill(os.getpid(), 40)"),
+            python("spoke of it", "print('MemoryError\\n' + 'x\\n' * 9); raise ValueError('no')"),
             python("hangs", "import time; time.sleep(600)", limit=0.5),
             python("well", "pass"),
         ]
@@ -53,12 +55,17 @@ class TestAStageCostsOnlyItself:
             "killed": "killed",
             "memory": "out of memory",
             "failed": "failed",
+            "silent": "failed",
+            "odd": "killed",
+            "spoke of it": "failed",
             "hangs": "timed out",
             "well": "ok",
         }
         errors = {r["job"]: r["error"] for r in read(tmp_path) if r["event"] == "end"}
         assert errors["killed"] == "by SIGKILL"
         assert "rank must be 1 at least" in errors["failed"]
+        assert errors["silent"] == "exit code 3, without a word"
+        assert errors["odd"] == "by signal 40"
 
     def test_nothing_of_a_job_is_left_when_its_time_is_up(self, tmp_path):
         child = "import time; time.sleep(600)"
@@ -121,11 +128,23 @@ class TestASuiteGoesOn:
         assert "is in use" in capsys.readouterr().err
         assert results_of(tmp_path).read_bytes() == before
 
-    @pytest.mark.parametrize("text", ["no JSON\n", "[1, 2]\n", '{"value": 1}\n'])
-    def test_not_in_a_file_of_something_else(self, tmp_path, text):
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "no JSON\n",
+            "[1, 2]\n",
+            '{"value": 1}\n',
+            '{"event": "end"}\n',
+            '{"event": "start", "step": 0}\n',
+            '{"event": "measured", "job": "one", "what": "time", "value": 1}\n',
+            '{"event": "suite", "job": ""}\n',
+        ],
+    )
+    def test_not_in_a_file_of_something_else(self, tmp_path, text, capsys):
         results_of(tmp_path).write_text(text)
-        with pytest.raises(UserError, match=r"results\.jsonl"):
-            read(tmp_path)
+        assert main(["bench", "gpu-suite", "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "is damaged" in error or "another directory" in error
         assert results_of(tmp_path).read_text() == text
 
     @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "1e9"])
@@ -186,7 +205,8 @@ def test_a_device_is_known_by_its_name(name, gpu):
 
 def test_what_the_gpu_suite_imports_needs_no_package_that_only_options_and_parquet_need(tmp_path):
     modules = {f"reference_trainer.bench.suite.{job.module}" for job in (*JOBS, EXPECTED)}
-    absent = "import sys; sys.modules |= dict.fromkeys(('pydantic', 'pyarrow', 'peft'));"
+    needless = ("pydantic", "pyarrow", "peft", "matplotlib", "jinja2", "transformers", "pytest")
+    absent = f"import sys; sys.modules |= dict.fromkeys({needless});"
     line = (
         f"{absent} import {', '.join(sorted(modules))}, reference_trainer.bench.commands.gpu_suite"
     )
@@ -220,12 +240,14 @@ class TestTheWholeSuiteOnACPU:
         assert (tmp_path / "suite" / "table.md").read_text() in again.stdout + "\n"
         assert len(list((tmp_path / "suite").iterdir())) <= 8
 
-    def test_a_suite_that_is_stopped_leaves_no_process(self, tmp_path):
+    @pytest.mark.parametrize(("number", "code"), [("TERM", 130), ("HUP", 130), ("KILL", -9)])
+    def test_a_suite_that_is_stopped_leaves_no_process(self, tmp_path, number, code):
         command = [sys.executable, "-m", "reference_trainer", "bench", "gpu-suite"]
         suite = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT)
         pids = [_pid(tmp_path, "machine"), _pid(tmp_path, "expected")]
-        suite.send_signal(signal.SIGTERM)
-        assert suite.wait(30) == 130
+        time.sleep(5)  # jobs import torch, and look for their parent from then on
+        suite.send_signal(signal.Signals[f"SIG{number}"])
+        assert suite.wait(30) == code
         for pid in pids:
             _gone(pid)
 

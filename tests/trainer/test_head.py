@@ -60,6 +60,23 @@ def test_a_low_rank_head_is_what_a_low_rank_linear_is():
     assert torch.equal(*outputs)
 
 
+def test_whoever_looks_on_finds_a_linear():
+    """Autocast, transforms, a compiler and other shapes, for which aligned rows are not made."""
+    torch.manual_seed(0)
+    head = Head(6, 10)
+    linear = torch.nn.Linear(6, 10, bias=False)
+    linear.load_state_dict(head.state_dict())
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            assert head(given).dtype == torch.bfloat16
+            assert torch.equal(head(given), linear(given))
+    assert torch.equal(head(x.view(2, 2, 6)), linear(x.view(2, 2, 6)))
+    assert torch.equal(torch.vmap(head)(x.view(2, 2, 6)), torch.vmap(linear)(x.view(2, 2, 6)))
+    compiled = torch.compile(head, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), linear(x))
+
+
 def test_second_derivatives_go_through():
     head = Head(3, 5).double()
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

@@ -263,6 +263,7 @@ class TestCommand:
             (["--arms", "lora"], "unknown arm lora"),
             (["--rank", "129"], "--rank must be at most 128"),
             (["--micro", "0"], "must be at least 1; got 0"),
+            (["--layout", "replicate-bf16", "--precision", "fp32"], "needs a computation in bf16"),
             (["--json", __file__], "exists already: give --json another name"),
         ],
     )

@@ -23,9 +23,9 @@ EXAMPLES = """examples:
 
 Each stage runs in processes of its own, each with a time limit: one that fails, hangs, is killed or
 runs out of memory costs only itself. DIR holds results.jsonl (a line as soon as there is a figure),
-table.md and the processes' output. Nothing but torch is needed, and for single stages: pytest and
-hypothesis (2), pydantic, PyYAML and tokenizers (6). The exit code is 0 once the time is up or every
-stage has been tried; the table says how each ended.
+table.md and the processes' output. All stages need torch, numpy, einops, safetensors, tokenizers,
+PyYAML and tqdm; single ones pytest and hypothesis (2) and pydantic (6). The exit code is 0 once the
+time is up or every stage has been tried; the table says how each ended.
 """
 
 
@@ -55,20 +55,23 @@ def run(arguments: argparse.Namespace) -> list[str]:
     with locked(results_of(directory)):
         if not _check(directory, here):
             Report(directory, "").write("suite", **here)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process is left
+        for number in (signal.SIGTERM, signal.SIGHUP):  # so that no process is left
+            signal.signal(number, signal.default_int_handler)
         run_jobs(JOBS, directory, seconds=60 * arguments.minutes, beside=EXPECTED)
         records = read(directory)
-        text = table(records)
+        text, wrong = table(records), off(records)
+        if here["cuda"] and wrong:
+            text += "\n\nOff the roofline by more than 15 percent:\n\n- " + "\n- ".join(wrong)
         write_whole(directory / "table.md", text + "\n")
-    wrong = off(records)
-    if here["cuda"] and wrong:
-        text += "\n\nOff the roofline by more than 15 percent:\n" + "\n".join(wrong)
     return [text, "", f"results: {directory}"]
 
 
 def _check(directory: Path, here: dict[str, object]) -> bool:
     """Return whether a suite has begun there; refuse one of another machine."""
-    begun = [record for record in read(directory) if record["event"] == "suite"]
+    records = read(directory)
+    begun = [record for record in records if record["event"] == "suite"]
+    if records and not begun:
+        raise UserError(f"{directory} holds no records of a suite: give --out another directory")
     for name in ("device", "torch") if begun else ():
         if begun[0].get(name) != here[name]:
             raise UserError(

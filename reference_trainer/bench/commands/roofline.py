@@ -70,6 +70,10 @@ def run(arguments: argparse.Namespace) -> list[str]:
     arms = [arm for _, arm, _ in parse_arms(["full", *(n for n in arguments.arms if n != "full")])]
     if arguments.json and arguments.json.exists():
         raise UserError(f"{arguments.json} exists already: give --json another name")
+    if arguments.layout == "replicate-bf16" and arguments.precision == "fp32":
+        raise UserError("--layout replicate-bf16 needs a computation in bf16; got --precision fp32")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     keys = ("gpu", "model", "micro", "length", "accumulate", "processes", "layout", "precision")
     first = options.head(arguments, "roofline", torch.device("cpu"), *keys, "rank", "vocab")
     records = [first | {"layers": shape.layers}]
@@ -82,7 +86,6 @@ def run(arguments: argparse.Namespace) -> list[str]:
         records += _records(level, subject, arm, parts, ceilings)
     _add_ratios(records)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text("".join(json.dumps(record) + "\n" for record in records))
     return [_title(records[0]), *_tables(records, ceilings)]
 

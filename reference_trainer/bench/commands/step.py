@@ -8,6 +8,7 @@ from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.measure import count, measure
 from reference_trainer.bench.subjects import DTYPES, subjects
 from reference_trainer.config import CHECKPOINTING, ParallelConfig
+from reference_trainer.errors import UserError
 from reference_trainer.world import open_world
 
 EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
@@ -58,6 +59,10 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """
     options.refuse_several()
     shape, arms = options.shape_of(arguments), parse_arms(arguments.arms)
+    for name, usual_one in (("checkpoint_activations", "none"), ("layout", "shard")):
+        if arguments.level != "model" and getattr(arguments, name) != usual_one:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} needs --level model; got --level {arguments.level}")
     default = f"{arguments.level}-{arguments.model}-{arguments.dtype}"
     out = None if arguments.count else options.output_of(arguments, default)
     chosen = subjects(

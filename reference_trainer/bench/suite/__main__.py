@@ -2,6 +2,10 @@
 
 import argparse
 import faulthandler
+import os
+import signal
+import threading
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -19,11 +23,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     faulthandler.enable()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.manual_seed(0)
     job, chosen = job_of(given.job), sizes()
     device = torch.device("cpu" if job is EXPECTED else chosen.device)
     module = import_module(f"reference_trainer.bench.suite.{job.module}")
     module.run(Report(given.out, job.name), chosen, device, *job.arguments)
+
+
+def _end_with(parent: int) -> None:
+    """End this job's whole process group once the suite is gone, of which it is not told."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The suite's results: JSON lines that every process appends as they come."""
 
+import errno
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,12 @@ class Report:
     def write(self, event: str, **values: Any) -> None:
         """Append a record, at once and whole."""
         line = json.dumps({"event": event, "job": self.job, **values}, allow_nan=False)
+        whole = line.encode() + b"\n"
         with results_of(self.directory).open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+            end = file.seek(0, os.SEEK_END)
+            if file.write(whole) < len(whole):  # what fits of it on a disk that is full
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
     def measured(
         self,
@@ -75,6 +81,8 @@ def read(directory: Path) -> list[dict[str, Any]]:
         records = [json.loads(line) for line in whole.splitlines()]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is damaged: {one_line(error)}") from None
-    if not all(isinstance(record, dict) and "event" in record for record in records):
+    if not all(
+        isinstance(record, dict) and {"event", "job"} <= record.keys() for record in records
+    ):
         raise UserError(f"{file} holds no records of a suite: give --out another directory")
     return records

@@ -17,6 +17,7 @@ from reference_trainer.terminal import log
 
 _LOG = "log.txt"
 _OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError")
+_LAST = 5  # lines of a job, in which its error stands
 _LEAST = 5.0  # seconds, below which no job is worth starting
 
 
@@ -85,8 +86,8 @@ def _started(job: Job, directory: Path, limit: float) -> Iterator[_Running]:
             env={**os.environ, "TMPDIR": temporary},
             start_new_session=True,
         )
-    Report(directory, job.name).write("begin", pid=process.pid)
     try:
+        Report(directory, job.name).write("begin", pid=process.pid)
         yield _Running(job, process, time.monotonic(), limit, file, temporary)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -116,10 +117,11 @@ def _status(code: int, file: Path) -> tuple[str, str]:
     if code == 0:
         return "ok", ""
     if code < 0:
-        return "killed", f"by {signal.Signals(-code).name}"
+        names = {one.value: one.name for one in signal.Signals}
+        return "killed", f"by {names.get(-code, f'signal {-code}')}"
     own = file.read_text(encoding="utf-8", errors="replace").split("\n--- ")[-1]
-    lines = [line.strip()[:400] for line in own.splitlines() if line.strip()]
-    of_memory = [line for line in lines if any(sign in line for sign in _OF_MEMORY)]
+    lines = [line.strip()[:400] for line in own.splitlines()[1:] if line.strip()]
+    of_memory = [line for line in lines[-_LAST:] if any(sign in line for sign in _OF_MEMORY)]
     if of_memory:
         return "out of memory", of_memory[-1]
-    return "failed", lines[-1]
+    return "failed", lines[-1] if lines else f"exit code {code}, without a word"

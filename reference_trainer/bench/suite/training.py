@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _STOPPED = 75
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
     """Train by the command, send SIGTERM in the low-rank phase, resume to the end."""
+    if find_spec("pydantic") is None:
+        raise ModuleNotFoundError("`train` needs pydantic, which is not installed")
     steps, sequences, length = sizes.run
     with tempfile.TemporaryDirectory() as directory:
         given = ["--runs", directory, "--name", "suite"]
@@ -44,7 +47,10 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
         log = Path(directory) / "suite" / "metrics.jsonl"
         command = [sys.executable, "-m", "reference_trainer", "train", "--quiet"]
         process = subprocess.Popen([*command, *given])
-        while len(_steps(log, "relora")) < 2 and process.poll() is None:
+        while len(_steps(log, "relora")) < 2:
+            if process.poll() is not None:
+                code = process.returncode
+                raise ValueError(f"the run must go on until it is stopped; it ended with {code}")
             time.sleep(0.05)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
