@@ -9,14 +9,23 @@ T = TypeVar("T")
 class MismatchError(ValueError):
     """A value is not of the type that it should have.
 
+    It is written out when it is asked for: a file may hold what is huge.
+
     Args:
-        message: all that is wrong.
-        first: pydantic's account of the first of it.
+        error: pydantic's.
     """
 
-    def __init__(self, message: str, first: Any) -> None:
-        super().__init__(message)
-        self.first = first
+    def __init__(self, error: Any) -> None:
+        super().__init__()
+        self.error = error
+
+    @property
+    def first(self) -> Any:
+        """Pydantic's account of the first thing that is wrong."""
+        return self.error.errors()[0]
+
+    def __str__(self) -> str:
+        return str(self.error)
 
 
 def validated(kind: type[T], value: Any) -> T:
@@ -36,7 +45,7 @@ def validated(kind: type[T], value: Any) -> T:
     try:
         found: T = _adapter(hashable).validate_python(value)
     except ValidationError as error:
-        raise MismatchError(str(error), error.errors()[0]) from None
+        raise MismatchError(error) from None
     return found
 
 
