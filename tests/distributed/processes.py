@@ -20,9 +20,7 @@ Returns = dict[str, Tensor]
 
 # One process imports these, and all others are forked from it: an import of torch takes seconds.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(
-    ["reference_trainer.commands.train", "torch.distributed.fsdp", "torch._dynamo"]
-)
+FORKED.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 def on_processes(

@@ -1,0 +1,10 @@
+"""Imports that every forked process would make anew."""
+
+import torch._dynamo
+import torch.distributed.fsdp  # noqa: F401
+
+import reference_trainer.commands.train  # noqa: F401
+from reference_trainer.config import Config
+from reference_trainer.validated import validated
+
+validated(Config, {})  # pydantic takes a while to read what a Config is
