@@ -1,6 +1,6 @@
 """Merged copies: W + s B A of each linear site in the computation's dtype, made once a step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from typing import Any
 from weakref import WeakValueDictionary
@@ -141,10 +141,10 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _refresh_(owners: Iterable[ParametrizationList]) -> None:
+def _refresh_(owners: Sequence[ParametrizationList]) -> None:
     """Make copies anew, a run of sites at a time, of which everything is gathered together."""
-    sites = [pair for pair in map(_pair, owners) if _has_copy(pair[0])]
     reshard_owners_(module for owner in owners for module in (owner, *owner))
+    sites = [pair for pair in map(_pair, owners) if _has_copy(pair[0])]
     for some in _runs(sites):
         factors = gathered([low_rank.lora_A.detach() for low_rank, _ in some])
         copies = []
