@@ -49,7 +49,6 @@ def run(arguments: argparse.Namespace) -> list[str]:
         raise UserError(f"--minutes must lie between 0 and 1440; got {arguments.minutes:g}")
     directory: Path = arguments.out
     here = _here()
-    _check(directory, here)
     directory.mkdir(parents=True, exist_ok=True)
     results_of(directory).touch()
     with locked(results_of(directory)):
