@@ -60,7 +60,9 @@ def kept(arm: str, mode: str) -> int:
     block, x = block_of(arm, mode)
     table = rotary_table(x.shape[1], SHAPE, x.device)
     block(x, *table)  # what is made once is made
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         out = block(x, *table)
     events = profiler.profiler.kineto_results.events()
     return sum(e.nbytes() for e in events if e.name() == "[memory]") - out.nbytes
