@@ -32,6 +32,7 @@ class Head(nn.Linear):
         """Map (tokens, n) to (tokens, m); of other shapes, or compiled, as any linear layer."""
         if self.out_features % _WORD == 0 or not self._is_plain(x):
             return F.linear(x, self.weight)
+        # Torch has no types for `apply`.
         logits: Tensor = _Aligned.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return logits
 

@@ -376,11 +376,13 @@ def gathered(tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Ten
         tensors: sharded or not.
         into: where each is put, if given; of a whole one nothing is copied.
     """
-    found = [tensor if _rows_alike(tensor) else full(tensor) for tensor in tensors]
+    found = list(tensors)
     together: dict[object, list[int]] = {}
     for index, tensor in enumerate(tensors):
         alike = _rows_alike(tensor)
-        if alike is not None:
+        if alike is None:
+            found[index] = full(tensor)
+        else:
             together.setdefault((*alike, tensor.dtype, tensor.device), []).append(index)
     for members in together.values():
         parts = [tensors[index] for index in members]

@@ -1,5 +1,6 @@
 """Imports that every forked process would make anew."""
 
+# Imported for those that are forked, not for this file.
 import torch._dynamo
 import torch.distributed.fsdp  # noqa: F401
 

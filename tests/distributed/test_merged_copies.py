@@ -70,16 +70,30 @@ def run(rank, world_size, replicas, whole):
     other.load_state_dict(model.state_dict())
     found = {"outputs": torch.stack(outputs)}
     model.reshard()
-    for which, one in (("trained", model), ("loaded", other)):
-        for name, site in relora.low_rank_sites(one):
-            found |= {
-                f"{which}/{name}/W": full(site.weight),
-                f"{which}/{name}/A": full(site.lora_A),
-                f"{which}/{name}/B": full(site.lora_B),
-                f"{which}/{name}/copy": full(site.low_rank.merged_copy),
-                f"{which}/{name}/scale": torch.tensor(site.scale),
-            }
+    return found | seen(model, "trained") | seen(other, "loaded")
+
+
+def seen(model, which):
+    found = {}
+    for name, site in relora.low_rank_sites(model):
+        found |= {
+            f"{which}/{name}/W": full(site.weight),
+            f"{which}/{name}/A": full(site.lora_A),
+            f"{which}/{name}/B": full(site.lora_B),
+            f"{which}/{name}/copy": full(site.low_rank.merged_copy),
+            f"{which}/{name}/scale": torch.tensor(site.scale),
+        }
     return found
+
+
+def assert_fresh(found, count):
+    """Assert that so many copies are what their W, A and B say, to the bit."""
+    names = [name.removesuffix("/copy") for name in found if name.endswith("/copy")]
+    assert len(names) == count
+    for name in names:
+        W, A, B, s = (found[f"{name}/{key}"] for key in ("W", "A", "B", "scale"))
+        both = torch.cat((torch.add(W, B @ A, alpha=s.item()), B), dim=1).bfloat16()
+        assert torch.equal(found[f"{name}/copy"][:, : both.shape[1]], both)
 
 
 def looked_at(rank, world_size):
@@ -94,25 +108,12 @@ def looked_at(rank, world_size):
         output(model, torch.ones(2, 5))
     optimizer.step()
     model.reshard()
-    found = {}
-    for name, site in relora.low_rank_sites(model):
-        found |= {
-            f"{name}/W": full(site.weight),
-            f"{name}/A": full(site.lora_A),
-            f"{name}/B": full(site.lora_B),
-            f"{name}/copy": full(site.low_rank.merged_copy),
-            f"{name}/scale": torch.tensor(site.scale),
-        }
-    return found
+    return seen(model, "looked at")
 
 
 def test_copies_follow_a_step_after_a_look(tmp_path):
     for found in on_processes(looked_at, 2, tmp_path / "ranks"):
-        names = [name.removesuffix("/copy") for name in found if name.endswith("/copy")]
-        for name in names:
-            W, A, B, s = (found[f"{name}/{key}"] for key in ("W", "A", "B", "scale"))
-            V = torch.add(W, B @ A, alpha=s.item()).bfloat16()
-            assert torch.equal(found[f"{name}/copy"][:, : V.shape[1]], V)
+        assert_fresh(found, 2)
 
 
 @pytest.mark.parametrize(
@@ -129,11 +130,6 @@ def test_copies_are_what_the_factors_say_on_every_process(tmp_path, world_size, 
     for found in results:
         # In bf16, summed in another order over processes.
         assert (found["outputs"] - expected).norm() < 0.02 * expected.norm()
-        names = [name.removesuffix("/copy") for name in found if name.endswith("/copy")]
-        assert len(names) == 4
-        for name in names:
-            W, A, B, s = (found[f"{name}/{key}"] for key in ("W", "A", "B", "scale"))
-            both = torch.cat((torch.add(W, B @ A, alpha=s.item()), B), dim=1).bfloat16()
-            assert torch.equal(found[f"{name}/copy"][:, : both.shape[1]], both)
+        assert_fresh(found, 4)
         for name, tensor in results[0].items():
             assert torch.equal(found[name], tensor), name

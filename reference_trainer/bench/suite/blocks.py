@@ -21,16 +21,14 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
     """Time each arm in turn, at each micro-batch."""
     for micro in sizes.micros:
         torch.compiler.reset()  # or the second size would be compiled for any size
-        runs = {}
+        runs, baselines = {}, {}
         for arm, layout in ARMS.items():
             for compiled in (False, True):
-                runs[named(arm, micro, compiled)] = _backward(
-                    sizes, arm, layout, micro, device, compiled=compiled
-                )
-        found = medians(runs, device, repeats=sizes.repeats)
-        for name, seconds in found.items():
-            eager = name.endswith("eager")
-            report.measured(name, seconds, baseline=named("full", micro, not eager))
+                name = named(arm, micro, compiled)
+                runs[name] = _backward(sizes, arm, layout, micro, device, compiled=compiled)
+                baselines[name] = named("full", micro, compiled)
+        for name, seconds in medians(runs, device, repeats=sizes.repeats).items():
+            report.measured(name, seconds, baseline=baselines[name])
 
 
 def named(arm: str, micro: int, compiled: bool) -> str:

@@ -28,7 +28,6 @@ class _Running:
     began: float
     limit: float
     log: Path
-    directory: str  # for its temporary files
 
 
 def run_jobs(
@@ -52,7 +51,7 @@ def run_jobs(
     with contextlib.ExitStack() as stack:
         companion = None
         if beside is not None and ended.get(beside.name) != "ok":
-            companion = stack.enter_context(_started(beside, directory, seconds))
+            companion = stack.enter_context(_started(beside, directory, min(beside.limit, seconds)))
         for index, job in enumerate(todo):
             left = deadline - time.monotonic()
             if left < _LEAST:
@@ -61,7 +60,6 @@ def run_jobs(
             with _started(job, directory, min(job.limit, left)) as running:
                 _finish(running, directory)
         if companion is not None:
-            companion.limit = min(companion.limit, seconds)
             _finish(companion, directory)
     return []
 
@@ -88,7 +86,7 @@ def _started(job: Job, directory: Path, limit: float) -> Iterator[_Running]:
         )
     try:
         Report(directory, job.name).write("begin", pid=process.pid)
-        yield _Running(job, process, time.monotonic(), limit, file, temporary)
+        yield _Running(job, process, time.monotonic(), limit, file)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
