@@ -1,6 +1,7 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
 from relora_core.adapters import load_adapters, save_adapters
+from relora_core.averages import AveragedSites
 from relora_core.bases import split_bases_
 from relora_core.low_rank import LowRank
 from relora_core.merged_copies import keep_merged_, refresh_merged_
@@ -15,10 +16,12 @@ from relora_core.serialization import base_state_dict, merged_state_dict, save_m
 from relora_core.sites import Site, clean_name, low_rank_sites, merge_, reinit_
 from relora_core.spectrum import Spectrum
 from relora_core.state_layouts import declare_moments
+from relora_core.summary import Summary, summary
 from relora_core.targets import add_low_rank_
 from relora_core.update_spectra import UpdateSpectra
 
 __all__ = [
+    "AveragedSites",
     "JaggedCosine",
     "JaggedLR",
     "LowRank",
@@ -29,6 +32,7 @@ __all__ = [
     "Restarts",
     "Site",
     "Spectrum",
+    "Summary",
     "UpdateSpectra",
     "add_low_rank_",
     "base_state_dict",
@@ -51,4 +55,5 @@ __all__ = [
     "save_adapters",
     "save_merged",
     "split_bases_",
+    "summary",
 ]

@@ -55,6 +55,24 @@ def fsdp_owns(module: nn.Module) -> bool:
     )
 
 
+def unreduced_gradients(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of those modules of whose parameters FSDP2 keeps gradients to be reduced yet.
+
+    They are whole, and in no `grad`: `set_requires_gradient_sync(False)` accumulates them so.
+    """
+    wanted, found = set(map(id, modules)), set()
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        for group in parameter_groups(state) if isinstance(state, FSDPState) else ():
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                waits = getattr(parameter, "unsharded_accumulated_grad", None) is not None
+                waits = waits or (whole is not None and whole.grad is not None)
+                if waits and id(parameter._module_info.module) in wanted:
+                    found.add(id(parameter._module_info.module))
+    return found
+
+
 def parameter_groups(state: Any) -> list[Any]:
     """Return the groups of parameters of an FSDP2 module's state."""
     several = getattr(state, "_fsdp_param_groups", None)  # of newer torch
@@ -146,29 +164,41 @@ def replicated(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def new_factors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def spread_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Return `whole`, which every process has, as a DTensor on the mesh of a sharded `like`."""
+    if not isinstance(like, DTensor):
+        return whole
+    placements = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(whole, like.device_mesh, placements, run_check=False)
+
+
+def new_factors(W: Tensor, rank: int, batch_dims: int) -> tuple[Tensor, Tensor]:
     """Return empty A, `(rank, in)`, and B, `(out, rank)`, split where tensor parallelism splits W.
 
-    Where it splits W's rows it splits B's, and where W's columns A's.
+    Where it splits W's rows it splits B's, and where W's columns A's. Of a bank, both have its
+    `batch_dims` leading dimensions before.
     """
-    A = (rank, math.prod(W.shape[1:]))
-    B = (W.shape[0], rank)
+    bank, (out, *inner) = W.shape[:batch_dims], W.shape[batch_dims:]
+    A = (*bank, rank, math.prod(inner))
+    B = (*bank, out, rank)
     if not isinstance(W, DTensor):
         return W.new_empty(A), W.new_empty(B)
     rows, columns = _along(W)
     return _empty_like(W, A, columns), _empty_like(W, B, rows)
 
 
-def _empty_like(W: DTensor, shape: tuple[int, int], placements: list[Placement]) -> Tensor:
+def _empty_like(W: DTensor, shape: tuple[int, ...], placements: list[Placement]) -> Tensor:
     whole = torch.empty(shape, dtype=W.dtype, device="meta")
     placed = distribute_tensor(whole, W.device_mesh, placements, src_data_rank=None)
     return torch.empty_like(placed, device=W.device)
 
 
-def _along(W: DTensor) -> tuple[list[Placement], list[Placement]]:
-    """Return how the rows of B and the columns of A lie where W's rows and columns do."""
-    rows = [p if _dim(p) == 0 else Replicate() for p in W.placements]
-    columns = [Replicate() if _dim(p) in (None, 0) else p for p in W.placements]
+def _along(W: DTensor, batch_dims: int = 0) -> tuple[list[Placement], list[Placement]]:
+    """Return how B and A lie where W does: B has its rows, A its columns, both its matrices."""
+    dims = [_dim(p) for p in W.placements]
+    both = list(zip(dims, W.placements, strict=True))
+    rows = [p if dim is not None and dim <= batch_dims else Replicate() for dim, p in both]
+    columns = [Replicate() if dim in (None, batch_dims) else p for dim, p in both]
     return rows, columns
 
 
@@ -224,16 +254,19 @@ def parts_of_sum(y: Tensor, W: Tensor) -> Tensor:
 def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's block of W, the block's rows of B and its columns of A, `(rank, ...)`.
 
-    Only what is not here yet of B and A is gathered. A whole W beside sharded factors (left out of
-    FSDP by `ignored_params`) is one block.
+    Only what is not here yet of B and A is gathered; of a bank that is split by its matrices,
+    nothing. A whole W beside sharded factors (left out of FSDP by `ignored_params`) is one block.
     """
     if not isinstance(W, DTensor):
         return W, full(B), full(A)
     if not isinstance(A, DTensor) or not isinstance(B, DTensor):
         raise ValueError(_APART)
+    batch_dims = B.ndim - 2
+    rows, columns = _along(W, batch_dims)
+    if batch_dims:
+        return W.to_local(), _placed(B, rows), _placed(A, columns)
     if W.ndim > 2 and any(_dim(p) not in (None, 0) for p in W.placements):
         A = replicated(A).view(A.shape[0], *W.shape[1:])  # so that its columns split as W's do
-    rows, columns = _along(W)
     return W.to_local(), _placed(B, rows), _placed(A, columns).flatten(1)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_core._sharding import copy_from_full_, full
-from relora_core.files import replaced
+from relora_core.files import replaced, write_tensors
+from relora_core.moments import renew_copies_
 from relora_core.peft_format import (
     CONFIG,
     TENSORS,
@@ -23,8 +23,10 @@ from relora_core.peft_format import (
     read_scales,
     read_tensors,
 )
+from relora_core.register import bank_names
 from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
+from relora_core.stepped import steppers
 
 _PREFIX = "base_model.model."
 _PATIENCE = timedelta(minutes=10)
@@ -50,8 +52,8 @@ def save_adapters(
     sharded factors are gathered one at a time and rank 0 writes.
 
     Args:
-        model: with low-rank sites on the weights of Linear, Embedding or Conv1d to Conv3d; not
-            changed.
+        model: with low-rank sites on the weights of Linear, Embedding or Conv1d to Conv3d, or on
+            banks of experts; not changed.
         directory: made if absent; `adapter_model.safetensors` and `adapter_config.json` in it are
             each replaced whole.
         base: name or path of the model that it belongs to, as PEFT's config notes it.
@@ -84,17 +86,20 @@ def save_adapters(
             raise ValueError(f"{name}: a factor or the scale is not finite")
         if writes:
             tensors |= {
-                f"{_PREFIX}{name}.{key}": tensor.cpu().clone(memory_format=torch.contiguous_format)
+                _PREFIX + key: tensor.cpu().clone(memory_format=torch.contiguous_format)
                 for key, tensor in forms[name].to_peft(A, B).items()
             }
-    ranks = {name: site.rank for name, site in sites.items()}
-    config = json.dumps(configuration(ranks, scales, base and os.fspath(base)), indent=2)
+    ranks = {forms[name].target: site.rank for name, site in sites.items()}
+    by_target = {forms[name].target: scale for name, scale in scales.items()}
+    banks = [form.target for form in forms.values() if form.is_bank]
+    described = configuration(ranks, by_target, base and os.fspath(base), banks)
+    config = json.dumps(described, indent=2)
     keys = {n: asdict(_Key(s.low_rank.seed, s.restart, scales[n])) for n, s in sites.items()}
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "relora": json.dumps(keys)}
         with replaced(directory / CONFIG) as written, replaced(directory / TENSORS) as partial:
-            save_file(tensors, partial, metadata=metadata)
+            write_tensors(tensors, partial, metadata)
             written.write_text(config + "\n", encoding="utf-8")
     return directory
 
@@ -105,7 +110,8 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The sites and the adapter must be the same, of the same rank and scale; a trained scale takes
     the adapter's. Where the adapter was written by `save_adapters`, the sites go on with its seeds
     and restart numbers, so that the next redraw is the one that would have come. Every rank must
-    call it, and reads the files.
+    call it, and reads the files. Copies of the factors that an optimizer steps from (schedule-free's
+    `z`) take what is loaded; moments stay.
 
     Args:
         model: with low-rank sites, sharded or not.
@@ -137,6 +143,9 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             if key is not None:
                 low_rank.seed, low_rank.restart = key.seed, key.restart
             sites[name].refresh_()
+    factors = [p for name in found for p in (sites[name].lora_A, sites[name].lora_B)]
+    for optimizer in steppers():
+        renew_copies_(optimizer, factors)
 
 
 _Found = tuple[Tensor, Tensor, Tensor, _Key | None]
@@ -148,7 +157,7 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
     tensors, metadata = read_tensors(directory / TENSORS)
     keys = _keys(metadata, directory / TENSORS)
     forms = {name: _form(name, site) for name, site in sites.items()}
-    expected = {f"{_PREFIX}{name}.{key}" for name, form in forms.items() for key in form.keys}
+    expected = {f"{_PREFIX}{form.place}.{key}" for form in forms.values() for key in form.keys}
     if expected != tensors.keys():
         absent, other = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
         raise ValueError(
@@ -158,14 +167,14 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
     found = {}
     for name, site in sites.items():
         site.low_rank.refuse_gathered()
-        own = {key: tensors[f"{_PREFIX}{name}.{key}"] for key in forms[name].keys}
-        shapes = [tuple(tensor.shape) for tensor in own.values()]
+        own = [tensors[f"{_PREFIX}{forms[name].place}.{key}"] for key in forms[name].keys]
+        shapes = [tuple(tensor.shape) for tensor in own]
         if shapes != list(forms[name].shapes(site.rank)):
             raise ValueError(
                 f"{directory}: {name} needs factors of shapes {forms[name].shapes(site.rank)}; got "
                 f"{shapes}"
             )
-        scale, trained = scales.of(name, site.rank), site.low_rank.lora_scale
+        scale, trained = scales.of(forms[name].target, site.rank), site.low_rank.lora_scale
         if trained is None and not math.isclose(scale, site.scale):
             raise ValueError(
                 f"{directory}: {name} has the scale {scale:g} there and {site.scale:g} in the "
@@ -184,7 +193,8 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
 
 
 def _form(name: str, site: Site) -> Form:
-    return form_of(name, site.module, site.tensor_name, tuple(site.weight.shape))
+    banks = bank_names(site.module)
+    return form_of(name, site.module, site.tensor_name, tuple(site.weight.shape), banks)
 
 
 def _keys(metadata: dict[str, str], file: Path) -> dict[str, _Key]:

@@ -1,6 +1,6 @@
 """A weight that stands for W + s B A and is formed only when an operation needs it whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -9,30 +9,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_core._sharding import is_sharded
+from relora_core.bilinear import einsum, in_whole_words, left_product, right_product
 from relora_core.embedding import low_rank_embedding
 from relora_core.linear import autocasts, computes_in, low_rank_linear, merged_linear
 from relora_core.one_path import following
 from relora_core.tensor_parallel import parallel_linear
 
 _OPERATORS = (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"),
     *("floordiv", "rfloordiv", "mod", "rmod", "pow", "rpow", "neg", "pos", "abs"),
-    *("getitem", "len", "iter", "lt", "le", "gt", "ge", "eq", "ne"),
+    *("lt", "le", "gt", "ge", "eq", "ne"),
 )
+_PRODUCTS = (
+    *(torch.matmul, torch.mm, torch.bmm),
+    *(torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm),
+)
+# Each would act on a temporary.
+_LOST = ("data", "out", "register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
 class LazyWeight:
     r"""What `module.weight` evaluates to at a low-rank site: $W + s B A$, not yet formed.
 
-    `F.linear` and `F.embedding` compute their two-path form; every other function, method or
-    operator receives the materialized tensor, so that any module is right and linears are fast.
-    It is not a `torch.Tensor` (`isinstance` says so): tensor subclasses cannot be traced by
-    `torch.compile` inside the layer that owns them.
+    `F.linear`, `F.embedding` and products (matmul, bmm, grouped products, einsum) compute two
+    paths; every other function, method or operator receives the materialized tensor, so that any
+    module is right and those are fast. Of a bank `weight[i]` is the lazy weight of one matrix, and
+    a transpose is lazy too. It is no tensor, as `isinstance` says: `torch.compile` cannot trace
+    tensor subclasses inside the layer that owns them.
 
     Args:
-        base: $W$, of any shape `(out, ...)`.
-        lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions.
-        lora_B: $B$, `(out, rank)`.
+        base: $W$, of any shape `(out, ...)`, or a bank of such.
+        lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions; of a
+            bank, with its leading dimensions.
+        lora_B: $B$, `(out, rank)`; of a bank, likewise.
         scale: $s$; a tensor of one entry if it is trained.
         dropout: the probability with which `F.linear` zeroes each entry of the low-rank path's
             input, the others growing by 1 / (1 - dropout): y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.
@@ -41,8 +50,8 @@ class LazyWeight:
     Raises:
         ValueError: if there is dropout and anything but `F.linear` asks for the weight.
         AttributeError: at an in-place method, `data` or `out=`: what is written would change a
-            temporary, and be lost. A write to a view of it (`weight[0].zero_()`,
-            `weight.detach().zero_()`) is lost without notice: write to
+            temporary, and be lost; so would a hook or an attribute. A write to a view of it
+            (`weight.detach().zero_()`) is lost without notice: write to
             `parametrizations.weight.original`.
 
     Examples:
@@ -50,10 +59,17 @@ class LazyWeight:
         >>> weight = LazyWeight(W, A, B, 0.5)
         >>> F.linear(torch.ones(1, 2), weight)  # two paths
         tensor([[2., 2.]])
-        >>> weight.t()                          # anything else: materialized
+        >>> weight + 0                          # anything else: materialized
         tensor([[1.5000, 0.5000],
                 [0.5000, 1.5000]])
     """
+
+    base: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout: float
+    merged: Tensor | None
 
     def __init__(
         self,
@@ -64,15 +80,15 @@ class LazyWeight:
         dropout: float = 0.0,
         merged: Tensor | None = None,
     ) -> None:
-        self.base = base
-        self.merged = merged
-        self.lora_A = lora_A
-        self.lora_B = lora_B
-        self.dropout = dropout
         if isinstance(scale, Tensor):  # into A, so that s is a number wherever it is used
-            self.lora_A, self.scale = scale * lora_A, 1.0
-        else:
-            self.scale = scale
+            lora_A, scale = scale * lora_A, 1.0
+        # Past its own refusal.
+        object.__setattr__(self, "base", base)
+        object.__setattr__(self, "lora_A", lora_A)
+        object.__setattr__(self, "lora_B", lora_B)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "dropout", dropout)
+        object.__setattr__(self, "merged", merged)
 
     def materialize(self) -> Tensor:
         """Return W + s B A as a tensor of this dtype, differentiable in W, A and B."""
@@ -93,6 +109,70 @@ class LazyWeight:
         # Autocast would form it in 16 bits, whatever the weights are stored in.
         with _as_stored(self.device.type):
             return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide)).view(self.shape)
+
+    @property
+    def batch_dims(self) -> int:
+        """How many leading dimensions number matrices of their own."""
+        return self.lora_A.ndim - 2
+
+    def has_paths(self) -> bool:
+        """Whether products may take two paths."""
+        return self.merged is None and not self.dropout and self.base.ndim == self.lora_A.ndim
+
+    def transposed(self) -> "LazyWeight":
+        """Return Vᵀ = Wᵀ + s Aᵀ Bᵀ, of every matrix of a bank."""
+        return type(self)(self.base.mT, self.lora_B.mT, self.lora_A.mT, self.scale)
+
+    def transpose(self, first: int, second: int) -> Any:
+        """Exchange two dimensions."""
+        if self.has_paths() and {first % self.ndim, second % self.ndim} == {
+            self.ndim - 2,
+            self.ndim - 1,
+        }:
+            return self.transposed()
+        return self.materialize().transpose(first, second)
+
+    @property
+    def mT(self) -> Any:
+        """Every matrix transposed."""
+        return self.transpose(-2, -1)
+
+    @property
+    def T(self) -> Any:
+        """The matrix transposed."""
+        return self.transpose(0, 1) if self.ndim == 2 else self.materialize().T
+
+    def t(self) -> Any:
+        """Return the matrix transposed."""
+        return self.transpose(0, 1) if self.ndim == 2 else self.materialize().t()
+
+    def matmul(self, other: Any) -> Any:
+        """Return V x."""
+        return _product(torch.matmul, self, other)
+
+    __matmul__ = matmul
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return _product(torch.matmul, other, self)
+
+    def __getitem__(self, index: Any) -> Any:
+        lead = index if isinstance(index, tuple) else (index,)
+        if not 0 < len(lead) <= self.batch_dims or not all(_picks(one) for one in lead):
+            return self.materialize()[_materialized(index)]
+        return type(self)(self.base[index], self.lora_A[index], self.lora_B[index], self.scale)
+
+    def unbind(self, dim: int = 0) -> tuple[Any, ...]:
+        """Return what there is along a dimension, each without it."""
+        if dim % self.ndim or not self.batch_dims:
+            return self.materialize().unbind(dim)
+        factors = zip(self.base.unbind(), self.lora_A.unbind(), self.lora_B.unbind(), strict=True)
+        return tuple(type(self)(W, A, B, self.scale) for W, A, B in factors)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind())
+
+    def __len__(self) -> int:
+        return len(self.base)
 
     @property
     def shape(self) -> torch.Size:
@@ -123,6 +203,20 @@ class LazyWeight:
         """W's size."""
         return self.base.shape if dim is None else self.base.shape[dim]
 
+    @property
+    def grad(self) -> Tensor | None:
+        """W's gradient: None where it is frozen."""
+        return self.base.grad
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether W has no memory."""
+        return self.base.is_meta
+
+    def data_ptr(self) -> int:
+        """W's address."""
+        return self.base.data_ptr()
+
     def dim(self) -> int:
         """W's number of dimensions."""
         return self.base.ndim
@@ -139,7 +233,12 @@ class LazyWeight:
         if name.startswith("__"):
             raise AttributeError(name)
         _refuse_write(name)
+        if not hasattr(torch.Tensor, name):  # what somebody has noted on the Parameter
+            return getattr(self.base, name)
         return getattr(self.materialize(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(_lost(f"setting {name}"))
 
     @classmethod
     def __torch_function__(
@@ -154,6 +253,18 @@ class LazyWeight:
             return _linear(*args, **kwargs)
         if func is F.embedding:
             return _embedding(*args, **kwargs)
+        if len(args) == 2 and not kwargs and any(func is product for product in _PRODUCTS):
+            if func is torch.Tensor.matmul and torch.compiler.is_compiling():
+                return _product(torch.matmul, *_in_order(*args))
+            return _product(func, *args)
+        if func is torch._grouped_mm:
+            return _grouped_product(*args, **kwargs)
+        if func is torch.einsum:
+            return _einsum(*args)
+        if func is torch.transpose and _is_lazy(args[0]):
+            return args[0].transpose(*args[1:], **kwargs)
+        if func is torch.unbind and _is_lazy(args[0]):
+            return args[0].unbind(*args[1:], **kwargs)
         if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
             written = args[0] if args else next(iter(kwargs.values()), None)
             if _is_lazy(written):
@@ -172,8 +283,74 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
             return merged_linear(input, weight.merged, A, B, s, bias)
         if is_sharded(W) and is_sharded(input):
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
+        if torch.promote_types(input.dtype, W.dtype) == W.dtype and not autocasts(W.device.type):
+            # As layers do that are kept in fp32 within a 16-bit model, if their weight is a Tensor.
+            input = input.to(W.dtype)
         return low_rank_linear(input, W, A, B, s, bias, weight.dropout)
     return F.linear(*_materialized((input, weight, bias)))
+
+
+def _product(func: Callable[..., Any], a: Any, b: Any) -> Any:
+    """Return the product of two of which one is lazy."""
+    right = isinstance(b, LazyWeight)
+    lazy, x = (b, a) if right else (a, b)
+    if not (isinstance(x, Tensor) and lazy.has_paths()) or _is_lazy(x) or x.is_nested:
+        return func(*_materialized((a, b)))
+    if lazy.ndim == 2:
+        if right:
+            return _linear(x, lazy.transposed())
+        if x.ndim <= 2:
+            return _linear(x.t(), lazy).t()
+        return func(*_materialized((a, b)))
+    W, A, B = lazy.base, lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype)
+    return (right_product if right else left_product)(func, x, W, A, B, lazy.scale)
+
+
+def _in_order(x: Any, weight: Any) -> tuple[Any, Any]:
+    """Return the operands of @ in their order, of which dynamo (2.8 to 2.13) puts a tensor first.
+
+    Raises:
+        ValueError: where both orders have fitting shapes.
+    """
+    if not isinstance(weight, LazyWeight):
+        return x, weight
+    right = x.shape[-1] == weight.shape[-2]
+    left = x.shape[max(x.ndim - 2, 0)] == weight.shape[-1]
+    if left and right:
+        raise ValueError(
+            "torch.compile does not tell weight @ x from x @ weight, and both fit: write "
+            "torch.matmul(x, weight)"
+        )
+    return (weight, x) if left else (x, weight)
+
+
+def _grouped_product(a: Any, b: Any, offs: Any = None, bias: Any = None, **how: Any) -> Any:
+    right = isinstance(b, LazyWeight)
+    lazy, x = (b, a) if right else (a, b)
+    if _is_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
+        return torch._grouped_mm(*_materialized((a, b, offs, bias)), **how)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        whole: Tensor = torch._grouped_mm(a, b, offs, **how)
+        return whole
+
+    A, B = in_whole_words(lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype))
+    return (right_product if right else left_product)(product, x, lazy.base, A, B, lazy.scale)
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    if isinstance(equation, str):
+        if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+            operands = tuple(operands[0])
+        place = next((i for i, one in enumerate(operands) if isinstance(one, LazyWeight)), 0)
+        lazy = operands[place]
+        if _is_lazy(lazy) and lazy.has_paths():
+            W, A, B = lazy.base, lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype)
+            beside = einsum(equation, operands, place, A, B, lazy.scale)
+            if beside is not None:
+                others = (*operands[:place], W, *operands[place + 1 :])
+                return torch.einsum(equation, *others) + beside
+    return torch.einsum(equation, *_materialized(operands))
 
 
 def _embedding(
@@ -213,6 +390,13 @@ def _as_stored(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
+def _picks(index: Any) -> bool:
+    """Whether an index is of one dimension."""
+    if isinstance(index, Tensor):
+        return index.dtype not in (torch.bool, torch.uint8) or index.ndim == 1
+    return isinstance(index, (int, slice, torch.SymInt)) and not isinstance(index, bool)
+
+
 def _is_lazy(value: Any) -> bool:
     some = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(one, LazyWeight) for one in some)
@@ -224,11 +408,15 @@ def add_rounding_once(base: Tensor, update: Tensor) -> Tensor:
 
 
 def _refuse_write(name: str) -> None:
-    if name in ("data", "out") or (name.endswith("_") and not name.endswith("__")):
-        raise AttributeError(
-            f"a write through {name} would change a temporary copy of the weight and be lost: a "
-            "low-rank site's weight is computed. Write to `parametrizations.weight.original`"
-        )
+    if name in _LOST or (name.endswith("_") and not name.endswith("__")):
+        raise AttributeError(_lost(f"a write through {name}"))
+
+
+def _lost(write: str) -> str:
+    return (
+        f"{write} would change a temporary copy of the weight and be lost: a low-rank site's "
+        "weight is computed. Write to `parametrizations.weight.original`"
+    )
 
 
 def _define_operator(name: str) -> None:

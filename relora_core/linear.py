@@ -31,7 +31,7 @@ def autocasts(device: str) -> bool:
 
 
 def needs_plain() -> bool:
-    """Whether `torch.func`, forward-mode differentiation or `torch.export` is at work.
+    """Whether `torch.func`, forward-mode differentiation, `torch.export` or a jit trace is at work.
 
     They see through plain operations: vmap has no rule for a write in place, a `jvp` of the
     Function's own would keep `torch.compile` out, and an exported graph is for every batch.
@@ -41,6 +41,8 @@ def needs_plain() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

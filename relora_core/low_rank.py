@@ -1,6 +1,7 @@
 """The parametrization W + s B A: its factors, their draws and their merge."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from relora_core._sharding import (
     replicated,
     row_parts,
     sharded_like,
+    spread_like,
 )
 from relora_core.lazy_weight import LazyWeight
 from relora_core.low_bits import join, split
@@ -41,6 +43,8 @@ class LowRank(nn.Module):
         base: $W$, `(out, ...)`; $A$ is `(rank, in)` and $B$ `(out, rank)` in its dtype and on its
             device, `in` being the product of the other dimensions. Of a $W$ that tensor
             parallelism has split by rows $B$ is split as $W$, by columns $A$.
+        batch_dims: how many leading dimensions of $W$ number matrices of their own, each with
+            its own A and B: 1 for a bank `(E, out, in)`, A `(E, rank, in)`, B `(E, out, rank)`.
         rank: $r$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
         seed: of every draw, from 0 to 2**63 - 1.
@@ -76,15 +80,21 @@ class LowRank(nn.Module):
         name: str = "",
         dropout: float = 0.0,
         trainable_scale: bool = False,
+        batch_dims: int = 0,
     ) -> None:
         super().__init__()
-        check_low_rank(base, rank=rank, alpha=alpha, seed=seed, dropout=dropout)
+        check_low_rank(
+            base, rank=rank, alpha=alpha, seed=seed, dropout=dropout, batch_dims=batch_dims
+        )
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.seed = seed
         self.name = name
         self.dropout = dropout
         self.restart = 0
+        # The number that a restart which is under way gives, and whether it is within a merge.
+        self.restarting: int | None = None
+        self.torn = False
         # What `split_bases_` makes of W: its dtype before, and the bits that it lacks since.
         self.split_from: torch.dtype | None = None
         self.low_bits: Tensor | None = None
@@ -96,7 +106,7 @@ class LowRank(nn.Module):
         # What remove_low_rank gives back: whether W was trained, and its place among the others.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
-        A, B = new_factors(base, rank)
+        A, B = new_factors(base, rank, batch_dims)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.mesh_dims = mesh_dims(A)  # that FSDP2 adds to
         self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
@@ -117,24 +127,29 @@ class LowRank(nn.Module):
     def reset_parameters(self) -> None:
         """Set A to its current draw, B to zero, s to its start; needed after `to_empty`."""
         self.refuse_gathered()
-        self._draw_()
+        self._draw_(self.restart)
         if self.lora_scale is not None:
             self.lora_scale.fill_(self.alpha / self.rank)
+
+    @property
+    def batch_dims(self) -> int:
+        """How many leading dimensions of W number matrices of their own."""
+        return self.lora_A.ndim - 2
 
     def redraw_(self) -> None:
         """Set A to its next draw and B to zero; a trained s stays."""
         self.refuse_gathered()
-        self.restart += 1
-        self._draw_()
+        self._draw_(self.restart + 1)
+        self.restart += 1  # last: a draw that was broken off is drawn again
 
     @torch.no_grad()
-    def _draw_(self) -> None:
+    def _draw_(self, restart: int) -> None:
         if not self.lora_A.is_meta:
             draw = draw_A(
                 torch.Size(self.lora_A.shape),
                 seed=self.seed,
                 name=self.name,
-                restart=self.restart,
+                restart=restart,
                 pinned=self.lora_A.is_cuda,  # copied from there, the host need not wait
             )
             copy_from_full_(self.lora_A, draw)
@@ -175,7 +190,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merge_into_(self, base: Tensor, update: Update | None = None) -> None:
-        """Add s B A to `base` in place and zero B: together they keep the function.
+        """Zero B and add the s B A that it was to `base`: together they keep the function.
 
         Sharded by rows, it needs A whole and neither W nor B. The host does not wait, but for the
         low bits of a split W.
@@ -189,11 +204,26 @@ class LowRank(nn.Module):
         """
         self.refuse_gathered()
         update = update or self.update(base)
-        if self.split_from is None:
-            update.add_(update.W)
-        else:
-            self.set_exact_(base, update.add_(self.exact(base)))
-        self.lora_B.zero_()
+        if self.split_from is not None:
+            total = update.add_(self.exact(base))
+            self._move_(self.lora_B, lambda: self.set_exact_(base, total))
+            return
+        # Matrix by matrix of a bank, if the process holds the same ones of B as of W.
+        whole = local(self.lora_B).shape[:-2] != update.B.shape[:-2]
+        if whole:
+            writes = [one.prepared(one.W) for one in update.matrices()]
+            self._move_(self.lora_B, lambda: [write() for write in writes])
+            return
+        factors = local(self.lora_B).flatten(0, -3) if self.batch_dims else [local(self.lora_B)]
+        for one, B in zip(update.matrices(), factors, strict=True):
+            self._move_(B, one.prepared(one.W))
+
+    def _move_(self, B: Tensor, write: Callable[[], object]) -> None:
+        """Zero B, then write to W what it held: broken off between, nothing is counted twice."""
+        self.torn = True
+        B.zero_()
+        write()
+        self.torn = False
 
     @torch.no_grad()
     def merged(self, base: Tensor) -> Tensor:
@@ -374,10 +404,19 @@ class LowRank(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64."""
+        """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64.
+
+        Beside sharded factors it is a DTensor that every process has whole: some loaders ask each
+        entry of a state dict for its mesh.
+        """
         alpha = torch.tensor(self.alpha, dtype=torch.float64, device="cpu").view(torch.int64)
         key = torch.tensor([self.seed, self.restart], dtype=torch.int64, device="cpu")
-        return torch.cat([key, alpha.view(1)])
+        return spread_like(torch.cat([key, alpha.view(1)]), self.lora_A)
+
+    @property
+    def _extra_state(self) -> Tensor:
+        """The key as an attribute, where a loader looks for what an entry replaces."""
+        return self.get_extra_state()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the key of the draws from a state dict.
@@ -385,6 +424,7 @@ class LowRank(nn.Module):
         Raises:
             ValueError: if it was saved with another alpha, which would be another function.
         """
+        state = local(state)
         seed, restart, _ = (int(value) for value in state.tolist())
         alpha = state.cpu()[2].view(torch.float64).item()
         if alpha != self.alpha:
@@ -393,6 +433,7 @@ class LowRank(nn.Module):
                 f"alpha={self.alpha:g}: register it with the saved one"
             )
         self.seed, self.restart = seed, restart
+        self.restarting, self.torn = None, False
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this site."""
@@ -412,12 +453,12 @@ def draw_A(
     shape: torch.Size, *, seed: int, name: str, restart: int, pinned: bool = False
 ) -> Tensor:
     r"""Draw the whole of $A$, uniform in $\pm 1/\sqrt{in}$, keyed by seed, name and restart."""
-    key, bound = f"{seed}/{name}/{restart}", 1 / math.sqrt(shape[1])
+    key, bound = f"{seed}/{name}/{restart}", 1 / math.sqrt(shape[-1])
     return keyed_uniform(key, shape, bound=bound, pinned=pinned)
 
 
 def check_low_rank(
-    base: Tensor, *, rank: int, alpha: float | None, seed: int, dropout: float
+    base: Tensor, *, rank: int, alpha: float | None, seed: int, dropout: float, batch_dims: int = 0
 ) -> None:
     """Raise what `LowRank` raises for these arguments."""
     if is_lazy(base):
@@ -431,10 +472,20 @@ def check_low_rank(
         raise TypeError(f"a low-rank weight must be floating point; got {base.dtype}")
     if base.numel() == 0:
         raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
-    for name, value in (("rank", rank), ("seed", seed)):
+    for name, value in (("rank", rank), ("seed", seed), ("batch_dims", batch_dims)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int; got {value!r}")
-    out, inner = base.shape[0], math.prod(base.shape[1:])
+    if not 0 <= batch_dims <= base.ndim - 2:
+        raise ValueError(
+            f"batch_dims must leave two dimensions or more of the weight's {base.ndim}; got "
+            f"{batch_dims}"
+        )
+    if batch_dims and dropout:
+        raise ValueError(
+            f"dropout acts on the input of F.linear, and a bank has many; got dropout={dropout:g}: "
+            "leave it out"
+        )
+    out, inner = base.shape[batch_dims], math.prod(base.shape[batch_dims + 1 :])
     if not 1 <= rank <= min(out, inner):
         raise ValueError(
             f"rank must be between 1 and min(out, in) = {min(out, inner)} for a weight of "

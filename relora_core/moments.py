@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from relora_core._sharding import local
 from relora_core.pruning import check_prunable, zero_where_
 from relora_core.quantized import QuantizedMoment, TableMoment, is_quantized
-from relora_core.state_layouts import StateLayout, layout_of, refuse_unfit
+from relora_core.state_layouts import StateLayout, known_layout, layout_of, refuse_unfit
 
 
 class Moment(Protocol):
@@ -69,35 +71,40 @@ class ParameterState:
     clock: Mapping[str, float]
 
 
-def find_states(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[ParameterState]:
+# One, or all that step a model.
+Optimizers = Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer]
+
+
+def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[ParameterState]:
     """Return what there is to reset of each parameter.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that keeps it as `optim`
             (ZeroRedundancyOptimizer), `optimizer` (accelerate, Lightning) or in `optimizers`
-            (torchtitan).
-        params: some of its parameters. One that has no state yet, or whose state lies on another
+            (torchtitan); or several, in a list, tuple or dict.
+        params: some of their parameters. One that has no state yet, or whose state lies on another
             rank, is passed over.
 
     Raises:
         ValueError: if a parameter is not the optimizer's, the optimizer cannot be reset, or its
             state has undeclared keys.
-        TypeError: if a moment is neither floating point nor in codes that are known.
+        TypeError: if it is no optimizer, or a moment is neither floating point nor in codes that
+            are known.
     """
     params = list(params)
-    inner = list(inner_optimizers(optimizer))
+    several = optimizers_of(optimizer)
+    inner = [one for outer in several for one in inner_optimizers(outer)]
     for one in inner:
         refuse_unfit(one)
-    held = {
-        id(p) for one in (optimizer, *inner) for group in one.param_groups for p in group["params"]
-    }
-    missing = sum(id(p) not in held for p in params)
+    for one in {id(one): one for one in (*several, *inner)}.values():
+        _refuse_copies(one, params)
+    missing = len(params) - len(held_by(optimizer, params))
     if missing:
         raise ValueError(
             f"{missing} of {len(params)} parameters are not in the optimizer: build it after "
-            "add_low_rank_ and fully_shard, from the parameters that require gradients. An engine "
-            "that steps copies of its own (DeepSpeed's fp32 masters) cannot restart: a redraw "
-            "would not reach them"
+            "add_low_rank_ and fully_shard, from the parameters that require gradients, and give "
+            "all of several as a list. An engine that steps copies of its own (DeepSpeed's fp32 "
+            "masters) cannot restart: a redraw would not reach them"
         )
     found = []
     for one in inner:
@@ -109,22 +116,102 @@ def find_states(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[Pa
     return found
 
 
+def held_by(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those of `params` that one of the optimizers steps."""
+    several = optimizers_of(optimizer)
+    every = [*several, *(one for outer in several for one in inner_optimizers(outer))]
+    held = {id(p) for one in every for group in one.param_groups for p in group["params"]}
+    return [p for p in params if id(p) in held]
+
+
+def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
+    """Return the optimizers that were given as one, in a list, tuple or dict.
+
+    Raises:
+        TypeError: if one is no optimizer.
+        ValueError: if there is none.
+    """
+    if isinstance(optimizer, Mapping):
+        several = list(optimizer.values())
+    elif hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable):
+        several = [optimizer]
+    else:
+        several = list(optimizer)
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            raise TypeError(
+                "optimizer must be a torch optimizer, a wrapper around one, or a list, tuple or "
+                f"dict of them; got {type(one).__name__}"
+            )
+    if not several:
+        raise ValueError("there is no optimizer: give those that step the factors")
+    return several
+
+
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield the torch optimizers that hold the state behind `optimizer`."""
+    """Yield the torch optimizers that hold the state behind `optimizer`.
+
+    A wrapper is one of them where it keeps states beside those of what is in it.
+    """
     several = getattr(optimizer, "optimizers", None)
-    for one in several if several is not None else [_inside(optimizer)]:
-        if one is None:
-            yield optimizer
-        else:
+    inside = [_inside(optimizer)] if several is None else list(several)
+    states = [id(one.state) for one in inside if one is not None]
+    own = getattr(optimizer, "state", None)
+    if None in inside or (own and id(own) not in states):
+        yield optimizer
+    for one in inside:
+        if one is not None:
             yield from inner_optimizers(one)
 
 
 def _inside(optimizer: Optimizer) -> Optimizer | None:
-    for attribute in ("inner", "optim", "optimizer"):
+    for attribute in ("inner", "optim", "optimizer", "base", "base_optimizer", "_base_optimizer"):
         one = getattr(optimizer, attribute, None)
         if isinstance(one, Optimizer) and one is not optimizer:
             return one
     return None
+
+
+@torch.no_grad()
+def renew_copies_(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
+    """Set an optimizer's copies of `params`, which steps go on from, to what they are now."""
+    layout = known_layout(type(optimizer))
+    for p in params if layout is not None else ():
+        for key in layout.copies if layout is not None else ():
+            copy = optimizer.state.get(p, {}).get(key)
+            if copy is not None:
+                local(copy).copy_(local(p))
+
+
+def _refuse_copies(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+    """Raise ValueError if an attribute of an optimizer holds what look like copies of `params`."""
+    known = {id(p) for p in params} | {id(p.grad) for p in params}
+    shapes = {p.shape for p in params if p.ndim > 1}
+    for name, value in vars(optimizer).items():
+        if name in ("state", "param_groups"):
+            continue
+        for tensor in _tensors_in(value):
+            if tensor.shape in shapes and id(tensor) not in known:
+                raise ValueError(
+                    f"{type(optimizer).__name__}.{name} holds tensors of the parameters' shapes "
+                    f"({tuple(tensor.shape)}), such as slow or averaged copies: a redraw would not "
+                    "reach them, and steps would go back to the old parameters. Keep them in "
+                    "`state` and declare them by relora_core.declare_moments(copies=...), or leave "
+                    "the wrapper out"
+                )
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Iterate over the tensors in a container and those in it, Parameters of a model left out."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter):
+            yield value
+    elif depth and isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors_in(one, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_in(one, depth - 1)
 
 
 def _state_of(

@@ -1,11 +1,21 @@
 """One low-rank site: make a tensor of a module W + s B A with W frozen, and unmake it."""
 
-from torch import nn
-from torch.nn.utils import parametrize
+from typing import Any
 
-from relora_core._sharding import is_sharded, is_tensor_parallel, split_dim
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from relora_core._sharding import is_sharded, is_tensor_parallel, local, split_dim
 from relora_core.low_rank import LowRank
 from relora_core.shared_class import own_class_, share_class_
+from relora_core.ties import refuse_ties
+
+
+# Each computes with a tensor of more than two dimensions as one matrix, `(out, ...)`.
+_WHOLE = (_ConvNd, nn.Bilinear)
 
 
 def register_low_rank(
@@ -18,11 +28,12 @@ def register_low_rank(
     name: str = "",
     dropout: float = 0.0,
     trainable_scale: bool = False,
+    batch_dims: int | None = None,
 ) -> nn.Module:
     r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
 
-    `nn.Linear` and `nn.Embedding` then compute two paths and never form the sum or $W$'s gradient;
-    every other module receives the materialized sum. The Parameter moves, as the same object, to
+    Linear layers, embeddings and other products with the tensor then compute two paths and never
+    form the sum or $W$'s gradient; every other operation receives the materialized sum. The Parameter moves, as the same object, to
     `module.parametrizations.<tensor_name>.original`. Do this before `fully_shard` and before
     building the optimizer.
 
@@ -37,14 +48,19 @@ def register_low_rank(
         dropout: of the low-rank path's input while training; for tensors that only `F.linear`
             uses.
         trainable_scale: whether $s$ is trained, from `alpha / rank` on.
+        batch_dims: how many leading dimensions of the tensor number matrices of their own: 1 for a
+            bank of experts `(E, out, in)`, of which each has its own A and B, `(E, rank, in)` and
+            `(E, out, rank)`. 0 for one matrix, `in` being all dimensions but the first, which is
+            what None means for a matrix, a convolution and nn.Bilinear. Of others it must be given.
 
     Returns:
         `module`.
 
     Raises:
-        ValueError: if the tensor is absent, already parametrized or sharded, or an argument is
+        ValueError: if the tensor is absent, tied, already parametrized or sharded, or an argument is
             out of range. Nothing is changed then.
-        TypeError: if the tensor is not floating point, or `rank` or `seed` no int.
+        TypeError: if the tensor is not floating point, packed, quantized or offloaded, or `rank` or
+            `seed` no int.
 
     Examples:
         >>> layer = register_low_rank(nn.Linear(6, 4), rank=2)
@@ -53,16 +69,25 @@ def register_low_rank(
         >>> [name for name, p in layer.named_parameters() if p.requires_grad]
         ['bias', 'parametrizations.weight.0.lora_A', 'parametrizations.weight.0.lora_B']
     """
-    base = check_target(module, tensor_name)
-    low_rank = LowRank(
-        base,
+    check_target(module, tensor_name)
+    refuse_ties({name or tensor_name: (module, tensor_name)})
+    return make_site_(
+        module,
+        tensor_name,
         rank=rank,
         alpha=alpha,
         seed=seed,
         name=name,
         dropout=dropout,
         trainable_scale=trainable_scale,
+        batch_dims=batch_dims_of(module, tensor_name) if batch_dims is None else batch_dims,
     )
+
+
+def make_site_(module: nn.Module, tensor_name: str, **options: Any) -> nn.Module:
+    """Do what `register_low_rank` does once a tensor is known to be fit; `options` are LowRank's."""
+    base = check_target(module, tensor_name)
+    low_rank = LowRank(base, **options)
     names = list(module._parameters)
     low_rank.base_successors = tuple(names[names.index(tensor_name) + 1 :])
     low_rank.train(module.training)
@@ -71,6 +96,30 @@ def register_low_rank(
     share_class_(module)
     base.requires_grad_(False)
     return module
+
+
+def batch_dims_of(module: nn.Module, tensor_name: str, given: int | None = None) -> int:
+    """Return how many dimensions of a tensor number matrices.
+
+    Args:
+        module: that owns it.
+        tensor_name: its name.
+        given: for a tensor of more than two dimensions that is no convolution's.
+
+    Raises:
+        ValueError: for such a tensor if `given` is None: it may be a bank.
+    """
+    base = module._parameters[tensor_name]
+    assert base is not None
+    if is_lazy(base) or base.ndim <= 2 or isinstance(module, _WHOLE):
+        return 0
+    if given is None:
+        raise ValueError(
+            f"{type(module).__name__}.{tensor_name} has shape {tuple(base.shape)}: if it is a bank "
+            "of matrices, such as one for each expert, give batch_dims=1, and each has factors of "
+            "its own; if it is one matrix, give batch_dims=0"
+        )
+    return given
 
 
 def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
@@ -84,6 +133,7 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
     if base is None:
         own = sorted(key for key, value in module._parameters.items() if value is not None)
         raise ValueError(f"{kind} has no Parameter {tensor_name!r}; it has {own}")
+    _refuse_packed(module, tensor_name, base)
     if is_sharded(base) and not is_tensor_parallel(module):
         raise ValueError(
             f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard (and "
@@ -100,6 +150,31 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
             f"forbids; got max_norm={module.max_norm}: build it without"
         )
     return base
+
+
+def _refuse_packed(module: nn.Module, tensor_name: str, base: nn.Parameter) -> None:
+    """Raise TypeError if a merge could not write to what a Parameter holds."""
+    kind = f"{type(module).__name__}.{tensor_name}"
+    if is_lazy(base):
+        return
+    part = local(base.detach())
+    if is_traceable_wrapper_subclass(part):
+        raise TypeError(
+            f"{kind} is a {type(part).__name__}, which a merge cannot write to: add sites to the "
+            "plain weight, in float32 or bfloat16, and leave quantization out"
+        )
+    features = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    packed = isinstance(module, nn.Linear) and tensor_name == "weight" and not is_sharded(base)
+    if packed and tuple(base.shape) != features:
+        raise TypeError(
+            f"{kind} has shape {tuple(base.shape)} in a layer of {features[0]} x {features[1]}, so "
+            "that it is packed, and a merge cannot write to it: add sites to the plain weight"
+        )
+    if base.is_meta and hasattr(module, "_hf_hook"):
+        raise TypeError(
+            f"{kind} is offloaded by hooks, which put it back before each use and take no writes: "
+            "bring the model to a device first"
+        )
 
 
 def remove_low_rank(
@@ -177,6 +252,21 @@ def low_rank_tensors(module: nn.Module) -> list[str]:
         for name, one in lists.items()
         if isinstance(one, parametrize.ParametrizationList) and isinstance(one[0], LowRank)
     ]
+
+
+def bank_names(module: nn.Module) -> list[str]:
+    """Return the names of `module`'s low-rank banks, in the order that its Parameters had."""
+    names: list[str] = []
+    for name in low_rank_tensors(module):
+        if low_rank_and_base(module, name)[0].batch_dims:
+            before = [one for one in names if _came_before(module, one, name)]
+            names.insert(len(before), name)
+    return names
+
+
+def _came_before(module: nn.Module, first: str, second: str) -> bool:
+    """Whether `first`, which was registered before `second`, came before it as a Parameter."""
+    return second in low_rank_and_base(module, first)[0].base_successors
 
 
 def is_low_rank(module: nn.Module) -> bool:

@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from relora_core._sharding import local
-from relora_core.moments import Moment, ParameterState, find_states
+from relora_core.moments import Moment, Optimizers, ParameterState, find_states
 from relora_core.pruning import check_ratio, has_nan, magnitude_masks, random_mask
 from relora_core.selection import drop_count
 
@@ -65,7 +64,7 @@ class ResetReport:
 
 
 def reset_optimizer_(
-    optimizer: Optimizer,
+    optimizer: Optimizers,
     params: Iterable[nn.Parameter],
     *,
     prune_ratio: float = 0.99,
@@ -86,7 +85,7 @@ def reset_optimizer_(
 
     Args:
         optimizer: any torch optimizer whose moments are known (see `declare_moments`), or a
-            wrapper around one.
+            wrapper around one; or a list, tuple or dict of several.
         params: some of its parameters.
         prune_ratio: from 0 to 1, the fraction to zero as in `magnitude_prune_`; 1 zeroes all.
         masks: "joint" or "independent".
@@ -123,7 +122,7 @@ def reset_optimizer_(
 
 
 def plan_reset(
-    optimizer: Optimizer, params: Iterable[nn.Parameter], reset: Reset
+    optimizer: Optimizers, params: Iterable[nn.Parameter], reset: Reset
 ) -> list[ParameterState]:
     """Return the states that a reset will change, or raise what `reset_optimizer_` raises.
 

@@ -1,6 +1,7 @@
 """The restart: the inner block of Algorithm 1 as one call that does everything or nothing."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,9 +9,9 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from relora_core._sharding import local, shard_max, shard_sum, sharding
+from relora_core._sharding import local, shard_max, shard_sum, sharding, unreduced_gradients
+from relora_core.moments import Optimizers, held_by
 from relora_core.pruning import to_floats
 from relora_core.reset import (
     Masks,
@@ -23,6 +24,8 @@ from relora_core.reset import (
 )
 from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
+from relora_core.stepped import was_stepped
+from relora_core.ties import refuse_ties
 from relora_core.update import Update
 
 
@@ -33,10 +36,13 @@ class RestartReport:
     Args:
         update_norms: for each site's name the Frobenius norm of the s B A that was merged.
         reset: how much of the optimizer's moments was zeroed.
+        idle: names of sites whose B was still zero while that of others was not: nothing has
+            trained them.
     """
 
     update_norms: dict[str, float]
     reset: ResetReport
+    idle: tuple[str, ...] = ()
 
     @property
     def sites(self) -> int:
@@ -51,7 +57,7 @@ class RestartReport:
 
 def restart_(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizers,
     *,
     prune_ratio: float = 0.99,
     masks: Masks = "joint",
@@ -63,11 +69,17 @@ def restart_(
 
     The function stays; the moments of every $A$ and $B$ are pruned. Call it before the step at
     which `Restarts.at` is true: `JaggedLR` makes that step's learning rate zero, so it only
-    refills the moments. Every rank must call it.
+    refills the moments. Every rank must call it, after a step and before the next backward; what
+    gradients the step has left of the factors are zeroed.
+
+    One that was broken off after its first write (by Ctrl-C, or out of memory) is finished by the
+    next call, with the same function. Where it was broken off between the two writes of one merge,
+    or otherwise on other processes, every later call refuses, and so do exports.
 
     Args:
         model: with low-rank sites, sharded or not.
-        optimizer: that holds the sites' factors; any wrapper `reset_optimizer_` accepts.
+        optimizer: that holds the sites' factors; any wrapper `reset_optimizer_` accepts, or a list,
+            tuple or dict of several.
         prune_ratio: fraction of the factors' moments to zero, from 0 to 1.
         masks: "joint" or "independent", see `reset_optimizer_`.
         rule: "magnitude", or "random", keyed by each site's seed, name and restart.
@@ -79,10 +91,14 @@ def restart_(
         A `RestartReport`.
 
     Raises:
-        ValueError: if there is no site, a factor is not finite, or the reset refuses. Nothing is
-            changed then.
+        ValueError: if there is no site; if a factor is not finite, or has a gradient that no step
+            of a torch optimizer has used; if W is tied, or has no memory (meta, offloaded); or if the reset refuses. Nothing
+            is changed then.
         OutOfStepError: if a process does not call it in time, or otherwise than the others, or
             refuses alone; it names them. Nothing is changed then, on any process.
+
+    Warns:
+        UserWarning: if nothing has trained some sites, which `RestartReport.idle` names.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -95,24 +111,101 @@ def restart_(
     """
     reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
-    call = _call(sites, reset)
+    numbers = {name: _number(site) for name, site in sites}
+    call = _call(sites, numbers, reset)
     factors = {
-        f"{site.low_rank.seed}/{name}/{site.restart}/{which}": factor
+        f"{site.low_rank.seed}/{name}/{numbers[name]}/{which}": factor
         for name, site in sites
         for which, factor in (("lora_A", site.lora_A), ("lora_B", site.lora_B))
-        if factor.requires_grad
     }
+    trained = [factor for factor in factors.values() if factor.requires_grad]
     with agreed(model, call, timeout):  # before any communication
+        _refuse_sites(sites)
+        frozen = [factor for factor in factors.values() if not factor.requires_grad]
+        kept = {id(p) for p in (*trained, *held_by(optimizer, frozen))}
+        factors = {key: factor for key, factor in factors.items() if id(factor) in kept}
         states = plan_reset(optimizer, factors.values(), reset)
     with agreed(model, call, timeout):  # of what only one of them may see
         refuse_nan(states)
+        _refuse_gradients(sites)
         updates = [site.update() for _, site in sites]
         norms = update_norms(sites, updates)
         refuse_overflow(sites, norms)
 
-    for (_, site), update in zip(sites, updates, strict=True):
-        site.low_rank.merge_and_redraw_(site.weight, update)
-    return RestartReport(norms, apply_reset_(states, reset, list(factors)))
+    for name, site in sites:
+        site.low_rank.restarting = numbers[name] + 1
+        for grad in _gradients(site):  # of the old factors, and used
+            grad.zero_()
+    for (name, site), update in zip(sites, updates, strict=True):
+        if site.restart == numbers[name]:
+            site.low_rank.merge_and_redraw_(site.weight, update)
+    done = apply_reset_(states, reset, list(factors))
+    for _, site in sites:
+        site.low_rank.restarting = None
+    return RestartReport(norms, done, _idle(norms))
+
+
+def _number(site: Site) -> int:
+    """Return how many redraws a site had before this restart, which may be under way."""
+    begun = site.low_rank.restarting
+    return site.restart if begun is None else begun - 1
+
+
+def _idle(norms: dict[str, float]) -> tuple[str, ...]:
+    """Return the sites that nothing has trained while others were, with a warning."""
+    idle = tuple(name for name, norm in norms.items() if norm == 0)
+    if not idle or len(idle) == len(norms):
+        return ()
+    shown = ", ".join(idle[:4]) + (", ..." if len(idle) > 4 else "")
+    warnings.warn(
+        f"B is still zero at {len(idle)} of {len(norms)} low-rank sites ({shown}), so nothing has "
+        "trained them since they were made or redrawn: either their modules did not run, or what "
+        "reads their weight hides it from autograd (a torch.autograd.Function that is given it, "
+        "torch.no_grad, .detach())",
+        stacklevel=3,
+    )
+    return idle
+
+
+def _refuse_sites(sites: list[tuple[str, Site]]) -> None:
+    """Raise ValueError if a W has no memory, or another owner."""
+    for name, site in sites:
+        if site.weight.is_meta or site.lora_A.is_meta or site.lora_B.is_meta:
+            raise ValueError(
+                f"{name} has no memory (a meta tensor, or offloaded by hooks): a merge would be "
+                "lost. Bring it to a device first; what is offloaded by hooks cannot be trained"
+            )
+    refuse_ties({f"{name}.{site.tensor_name}": site.owner for name, site in sites})
+
+
+@torch.no_grad()
+def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
+    """Raise ValueError if a factor has a gradient for a step that is to come."""
+    unreduced = unreduced_gradients(site.low_rank for _, site in sites)
+    own = [_largest_gradient(site) for _, site in sites]
+    largest = _over_shards(sites, own, shard_max, lambda site: site.lora_B)
+    waiting = [
+        name
+        for (name, site), size in zip(sites, largest, strict=True)
+        if size != 0 or id(site.low_rank) in unreduced
+    ]
+    if waiting:
+        raise ValueError(
+            f"the factors of {len(waiting)} sites (first: {waiting[0]}) have gradients that no "
+            "step has used, of the A and B that a restart replaces: restart between a step and the "
+            "next backward, once in an optimizer step and not in each micro-batch"
+        )
+
+
+def _largest_gradient(site: Site) -> Tensor:
+    """Return the largest magnitude in gradients that no step has used; NaN counts as large."""
+    grads = [grad for grad in _gradients(site) if not was_stepped(grad)]
+    sizes = [largest_magnitude(local(grad)).nan_to_num(torch.inf) for grad in grads]
+    return torch.stack([local(site.lora_B).new_zeros((), dtype=torch.float32), *sizes]).max()
+
+
+def _gradients(site: Site) -> list[Tensor]:
+    return [p.grad for p in (site.lora_A, site.lora_B) if p.grad is not None]
 
 
 @torch.no_grad()
@@ -130,23 +223,26 @@ def _over_shards(
     sites: list[tuple[str, Site]],
     values: list[Tensor],
     reduced: Callable[[Tensor, Tensor], Tensor],
+    like: Callable[[Site], Tensor] = lambda site: site.weight,
 ) -> list[float]:
-    """Return a scalar of each site, reduced over the processes that the site's W is split over."""
+    """Return a scalar of each site, reduced over the processes that its `like` is split over."""
     together: dict[object, list[int]] = {}
     for index, (_, site) in enumerate(sites):
-        place = (sharding(site.weight), values[index].device, values[index].dtype)
+        place = (sharding(like(site)), values[index].device, values[index].dtype)
         together.setdefault(place, []).append(index)
     found: dict[int, Tensor] = {}
     for members in together.values():
         own = torch.stack([values[index] for index in members])
-        found |= dict(zip(members, reduced(own, sites[members[0]][1].weight), strict=True))
+        found |= dict(zip(members, reduced(own, like(sites[members[0]][1])), strict=True))
     return to_floats([found[index] for index in range(len(sites))])
 
 
-def _call(sites: list[tuple[str, Site]], reset: Reset) -> str:
-    keys = [(name, site.rank, site.low_rank.seed, site.restart) for name, site in sites]
+def _call(sites: list[tuple[str, Site]], numbers: dict[str, int], reset: Reset) -> str:
+    keys = [
+        (name, site.rank, site.low_rank.seed, numbers[name], site.restart) for name, site in sites
+    ]
     which = blake2b(str(keys).encode(), digest_size=4).hexdigest()
-    number = sites[0][1].restart + 1
+    number = numbers[sites[0][0]] + 1
     return f"restart_ number {number} of {len(sites)} sites ({which}) by {reset}"
 
 
@@ -160,7 +256,7 @@ def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> N
         )
     # No entry of s B A exceeds its norm. Only fp16 has so little range that it matters.
     half = [(name, site) for name, site in sites if site.weight.dtype == torch.float16]
-    own = [_largest(local(site.weight.detach())) for _, site in half]
+    own = [largest_magnitude(local(site.weight.detach())) for _, site in half]
     for (name, _), entry in zip(half, _over_shards(half, own, shard_max), strict=True):
         if entry + norms[name] > torch.finfo(torch.float16).max:
             raise ValueError(
@@ -169,6 +265,6 @@ def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> N
             )
 
 
-def _largest(part: Tensor) -> Tensor:
+def largest_magnitude(part: Tensor) -> Tensor:
     """Return the largest magnitude; 0 of a process's part that is empty."""
     return part.abs().max().float() if part.numel() else part.new_zeros((), dtype=torch.float32)

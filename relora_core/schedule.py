@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 
@@ -215,9 +216,15 @@ class JaggedLR(LRScheduler):
         self._apply_ramp()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Advance one optimizer step; arguments (a metric, for instance) go to `inner`."""
-        for group, smooth in zip(self.optimizer.param_groups, self._smooth, strict=False):
-            _set_lr(group, smooth)
+        """Advance one optimizer step; arguments (a metric, for instance) go to `inner`.
+
+        A rate that somebody has set since is taken for the ramp's: `inner` goes on from that, over
+        the ramp's factor.
+        """
+        factor = self.restarts.factor(self.last_epoch)
+        groups = self.optimizer.param_groups
+        for group, smooth, last in zip(groups, self._smooth, self._last_lr, strict=False):
+            _set_lr(group, _unramped(group["lr"], smooth, last, factor))
         self.inner.step(*args, **kwargs)
         self.last_epoch += 1
         self._apply_ramp()
@@ -265,6 +272,14 @@ class JaggedLR(LRScheduler):
 
 def _copied(lr: Any) -> Any:
     return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _unramped(now: Any, smooth: Any, last: Any, factor: float) -> Any:
+    """Return the rate without the ramp: `smooth`, unless `now` is not what it was set to."""
+    changed = now / factor if factor else now
+    if isinstance(now, Tensor):  # on its device, which the host need not wait for
+        return torch.where(now == last, smooth, changed)
+    return smooth if now == last else changed
 
 
 def _set_lr(group: dict[str, Any], lr: Any) -> None:

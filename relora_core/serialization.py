@@ -1,18 +1,24 @@
 """Plain weights out of a model with low-rank sites."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from relora_core._sharding import full
-from relora_core.files import replaced
-from relora_core.register import low_rank_tensors
-from relora_core.sites import Site, clean_name, unwrapped
+from relora_core.files import replaced, write_tensors
+from relora_core.sites import (
+    Site,
+    clean_name,
+    low_rank_sites,
+    refuse_torn,
+    refuse_unsupported,
+    unwrapped,
+)
+from relora_core.ties import memory_of
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -21,6 +27,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Every site's `weight` is W + s B A under its plain name, and no wrapper shows in any name, so
     that it loads into the plain module. The model is not changed. Sharded tensors stay sharded;
     tensors that are not sites share memory with the model.
+
+    Raises:
+        ValueError: if a site is not in the state dict of `model`, because a wrapper renames or
+            copies what is in it; under FSDP1; after a merge that was broken off.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -64,6 +74,10 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Returns:
         The file's path.
 
+    Raises:
+        ValueError: as `merged_state_dict` does.
+        OSError: if the file cannot be written.
+
     Examples:
         >>> import tempfile
         >>> from relora_core import add_low_rank_
@@ -84,7 +98,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})
+            write_tensors(tensors, partial, {"format": "pt"})
     return path
 
 
@@ -99,20 +113,51 @@ def _memory(site: Site) -> Tensor:
 
 @torch.no_grad()
 def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, Tensor]:
+    """Return the state dict with each site's tensors in place of W, A and B.
+
+    Sites are found in it by W's memory, not by its name: wrappers rename, and answer for others.
+    """
+    refuse_unsupported(model)
     model = unwrapped(model)
-    sites: dict[str, tuple[str, Site]] = {}
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        prefix = clean_name(module_name) + "." if clean_name(module_name) else ""
-        for tensor_name in low_rank_tensors(module):
-            inside = f"{prefix}parametrizations.{tensor_name}"
-            sites[inside] = (prefix + tensor_name, Site(module, tensor_name))
+    sites = list(low_rank_sites(model))
+    refuse_torn(sites)
+    state = model.state_dict()  # first: under FSDP2 it puts shards in place of what is gathered
+    by_memory = {memory_of(site.weight): site for _, site in sites}
+    inside: dict[str, tuple[str, Site]] = {}
+    for key, tensor in state.items():
+        key = clean_name(key)
+        found = by_memory.get(memory_of(tensor)) if _is_base(key, tensor) else None
+        if found is not None:
+            prefix, _, tensor_name = key.removesuffix(".original").rpartition("parametrizations.")
+            inside[key.removesuffix("original")] = (prefix + tensor_name, found)
+    met = {id(site) for _, site in inside.values()}
+    missed = [name for name, site in sites if id(site) not in met]
+    if missed:
+        raise ValueError(
+            f"the state dict of {type(model).__name__} has no W of {len(missed)} low-rank sites "
+            f"(first: {missed[0] or 'the module itself'}): it renames or copies them. Give the "
+            "model that is inside of it"
+        )
 
     plain: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in state.items():
         key = clean_name(key)
-        if key.removesuffix(".original") in sites:
-            name, site = sites[key.removesuffix(".original")]
-            plain[name] = tensor_of(site)
-        elif key.rsplit(".", 2)[0] not in sites:  # not <site>.0.lora_A and the like
+        prefix = next((one for one in _prefixes(key) if one in inside), None)
+        if prefix is None:
             plain[key] = tensor
+        elif key == prefix + "original":
+            plain[inside[prefix][0]] = tensor_of(inside[prefix][1])
     return plain
+
+
+def _is_base(key: str, tensor: object) -> bool:
+    """Whether an entry may be the W of a site."""
+    names = key.split(".")[-3:]
+    lists = names[0] == "parametrizations" and names[-1] == "original"
+    return lists and isinstance(tensor, Tensor)
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """Iterate over what a key begins with, up to a dot."""
+    parts = key.split(".")
+    return (".".join(parts[:end]) + "." for end in range(1, len(parts)))

@@ -1,14 +1,15 @@
 """The low-rank sites of a whole model: iterate, merge, redraw."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from relora_core._sharding import full, reshard_, sharded_like
 from relora_core.low_rank import LowRank
-from relora_core.register import low_rank_and_base, low_rank_tensors
+from relora_core.register import low_rank_and_base, low_rank_owner, low_rank_tensors
 from relora_core.update import Update
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -40,13 +41,18 @@ class Site:
         return low_rank_and_base(self.module, self.tensor_name)[1]
 
     @property
+    def owner(self) -> tuple[nn.Module, str]:
+        """The module of torch's that has W, and W's name in it."""
+        return low_rank_owner(self.module, self.tensor_name), "original"
+
+    @property
     def lora_A(self) -> nn.Parameter:
-        """A, `(rank, in)`."""
+        """A, `(rank, in)`; of a bank, `(E, rank, in)`."""
         return self.low_rank.lora_A
 
     @property
     def lora_B(self) -> nn.Parameter:
-        """B, `(out, rank)`."""
+        """B, `(out, rank)`; of a bank, `(E, out, rank)`."""
         return self.low_rank.lora_B
 
     @property
@@ -119,6 +125,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise ValueError if a wrapper of `model` has parameters in other places than it says."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel (FSDP1) keeps all parameters in one flat one, whose low-rank "
+            "sites can be neither merged nor exported: use fully_shard (FSDP2), after "
+            "add_low_rank_"
+        )
+
+
 def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     """Iterate over (qualified name, site) in the order in which the modules were registered.
 
@@ -183,10 +199,22 @@ def reinit_(model: nn.Module) -> None:
 
 def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
     """Return the sites, ready to be written to; raise ValueError if there is none."""
+    refuse_unsupported(model)
     reshard_(model)
     sites = list(low_rank_sites(model))
     if not sites:
         raise ValueError("the model has no low-rank site: call add_low_rank_ first")
+    refuse_torn(sites)
     for name, site in sites:
         site.low_rank.name = site.low_rank.name or name  # else all without one would draw alike
     return sites
+
+
+def refuse_torn(sites: Iterable[tuple[str, Site]]) -> None:
+    """Raise ValueError if a merge was broken off after its first write."""
+    torn = [name for name, site in sites if site.low_rank.torn]
+    if torn:
+        raise ValueError(
+            f"the merge of {torn[0] or 'the site'} was broken off while it wrote, so that W may "
+            "lack its update: load a checkpoint from before"
+        )

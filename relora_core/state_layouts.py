@@ -151,7 +151,7 @@ def layout_of(optimizer: Optimizer, state: Mapping[str, object]) -> StateLayout:
     """
     name = type(optimizer).__name__
     fix = f"relora_core.declare_moments({name}, [<moments>], others=[<the rest>])"
-    layout = _find(type(optimizer))
+    layout = known_layout(type(optimizer))
     if layout is None:
         raise ValueError(
             f"which of {name}'s states {sorted(state)} are moments is not known: declare them with "
@@ -166,7 +166,8 @@ def layout_of(optimizer: Optimizer, state: Mapping[str, object]) -> StateLayout:
     return layout
 
 
-def _find(optimizer_class: type[Optimizer]) -> StateLayout | None:
+def known_layout(optimizer_class: type[Optimizer]) -> StateLayout | None:
+    """Return the layout of an optimizer class or of the nearest parent that has one."""
     for cls in optimizer_class.__mro__:
         layout = _declared.get(cls) or TORCH.get(cls) or FOREIGN.get(_name(cls))
         if layout is not None:

@@ -1,6 +1,8 @@
-"""Which modules become low-rank sites: chosen by glob, checked, and made."""
+"""Which tensors of a model become low-rank sites: chosen by glob, checked, and made."""
 
+import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -9,9 +11,18 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from relora_core._sharding import is_fully_sharded
-from relora_core.low_rank import check_low_rank
-from relora_core.register import check_target, register_low_rank
-from relora_core.sites import clean_name, unwrapped
+from relora_core.globs import matching
+from relora_core.low_rank import LowRank, check_low_rank
+from relora_core.register import (
+    batch_dims_of,
+    check_target,
+    low_rank_and_base,
+    low_rank_tensors,
+    make_site_,
+    remove_low_rank,
+)
+from relora_core.sites import clean_name, refuse_unsupported, unwrapped
+from relora_core.ties import Owner, by_storage, refuse_ties, tied_to
 
 
 def add_low_rank_(
@@ -24,6 +35,7 @@ def add_low_rank_(
     rank_pattern: Mapping[str, int] | None = None,
     dropout: float = 0.0,
     trainable_scale: bool = False,
+    batch_dims: int | None = None,
 ) -> nn.Module:
     r"""Make the `weight` of every matching module a low-rank site, in place.
 
@@ -37,7 +49,10 @@ def add_low_rank_(
             weights through `base_state_dict(model)`, and the factors by `reset_parameters` of
             each site's `low_rank`.
         targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
-            if it has a `weight` Parameter of two or more dimensions.
+            if it has a `weight` Parameter of two or more dimensions. A Parameter of another name
+            counts where a glob matches its qualified name and the glob's last part its own:
+            `*.self_attn.in_proj_weight`, `*.experts.*_proj`, but not `*.self_attn.*`. A module
+            that has several names is one site, under the first.
         rank: $r$.
         alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
         seed: of every draw, which is also keyed by the module's name and the restart.
@@ -46,14 +61,21 @@ def add_low_rank_(
             only. It keeps a mask and a copy of the input for backward at every site.
         trainable_scale: whether each site's $s$ is trained, from `alpha / rank` on. A restart
             merges with its value, and keeps it.
+        batch_dims: of tensors that have more than two dimensions and are no convolution's, as
+            `register_low_rank` has it: 1 for banks of experts.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: if a glob matches nothing, a weight is tied, parametrized, sharded or in
-            DistributedDataParallel, or a rank exceeds min(out, in). Nothing is changed then.
+            DistributedDataParallel, or a rank exceeds min(out, in); if one may be a bank and
+            `batch_dims` is None. Nothing is changed then.
         TypeError: if a weight is not floating point, or a rank or `seed` is no int.
+
+    Warns:
+        UserWarning: if more than half of the matrices' entries that the globs match stay as they
+            are, because they belong to Parameters that no glob names.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -64,6 +86,7 @@ def add_low_rank_(
     Reference: https://arxiv.org/abs/2307.05695, section 3: attention and MLP projections.
     """
     rank_pattern = dict(rank_pattern or {})
+    targets = [targets] if isinstance(targets, str) else list(targets)
     if is_fully_sharded(model):
         raise ValueError("the model is sharded already: add low-rank sites before fully_shard")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -71,67 +94,106 @@ def add_low_rank_(
             "the model is in DistributedDataParallel already, which would not reduce the factors' "
             "gradients: add low-rank sites before it"
         )
+    refuse_unsupported(model)
 
     inner = unwrapped(model)
-    candidates = {
-        clean_name(name): module
-        for name, module in inner.named_modules()
-        if name and (parametrize.is_parametrized(module, "weight") or _has_matrix(module))
-    }
-    having = "module that has a weight of two or more dimensions"
-    chosen = {name: candidates[name] for name in matching(targets, candidates, having)}
+    chosen = _chosen(inner, targets)
     if rank_pattern:
         matching(rank_pattern, chosen, "module that targets match", option="rank_pattern")
-    _check_ties(inner, chosen)
+    _refuse_ties_within(inner, chosen)
 
     ranks = {name: _rank_of(name, rank, rank_pattern) for name in chosen}
-    for name, module in chosen.items():
+    dims: dict[str, int] = {}
+    for name, (module, tensor_name) in chosen.items():
         try:
-            base = check_target(module, "weight")
-            check_low_rank(base, rank=ranks[name], alpha=alpha, seed=seed, dropout=dropout)
+            base = check_target(module, tensor_name)
+            dims[name] = batch_dims_of(module, tensor_name, batch_dims)
+            options = {"rank": ranks[name], "batch_dims": dims[name]}
+            check_low_rank(base, **options, alpha=alpha, seed=seed, dropout=dropout)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from None
-    for name, module in chosen.items():
-        register_low_rank(
-            module,
-            rank=ranks[name],
-            alpha=alpha,
-            seed=seed,
-            name=name,
-            dropout=dropout,
-            trainable_scale=trainable_scale,
-        )
+    refuse_ties(chosen)
+
+    with ExitStack() as undo:  # if one cannot be made, none is
+        for name, (module, tensor_name) in chosen.items():
+            make_site_(
+                module,
+                tensor_name,
+                rank=ranks[name],
+                alpha=alpha,
+                seed=seed,
+                name=name,
+                dropout=dropout,
+                trainable_scale=trainable_scale,
+                batch_dims=dims[name],
+            )
+            undo.callback(remove_low_rank, module, tensor_name, merge=False)
+        undo.pop_all()
+    _warn_of_the_rest(inner, targets, chosen.values())
     return model
 
 
-def matching(
-    globs: str | Iterable[str], names: Iterable[str], what: str, *, option: str = "targets"
-) -> list[str]:
-    """Return those of `names` that a glob matches, in their order.
+def _chosen(model: nn.Module, targets: list[str]) -> dict[str, Owner]:
+    """Return the tensors that globs match, each under its first name in `model`."""
+    weights, others = _weights(model), _others(model)
+    whole = [name for name, owner in others.items() if _covered(targets, name, owner)]
+    what = "module that has a weight of two or more dimensions"
+    if whole:
+        what += f", and names no Parameter (for {whole[0]!r} its last part must)"
 
-    Args:
-        globs: one or several.
-        names: to choose from.
-        what: each of them is, for the error.
-        option: that holds the globs, for the error.
+    def matches(name: str, glob: str) -> bool:
+        named = name in weights or _names(glob, others[name][1])
+        return named and fnmatchcase(name, glob)
 
-    Raises:
-        ValueError: if there is no glob, or one that matches none.
-    """
-    globs, names = [globs] if isinstance(globs, str) else list(globs), list(names)
-    if not globs:
-        raise ValueError(f"{option} is empty: name at least one glob, such as '*.mlp.*'")
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise ValueError(f"{option}: {glob!r} matches no {what}; there are: {shown or 'none'}")
-    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+    found = set(matching(targets, [*weights, *others], what, matches=matches))
+    first: dict[tuple[int, str], str] = {}
+    chosen: dict[str, Owner] = {}
+    for name, owner in (weights | others).items():
+        key = (id(owner[0]), owner[1])
+        first.setdefault(key, name)
+        if name in found:
+            chosen[first[key]] = owner
+    return chosen
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+def _weights(model: nn.Module) -> dict[str, Owner]:
+    """Return the `weight` of each module that has one, by every name of the module."""
+    return {
+        clean_name(name): (module, "weight")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and (parametrize.is_parametrized(module, "weight") or _has(module, "weight"))
+    }
+
+
+def _others(model: nn.Module) -> dict[str, Owner]:
+    """Return the matrices that are Parameters of another name, by every qualified name."""
+    return {
+        f"{clean_name(name)}.{tensor_name}".lstrip("."): (module, tensor_name)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, parametrize.ParametrizationList | LowRank)
+        for tensor_name in module._parameters
+        if tensor_name != "weight" and _has(module, tensor_name)
+    }
+
+
+def _has(module: nn.Module, tensor_name: str) -> bool:
+    parameter = module._parameters.get(tensor_name)
     # A lazy module's weight has no shape yet: a candidate, so that it is refused by name.
-    return weight is not None and (is_lazy(weight) or weight.ndim >= 2)
+    return parameter is not None and (is_lazy(parameter) or parameter.ndim >= 2)
+
+
+def _names(glob: str, tensor_name: str) -> bool:
+    """Whether a glob's last part is for Parameters of this name, not for all of a module."""
+    last = glob.rpartition(".")[2]
+    return bool(last.strip("*?")) and fnmatchcase(tensor_name, last)
+
+
+def _covered(targets: list[str], name: str, owner: Owner) -> bool:
+    """Whether a glob matches a trained Parameter's qualified name, or its module's."""
+    parameter = owner[0]._parameters[owner[1]]
+    names = (name, name.removesuffix(owner[1]).removesuffix("."))
+    trained = parameter is not None and parameter.requires_grad
+    return trained and any(fnmatchcase(one, glob) for one in names for glob in targets)
 
 
 def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
@@ -139,14 +201,42 @@ def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
     return next(matches, rank)
 
 
-def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(clean_name(name))
-    for name, module in chosen.items():
-        tied = owners.get(id(module._parameters.get("weight")), [])
+def _refuse_ties_within(model: nn.Module, chosen: Mapping[str, Owner]) -> None:
+    """Raise ValueError, with the names in `model`, if a tensor has an owner besides its own."""
+    owners = by_storage(model.modules())
+    for module, tensor_name in chosen.values():
+        parameter = module._parameters.get(tensor_name)
+        if parameter is None or is_lazy(parameter):
+            continue
+        tied = tied_to(parameter, owners)
         if len(tied) > 1:
+            names = {id(module): clean_name(name) for name, module in model.named_modules()}
+            shown = [f"{names[id(owner)]}.{own}".lstrip(".") for owner, own in tied]
+            path = f"{names[id(module)]}.{tensor_name}".lstrip(".")
             raise ValueError(
-                f"{name}.weight is tied ({', '.join(tied)}): a merge would change every use of "
-                "it; untie it, or leave it out of targets"
+                f"{path} is tied ({', '.join(shown)}): a merge would change every use of it; untie "
+                "it, or leave it out of targets"
             )
+
+
+def _warn_of_the_rest(model: nn.Module, targets: list[str], chosen: Iterable[Owner]) -> None:
+    """Warn if most of what the globs match is of Parameters that they do not name."""
+    rest = {name: owner for name, owner in _others(model).items() if _covered(targets, name, owner)}
+    left = sum(_entries(owner) for owner in rest.values())
+    made = sum(_entries(owner) for owner in chosen)
+    if left > made:
+        shown = ", ".join(list(rest)[:4]) + (", ..." if len(rest) > 4 else "")
+        warnings.warn(
+            f"{left / (left + made):.0%} of the entries that targets match stay at full rank: "
+            f"{shown}. A Parameter that is not called weight is a target by its own name: add "
+            f"'*.{next(iter(rest.values()))[1]}' (with batch_dims=1, if it is a bank of experts)",
+            stacklevel=3,
+        )
+
+
+def _entries(owner: Owner) -> int:
+    module, tensor_name = owner
+    if tensor_name in low_rank_tensors(module):
+        return low_rank_and_base(module, tensor_name)[1].numel()
+    parameter = module._parameters[tensor_name]
+    return 0 if parameter is None else parameter.numel()

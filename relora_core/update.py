@@ -1,5 +1,6 @@
 """What a merge adds to W, as far as this process holds W."""
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ class Update:
     """A block of W + s B A: some rows and columns of W, those rows of B, those columns of A.
 
     Args:
-        W: the block, in W's own memory.
-        B: its rows of B, `(rows, rank)`.
-        A: its columns of A, `(rank, columns)`.
+        W: the block, in W's own memory; of a bank, some of its matrices.
+        B: its rows of B, `(rows, rank)`, or `(matrices, rows, rank)`.
+        A: its columns of A, `(rank, columns)`, or `(matrices, rank, columns)`.
         s: the scale.
     """
 
@@ -25,14 +26,28 @@ class Update:
     A: Tensor
     s: float
 
+    def matrices(self) -> "Iterator[Update]":
+        """Iterate over a bank's matrices; a matrix is its only one."""
+        if self.B.ndim == 2:
+            yield self
+        else:
+            for W, B, A in zip(self.W, self.B, self.A, strict=True):
+                yield from Update(W, B, A, self.s).matrices()
+
     def add_(self, total: Tensor) -> Tensor:
         """Add s B A to `total`, the block's value, in place: in fp32 at least, rounded once."""
-        wide = self._wide(total)
-        sum = total.to(wide).flatten(1)  # its own memory, unless it is narrower or not contiguous
-        sum.add_(self._product(wide), alpha=self.s)
-        if total.dtype != wide or not total.is_contiguous():
-            total.copy_(sum.view(total.shape))
+        for one, update in zip(_matrices(total, self.B.ndim - 2), self.matrices(), strict=True):
+            update.prepared(one)()
         return total
+
+    def prepared(self, total: Tensor) -> Callable[[], object]:
+        """Return what adds s B A to `total`, a matrix, and takes no memory that could run out."""
+        wide = self._wide(total)
+        product = self._product(wide)
+        if total.dtype == wide and total.is_contiguous():
+            return lambda: total.flatten(1).add_(product, alpha=self.s)
+        sum = total.to(wide).flatten(1).add(product, alpha=self.s).view(total.shape)
+        return lambda: total.copy_(sum)
 
     def sum_into_(self, total: Tensor) -> Tensor:
         """Set `total`, `(rows, columns)`, to W + s B A: added as a merge does, then rounded."""
@@ -57,4 +72,12 @@ class Update:
                 return self.square()
         wide = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.A.to(wide), self.B.to(wide)
-        return self.s**2 * ((A @ A.t()) * (B.t() @ B)).sum()
+        return self.s**2 * ((A @ A.mT) * (B.mT @ B)).sum()
+
+
+def _matrices(bank: Tensor, batch_dims: int) -> Iterator[Tensor]:
+    if batch_dims == 0:
+        yield bank
+    else:
+        for one in bank:
+            yield from _matrices(one, batch_dims - 1)
