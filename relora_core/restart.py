@@ -132,6 +132,7 @@ def restart_(
         norms = update_norms(sites, updates)
         refuse_overflow(sites, norms)
 
+    finishes = any(site.low_rank.restarting is not None for _, site in sites)
     for name, site in sites:
         site.low_rank.restarting = numbers[name] + 1
         for grad in _gradients(site):  # of the old factors, and used
@@ -142,7 +143,7 @@ def restart_(
     done = apply_reset_(states, reset, list(factors))
     for _, site in sites:
         site.low_rank.restarting = None
-    return RestartReport(norms, done, _idle(norms))
+    return RestartReport(norms, done, () if finishes else _idle(norms))
 
 
 def _number(site: Site) -> int:

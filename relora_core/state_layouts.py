@@ -117,7 +117,7 @@ def declare_moments(
 
     Raises:
         TypeError: if `optimizer_class` is not a subclass of `torch.optim.Optimizer`.
-        ValueError: if `moments` is empty.
+        ValueError: if `moments` and `copies` are empty.
 
     Examples:
         >>> class Signum(torch.optim.SGD):
@@ -128,7 +128,7 @@ def declare_moments(
         raise TypeError(f"optimizer_class must be an Optimizer subclass; got {optimizer_class!r}")
     begins = _STEP if clock is None else dict(clock)
     layout = StateLayout(tuple(moments), tuple(others), begins, copies=tuple(copies))
-    if not layout.moments:
+    if not (layout.moments or layout.copies):
         raise ValueError("moments is empty: name at least one key of the optimizer's state")
     _declared[optimizer_class] = layout
 

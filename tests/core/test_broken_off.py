@@ -1,0 +1,142 @@
+"""A restart that is broken off, wherever, is finished by the next call or refused by it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import relora_core as relora
+from tests.core.test_banks import FORMS, Bank
+
+
+class BreakOff(TorchDispatchMode):
+    """Raises at one operation."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self.left, self.error = at, error  # a class: one object would keep every traceback
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.left == 0:
+            self.left -= 1
+            raise self.error("planted")
+        self.left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+def matrices(dtype):
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).to(dtype), torch.ones(2, 6)
+
+
+def banks(dtype):
+    return nn.Sequential(Bank(FORMS["bmm"], (3, 5, 6)), nn.Linear(5, 4)).to(dtype), torch.ones(3, 2, 6)
+
+
+def split(dtype):
+    return matrices(torch.float32)
+
+
+def begun(kind, dtype):
+    torch.manual_seed(3)
+    model, x = kind(dtype)
+    targets = ["*.experts", "1"] if kind is banks else ["0", "2"]
+    relora.add_low_rank_(model, targets, rank=2, batch_dims=1)
+    if kind is split:
+        relora.split_bases_(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    x = x.to(model[-1].bias.dtype)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind is split):
+            model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, x
+
+
+def state(model, optimizer):
+    return [
+        leaf
+        for leaf in torch.utils._pytree.tree_leaves((model.state_dict(), optimizer.state_dict()))
+        if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+OUT_OF_MEMORY, CTRL_C = torch.OutOfMemoryError, KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "error", "rule"),
+    [
+        (matrices, torch.float64, OUT_OF_MEMORY, "magnitude"),
+        (matrices, torch.bfloat16, CTRL_C, "random"),
+        (banks, torch.float32, OUT_OF_MEMORY, "random"),
+        (split, torch.float32, CTRL_C, "magnitude"),
+    ],
+)
+def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
+    model, optimizer, x = begun(kind, dtype)
+    options = {"prune_ratio": 0.5, "rule": rule}
+    whole = copy.deepcopy((model, optimizer))
+    relora.restart_(*_both(whole), **options)
+    done = state(*_both(whole))
+    before = state(*_both(copy.deepcopy((model, optimizer))))
+    finished = refused = 0
+    for at in range(10_000):
+        broken = _both(copy.deepcopy((model, optimizer)))
+        try:
+            with BreakOff(at, error):
+                relora.restart_(*broken, **options)
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            pass
+        else:
+            break
+        try:
+            relora.restart_(*broken, **options)
+        except ValueError as refusal:
+            assert "broken off while it wrote" in str(refusal)
+            refused += 1
+            for call in (relora.merged_state_dict, relora.merge_, relora.reinit_):
+                with pytest.raises(ValueError, match="broken off"):
+                    call(broken[0])
+            broken[0].load_state_dict(model.state_dict())  # the way out
+            broken[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            assert same(state(*broken), before)
+            relora.restart_(*broken, **options)
+        else:
+            finished += 1
+        assert same(state(*broken), done), at
+    assert finished > 10
+    sites = len(list(relora.low_rank_sites(model)))
+    # Between B and W, or within two halves of W: the only places.
+    assert refused <= 6 * sites
+
+
+def _both(pair):
+    """Return a copied model and an optimizer over its own parameters."""
+    model, old = pair
+    fresh = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    fresh.load_state_dict(old.state_dict())
+    return model, fresh
+
+
+def test_a_part_of_a_restart_counts_nothing_twice():
+    """B is zeroed before W is written: at worst an update is lost, and that is refused."""
+    model, optimizer, x = begun(matrices, torch.float64)
+    expected = model(x).detach()
+    for at in range(10_000):
+        broken = _both(copy.deepcopy((model, optimizer)))
+        try:
+            with BreakOff(at, KeyboardInterrupt):
+                relora.restart_(*broken)
+        except KeyboardInterrupt:
+            torn = any(site.low_rank.torn for _, site in relora.low_rank_sites(broken[0]))
+            if not torn:
+                torch.testing.assert_close(broken[0](x), expected)
+        else:
+            return
