@@ -206,7 +206,7 @@ class LowRank(nn.Module):
         update = update or self.update(base)
         if self.split_from is not None:
             total = update.add_(self.exact(base))
-            self._move_(self.lora_B, lambda: self.set_exact_(base, total))
+            self._move_(self.lora_B, self._halves_write(base, total))
             return
         # Matrix by matrix of a bank, if the process holds the same ones of B as of W.
         whole = local(self.lora_B).shape[:-2] != update.B.shape[:-2]
@@ -347,12 +347,17 @@ class LowRank(nn.Module):
         if self.low_bits is None:
             local(base).copy_(value)
             return
+        self._halves_write(base, value)()
+
+    def _halves_write(self, base: Tensor, value: Tensor) -> Callable[[], object]:
+        """Return what sets both halves of a split W to `value`, and takes no more memory."""
         self._refuse_converted(base)
+        assert self.low_bits is not None
         upper, low = split(value)
-        base.copy_(upper)
         if base.is_cuda and not self.low_bits.is_pinned():
             self.low_bits = self.low_bits.pin_memory()
-        self.low_bits.copy_(low)
+        kept = self.low_bits
+        return lambda: (base.copy_(upper), kept.copy_(low))
 
     @torch.no_grad()
     def split_(self, base: nn.Parameter) -> None:
