@@ -17,14 +17,23 @@ from relora_core.testing.history import EVENTS, lived
 from relora_core.testing.inputs import example_inputs, given_inputs
 from relora_core.testing.jags import (
     Rates,
+    assert_hand_changed_rate_is_kept,
     assert_ramps_rise,
     assert_rate_is_told,
     assert_schedule_resumes,
     assert_smooth_outside_ramps,
     assert_zero_at_restarts,
 )
+from relora_core.testing.leftovers import (
+    assert_broken_off_is_found,
+    assert_frozen_moments_are_reset,
+    assert_no_old_gradient_is_used,
+    assert_second_owners_are_safe,
+    assert_several_optimizers_are_reset,
+)
 from relora_core.testing.lifetimes import (
     assert_copies_are_independent,
+    assert_export_is_merged,
     assert_removal_cancels,
     assert_saves_and_loads,
 )
@@ -67,6 +76,7 @@ from relora_core.testing.restart_battery import check_restart
 from relora_core.testing.runner import CI, DEEP, Held
 from relora_core.testing.schedule_battery import check_schedule
 from relora_core.testing.small_layers import (
+    Experts,
     NormalizedLinear,
     Residual,
     SelfAttention,
@@ -93,6 +103,7 @@ __all__ = [
     "Algorithm1",
     "BrokenPromiseError",
     "Call",
+    "Experts",
     "Held",
     "LowRankSite",
     "NormalizedLinear",
@@ -105,9 +116,13 @@ __all__ = [
     "Trained",
     "TransposedLinear",
     "assert_any_size_is_pruned",
+    "assert_broken_off_is_found",
     "assert_copies_are_independent",
+    "assert_export_is_merged",
+    "assert_frozen_moments_are_reset",
     "assert_full_reset_stands_still",
     "assert_gradients_are_dense",
+    "assert_hand_changed_rate_is_kept",
     "assert_is_dense",
     "assert_learns",
     "assert_merge_adds_update",
@@ -116,6 +131,7 @@ __all__ = [
     "assert_merges_add_up",
     "assert_nan_is_refused",
     "assert_next_step_is_bounded",
+    "assert_no_old_gradient_is_used",
     "assert_prune_keeps_its_share",
     "assert_ramps_rise",
     "assert_rank_grows",
@@ -127,6 +143,8 @@ __all__ = [
     "assert_reset_leaves_the_rest",
     "assert_saves_and_loads",
     "assert_schedule_resumes",
+    "assert_second_owners_are_safe",
+    "assert_several_optimizers_are_reset",
     "assert_smooth_outside_ramps",
     "assert_zero_at_restarts",
     "calls",

@@ -40,18 +40,23 @@ class Rates:
     restarts: Restarts
     steps: int
 
-    def of_inner(self) -> list[list[float]]:
-        """Return the rate of each group at each step, without a restart."""
-        return self._walked(self.inner(_optimizer()), self.steps)
+    def of_inner(self, *, halved_at: int | None = None) -> list[list[float]]:
+        """Return the rate of each group at each step, without a restart.
 
-    def of_jagged(self, *, saved_at: int | None = None, told: bool = False) -> list[list[float]]:
+        With `halved_at` somebody halves them by hand before that step.
+        """
+        return self._walked(self.inner(_optimizer()), self.steps, halved_at=halved_at)
+
+    def of_jagged(
+        self, *, saved_at: int | None = None, told: bool = False, halved_at: int | None = None
+    ) -> list[list[float]]:
         """Return the rate of each group at each step, once saved and loaded if asked.
 
-        With `told` it is what `get_last_lr()` says.
+        With `told` it is what `get_last_lr()` says; `halved_at` is as of `of_inner`.
         """
         schedule = self.jagged(self.inner(_optimizer()), self.restarts)
         if saved_at is None:
-            return self._walked(schedule, self.steps, told=told)
+            return self._walked(schedule, self.steps, told=told, halved_at=halved_at)
         before = self._walked(schedule, saved_at)
         state = copy.deepcopy((schedule.state_dict(), schedule.optimizer.state_dict()))
         fresh = self.jagged(self.inner(_optimizer()), self.restarts)
@@ -61,14 +66,22 @@ class Rates:
         return [one + other for one, other in zip(before, after, strict=True)]
 
     def _walked(
-        self, schedule: LRScheduler, steps: int, *, told: bool = False
+        self,
+        schedule: LRScheduler,
+        steps: int,
+        *,
+        told: bool = False,
+        halved_at: int | None = None,
     ) -> list[list[float]]:
         groups = schedule.optimizer.param_groups
         rates: list[list[float]] = [[] for _ in groups]
         metric = (1.0,) if isinstance(self.inner(_optimizer()), ReduceLROnPlateau) else ()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
-            for _ in range(steps):
+            for step in range(steps):
+                if step == halved_at:
+                    for group in groups:
+                        group["lr"] = group["lr"] / 2
                 said = schedule.get_last_lr() if told else [group["lr"] for group in groups]
                 for rate, own in zip(said, rates, strict=True):
                     own.append(float(rate))
@@ -209,6 +222,33 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
                 raise BrokenPromiseError(
                     f"saved and loaded at step {at}, the schedule gives {again:g} at step {step}; "
                     f"never saved, {rate:g}"
+                )
+
+
+def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
+    """Assert that a rate that somebody has changed is kept as the smooth schedule keeps it.
+
+    Args:
+        case: the run.
+        at: the step before which the rates are halved by hand, outside the ramps.
+
+    Raises:
+        BrokenPromiseError: if a later rate outside the ramps is another than the smooth one's.
+
+    Examples:
+        >>> from relora_core import JaggedLR
+        >>> inner = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        >>> case = Rates(JaggedLR, inner, Restarts(every=3, warmup=2), 6)
+        >>> assert_hand_changed_rate_is_kept(case, at=1)
+    """
+    both = zip(case.of_jagged(halved_at=at), case.of_inner(halved_at=at), strict=True)
+    for rates, smooth in both:
+        for step in range(at, case.steps):
+            full = case.restarts.factor(step) == 1
+            if full and not math.isclose(rates[step], smooth[step], rel_tol=1e-12):
+                raise BrokenPromiseError(
+                    f"halved by hand before step {at}, the rate at step {step} is "
+                    f"{rates[step]:g}; the smooth schedule's is {smooth[step]:g}"
                 )
 
 

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from relora_core.register import register_low_rank, remove_low_rank
+from relora_core.register import low_rank_tensors, register_low_rank, remove_low_rank
 from relora_core.serialization import merged_state_dict
 from relora_core.sites import low_rank_sites
 from relora_core.testing.compare import disturbed, same_outputs, same_state, state_of
@@ -134,3 +135,44 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
         remove_low_rank(site.module, site.tensor_name)
     same_outputs(merged, wide, fitting(inputs, wide), "removing the merged sites moved the output")
     same_state(state_of(merged), state, "merged_state_dict is not the merged module's state:")
+
+
+def assert_export_is_merged(model: nn.Module) -> None:
+    """Assert that an export has W + s B A of every site under its plain name, and no factor.
+
+    Whatever wraps the model and answers for it. For this library's sites.
+
+    Args:
+        model: with low-rank sites.
+
+    Raises:
+        BrokenPromiseError: if not.
+
+    Examples:
+        >>> from relora_core import register_low_rank
+        >>> assert_export_is_merged(register_low_rank(nn.Linear(3, 2), rank=1))
+    """
+    expected = copy.deepcopy(model)
+    for module in list(expected.modules()):
+        for tensor_name in low_rank_tensors(module):
+            remove_low_rank(module, tensor_name)
+    plain = expected.state_dict()
+    for wrapped in (model, _Delegating(model)):
+        found = merged_state_dict(wrapped)
+        if found.keys() != plain.keys():
+            other = sorted(found.keys() ^ plain.keys())
+            raise BrokenPromiseError(f"an export has other names than the plain module: {other}")
+        for name, tensor in plain.items():
+            if not torch.equal(found[name], tensor):
+                raise BrokenPromiseError(f"{name} of an export is not what a merge makes of it")
+
+
+class _Delegating(nn.Module):
+    """A wrapper that answers for what is in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.state_dict(*args, **kwargs)

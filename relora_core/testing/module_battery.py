@@ -57,6 +57,12 @@ _PROMISES = [
         factory=True,
     ),
     _Promise("forward passes and copies change nothing", lifetimes.assert_copies_are_independent),
+    _Promise(
+        "an export is the plain module's, merged",
+        lifetimes.assert_export_is_merged,
+        inputs=False,
+        ours=True,
+    ),
     _Promise("register and remove cancel", lifetimes.assert_removal_cancels, ours=True),
 ]
 
@@ -83,8 +89,9 @@ def check_low_rank(
     That it computes with W + s B A, and so do its gradients; that a merge keeps the function,
     rounds W once, changes nothing else, and can be done twice; that small merges are not lost;
     that redraws depend on their key alone; that every factor learns, and the rank of what is
-    learned grows; that states save and load, and copies are copies. After any history of steps,
-    merges, redraws, saves, loads, copies and moves.
+    learned grows, of each matrix of a bank by itself; that states save and load, copies are copies,
+    and exports are plain. After any history of steps, merges, redraws, saves, loads, copies and
+    moves.
 
     Args:
         make: your module's factory, or a strategy of factories (see `calls`). A module that has no

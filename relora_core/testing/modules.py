@@ -15,6 +15,7 @@ from relora_core.targets import add_low_rank_
 from relora_core.testing.expressions import Call
 from relora_core.testing.history import EVENTS, Event
 from relora_core.testing.small_layers import (
+    Experts,
     NormalizedLinear,
     Residual,
     SelfAttention,
@@ -72,7 +73,7 @@ def layers(draw: DrawFn, dtype: torch.dtype = torch.float32) -> Call:
 def low_rank_modules(
     draw: DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16)
 ) -> Call:
-    """Draw modules with low-rank sites: single layers, stacks, nested ones, tied ones.
+    """Draw modules with low-rank sites: single layers, stacks, nested ones, tied ones, banks.
 
     With any rank that fits, any scale, biases or none, seeds, a trained scale, dropout; a W of
     bfloat16 is split (`split_bases_`), as one that keeps its value must be.
@@ -89,11 +90,14 @@ def low_rank_modules(
     dtype = draw(st.sampled_from(list(dtypes)))
     targets: Any = "*"
     typed = {} if dtype == torch.float32 else {"dtype": dtype}
-    form = draw(st.sampled_from(["single", "stack", "nested", "tied", "projections"]))
+    form = draw(st.sampled_from(["single", "stack", "nested", "tied", "projections", "bank"]))
     if form == "single":
         model = draw(layers(dtype))
     elif form == "tied":
         model, targets = Call(TiedHead, (draw(st.integers(2, 7)), draw(_SIZES)), typed), "mix"
+    elif form == "bank":
+        count = draw(st.integers(1, 3))
+        model, targets = Call(Experts, (count, draw(_SIZES), draw(_SIZES)), typed), "bank"
     elif form == "projections":
         heads = draw(st.integers(1, 2))
         model, targets = Call(nn.MultiheadAttention, (2 * heads, heads), typed), None
@@ -133,11 +137,12 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
         arguments = (make, "in_proj_weight")
     elif targets != "*" or not is_layer(whole):
         function, arguments = add_low_rank_, (make, targets)
-    function(whole, *arguments[1:], rank=1)
+    bank = {"batch_dims": 1} if isinstance(whole, Experts) else {}
+    function(whole, *arguments[1:], rank=1, **bank)
     largest = min(
-        min(site.lora_B.shape[0], site.lora_A.shape[1]) for _, site in low_rank_sites(whole)
+        min(site.lora_B.shape[-2], site.lora_A.shape[-1]) for _, site in low_rank_sites(whole)
     )
-    options: dict[str, Any] = {"rank": draw(st.integers(1, largest))}
+    options: dict[str, Any] = {"rank": draw(st.integers(1, largest)), **bank}
     alpha, seed = draw(_ALPHAS), draw(st.sampled_from([0, 1, 2**63 - 1]))
     if alpha is not None:
         options["alpha"] = alpha

@@ -129,8 +129,9 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
     """
     wide = wide_copy(model)
     for name, site in sites(wide).items():
-        first, rank = exact_weight(site), site.lora_A.shape[0]
-        most = min(first.shape[0], first[0].numel())
+        first, rank = exact_weight(site), site.lora_A.shape[-2]
+        bank = site.lora_A.ndim - 2
+        most = min(first.shape[bank], first.shape[bank + 1 :].numel())
         before = 0
         for k in (1, 2, 3):
             fill_B_(site, seed=k)
@@ -139,8 +140,8 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
                 site.lora_B.mul_((float(first.norm()) or 1.0) / (size or 1.0))
             site.merge_()
             site.redraw_()
-            change = (exact_weight(site) - first).flatten(1)
-            found = int(torch.linalg.matrix_rank(change, rtol=1e-6))
+            change = (exact_weight(site) - first).flatten(bank + 1)
+            found = int(torch.linalg.matrix_rank(change, rtol=1e-6).max())
             if found > k * rank:
                 raise BrokenPromiseError(
                     f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}"

@@ -21,6 +21,10 @@ _PROMISES: list[tuple[str, Callable[..., None]]] = [
     ("inside a ramp it lies between, and rises from each restart", jags.assert_ramps_rise),
     ("it tells the rate that it sets", jags.assert_rate_is_told),
     ("it resumes exactly from any step", jags.assert_schedule_resumes),
+    (
+        "a rate that is changed by hand is kept as the smooth schedule keeps it",
+        jags.assert_hand_changed_rate_is_kept,
+    ),
 ]
 
 
@@ -35,7 +39,7 @@ def check_schedule(
     """Check everything that a jagged schedule promises.
 
     That the rate is zero at each restart, the smooth schedule's outside the ramps and between them
-    inside, and that it resumes exactly from any step.
+    inside, that it resumes exactly from any step, and keeps a rate that is changed by hand.
 
     Args:
         jagged: makes the schedule from a smooth one and the clock.
@@ -66,8 +70,7 @@ def check_schedule(
     rates = st.builds(functools.partial(_rates, jagged), inners, times, st.integers(1, _MORE))
     battery = Battery(profile, [words for words, _ in _PROMISES], skip)
     for words, assertion in _PROMISES:
-        resumes = assertion is jags.assert_schedule_resumes
-        cases = rates.flatmap(_saved if resumes else _never_saved)
+        cases = rates.flatmap(_AT.get(assertion, _never_saved))
         check = functools.partial(_check, assertion)
         battery.look(words, cases, check, functools.partial(_show, assertion))
     return battery.held
@@ -88,6 +91,17 @@ def _never_saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
 
 def _saved(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
     return st.integers(0, case.steps).map(lambda at: (case, {"at": at}))
+
+
+def _changed(case: Rates) -> SearchStrategy[tuple[Rates, dict[str, int]]]:
+    full = [step for step in range(case.steps) if case.restarts.factor(step) == 1]
+    return st.sampled_from(full).map(lambda at: (case, {"at": at}))
+
+
+_AT = {
+    jags.assert_schedule_resumes: _saved,
+    jags.assert_hand_changed_rate_is_kept: _changed,
+}
 
 
 def _check(assertion: Callable[..., None], drawn: tuple[Rates, dict[str, int]]) -> bool:

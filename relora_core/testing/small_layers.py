@@ -137,3 +137,29 @@ class Residual(nn.Sequential):
         for module in self:
             x = module(x)
         return input + x
+
+
+class Experts(nn.Module):
+    """A bank of linear layers, which all see the same input.
+
+    Args:
+        count: of the layers.
+        in_features: size of the input.
+        out: size of each output.
+        dtype: of the weights.
+
+    Examples:
+        >>> Experts(3, 4, 2)(torch.zeros(5, 4)).shape
+        torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self, count: int, in_features: int, out: int, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.bank = nn.Parameter(torch.randn(count, out, in_features, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what each layer makes of `x`."""
+        return torch.einsum("ti,eoi->teo", x, self.bank)

@@ -133,6 +133,51 @@ class TestJaggedLR:
         return advance(optimizer, schedule, kind, STEPS, first=at)
 
 
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("at", [3, 9, 11, 14, 27])  # before, in a ramp, and after one
+def test_a_rate_that_is_changed_by_hand_is_kept_as_the_inner_one_keeps_it(kind, tensor_lr, at):
+    """By others than schedulers: a callback, a user at a prompt."""
+    restarts = relora.Restarts(every=8, warmup=4)
+
+    def rates(jagged):
+        lr = torch.tensor(0.8) if tensor_lr else 0.8
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+        schedule = SCHEDULERS[kind](optimizer)
+        if jagged:
+            schedule = relora.JaggedLR(schedule, restarts)
+        found = []
+        for step in range(STEPS):
+            if step == at:
+                group = optimizer.param_groups[0]
+                group["lr"] = group["lr"] * 0.3
+            found.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            schedule.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+        return found
+
+    smooth = rates(jagged=False)
+    expected = [rate * restarts.factor(step) for step, rate in enumerate(smooth)]
+    assert rates(jagged=True) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rate_that_is_set_in_the_dip_is_the_one_to_rise_to():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    inner = lr_scheduler.MultiplicativeLR(optimizer, lambda t: 1.0)
+    schedule = relora.JaggedLR(inner, relora.Restarts(every=4, warmup=2))
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [0.0]
+    optimizer.param_groups[0]["lr"] = 0.5
+    found = []
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+        found += schedule.get_last_lr()
+    assert found == [0.25, 0.5, 0.5]
+
+
 def test_the_state_survives_json():
     optimizer = sgd()
     schedule = relora.JaggedLR(

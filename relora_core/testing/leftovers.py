@@ -1,0 +1,229 @@
+"""What a restart promises of everything that was made of the old factors, an assertion each."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from relora_core.sites import Site, low_rank_sites
+from relora_core.targets import add_low_rank_
+from relora_core.testing.subjects import BrokenPromiseError
+
+Restart = Callable[[nn.Module, Optimizer, float], object]
+
+
+def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
+    """Assert that a gradient of the old factors is refused, or gone after the restart.
+
+    Args:
+        restart: of (model, optimizer, ratio).
+        seed: of the weights and of the data.
+
+    Raises:
+        BrokenPromiseError: if the next step would use it.
+
+    Examples:
+        >>> from relora_core import restart_
+        >>> assert_no_old_gradient_is_used(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+    """
+    model, optimizer = _trained(seed)
+    _backward(model, seed)
+    before = _copied(model, optimizer)
+    if _refused(restart, model, optimizer):
+        _expect_same(before, _copied(model, optimizer), "a restart that refuses gradients")
+        return
+    for name, site in low_rank_sites(model):
+        for which, p in (("lora_A", site.lora_A), ("lora_B", site.lora_B)):
+            if p.grad is not None and p.grad.any():
+                raise BrokenPromiseError(
+                    f"{which} of {name!r} still has a gradient of the factor that it was"
+                )
+
+
+def assert_frozen_moments_are_reset(restart: Restart, *, seed: int = 0) -> None:
+    """Assert that the moments of a factor that is frozen for now are reset with it.
+
+    Args:
+        restart: of (model, optimizer, ratio).
+        seed: of the weights and of the data.
+
+    Raises:
+        BrokenPromiseError: if a full reset leaves some.
+
+    Examples:
+        >>> from relora_core import restart_
+        >>> assert_frozen_moments_are_reset(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+    """
+    model, optimizer = _trained(seed)
+    frozen = _sites(model)[0].lora_A.requires_grad_(False)
+    restart(model, optimizer, 1.0)
+    if optimizer.state[frozen]["exp_avg"].any():
+        raise BrokenPromiseError("a frozen A was redrawn, and the moments of the old one are kept")
+
+
+def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
+    """Assert that a module that shares W keeps what it computes, or that the restart refuses.
+
+    Args:
+        restart: of (model, optimizer, ratio).
+        seed: of the weights and of the data.
+
+    Raises:
+        BrokenPromiseError: if a merge has changed it.
+
+    Examples:
+        >>> from relora_core import restart_
+        >>> assert_second_owners_are_safe(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+    """
+    model, optimizer = _trained(seed)
+    owner = nn.Module()
+    owner.W = nn.Parameter(_sites(model)[0].weight.detach(), requires_grad=False)
+    whole = nn.ModuleList([model, owner])
+    kept = owner.W.clone()
+    before = _copied(whole, optimizer)
+    if _refused(restart, whole, optimizer):
+        _expect_same(before, _copied(whole, optimizer), "a restart that refuses a tie")
+    elif not torch.equal(owner.W, kept):
+        raise BrokenPromiseError("a merge has changed a module that shares W with a site")
+
+
+def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> None:
+    """Assert that of two optimizers, in a list, both are reset; or that the restart refuses.
+
+    Args:
+        restart: of (model, optimizer, ratio).
+        seed: of the weights and of the data.
+
+    Raises:
+        BrokenPromiseError: if one has kept its moments, or a refusal has changed something.
+
+    Examples:
+        >>> from relora_core import restart_
+        >>> assert_several_optimizers_are_reset(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+    """
+    model = _model(seed)
+    factors = [[site.lora_A for site in _sites(model)], [site.lora_B for site in _sites(model)]]
+    several: Any = [torch.optim.AdamW(params, lr=0.1) for params in factors]
+    for number in range(2):
+        _backward(model, seed + number)
+        for one in several:
+            one.step()
+        model.zero_grad()
+    before = [_copied(model, one) for one in several]
+    if _refused(restart, model, several):
+        for kept, one in zip(before, several, strict=True):
+            _expect_same(kept, _copied(model, one), "a restart that refuses two optimizers")
+        return
+    for one, params in zip(several, factors, strict=True):
+        if any(one.state[p]["exp_avg"].any() for p in params):
+            raise BrokenPromiseError("of two optimizers one has kept its moments")
+
+
+def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
+    """Assert that a restart that is broken off is finished by the next call, or refused by it.
+
+    Wherever it is, the function must be the one before, or the next call must raise.
+
+    Args:
+        restart: of (model, optimizer, ratio).
+        seed: of the weights and of the data.
+
+    Raises:
+        BrokenPromiseError: if the next call goes on from another function.
+
+    Examples:
+        >>> from relora_core import restart_
+        >>> assert_broken_off_is_found(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+    """
+    model, optimizer = _trained(seed)
+    x = _inputs(seed)
+    expected = model(x).detach()
+    operation = 0
+    while True:
+        one, its = copy.deepcopy((model, optimizer))
+        with _BreakOff(operation) as breaks:
+            _refused(restart, one, its)
+        if not breaks.broke:
+            return
+        if not _refused(restart, one, its) and (one(x) - expected).abs().max() > 1e-8:
+            raise BrokenPromiseError(
+                f"broken off at operation {operation}, a restart has changed the function, and the "
+                "next one goes on from there"
+            )
+        operation += 1
+
+
+class _BreakOff(TorchDispatchMode):
+    """Runs out of memory at one operation."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.count, self.broke = at, 0, False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        if self.count == self.at + 1:
+            self.broke = True
+            raise torch.OutOfMemoryError(f"planted at operation {self.at}")
+        return func(*args, **(kwargs or {}))
+
+
+def _model(seed: int) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    add_low_rank_(model, "*", rank=2, seed=seed)
+    return model
+
+
+def _trained(seed: int) -> tuple[nn.Sequential, Optimizer]:
+    model = _model(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for number in range(2):
+        _backward(model, seed + number)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def _inputs(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 4, generator=generator, dtype=torch.float64)
+
+
+def _backward(model: nn.Module, seed: int) -> None:
+    model(_inputs(seed)).square().sum().backward()
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    return [site for _, site in low_rank_sites(model)]
+
+
+def _refused(restart: Restart, model: nn.Module, optimizer: Any) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            restart(model, optimizer, 1.0)
+    except (ValueError, TypeError, torch.OutOfMemoryError):
+        return True
+    return False
+
+
+def _copied(model: nn.Module, optimizer: Optimizer) -> list[Any]:
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return torch.utils._pytree.tree_leaves(states)
+
+
+def _expect_same(before: list[Any], after: list[Any], what: str) -> None:
+    for one, other in zip(before, after, strict=True):
+        if not (torch.equal(one, other) if isinstance(one, Tensor) else one == other):
+            raise BrokenPromiseError(f"{what} has changed something")
