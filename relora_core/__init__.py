@@ -1,7 +1,7 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
+import relora_core.averages  # noqa: F401 - its hook looks out for AveragedModels
 from relora_core.adapters import load_adapters, save_adapters
-from relora_core.averages import AveragedSites
 from relora_core.bases import split_bases_
 from relora_core.low_rank import LowRank
 from relora_core.merged_copies import keep_merged_, refresh_merged_
@@ -21,7 +21,6 @@ from relora_core.targets import add_low_rank_
 from relora_core.update_spectra import UpdateSpectra
 
 __all__ = [
-    "AveragedSites",
     "JaggedCosine",
     "JaggedLR",
     "LowRank",

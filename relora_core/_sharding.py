@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import (
     DTensor,
@@ -71,6 +71,11 @@ def unreduced_gradients(modules: Iterable[nn.Module]) -> set[int]:
                 if waits and id(parameter._module_info.module) in wanted:
                     found.add(id(parameter._module_info.module))
     return found
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps parameters of `model` in flat ones."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def parameter_groups(state: Any) -> list[Any]:

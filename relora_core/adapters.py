@@ -110,8 +110,8 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The sites and the adapter must be the same, of the same rank and scale; a trained scale takes
     the adapter's. Where the adapter was written by `save_adapters`, the sites go on with its seeds
     and restart numbers, so that the next redraw is the one that would have come. Every rank must
-    call it, and reads the files. Copies of the factors that an optimizer steps from (schedule-free's
-    `z`) take what is loaded; moments stay.
+    call it, and reads the files. Copies of the factors that an optimizer steps from, as
+    schedule-free's `z`, take what is loaded; moments stay.
 
     Args:
         model: with low-rank sites, sharded or not.

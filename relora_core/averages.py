@@ -66,7 +66,9 @@ def _average_merged(module: nn.Module, name: str, submodule: nn.Module | None) -
     if name != "module" or submodule is None or not any(low_rank_sites(submodule)):
         return
     own = type(module)
-    of_sites = AveragedSites if own is AveragedModel else type(own.__name__, (_MergedFirst, own), {})
+    of_sites = (
+        AveragedSites if own is AveragedModel else type(own.__name__, (_MergedFirst, own), {})
+    )
     module.__class__ = of_sites
 
 

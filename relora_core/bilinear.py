@@ -21,9 +21,7 @@ from relora_core.two_paths import scaled
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def right_product(
-    product: Product, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float
-) -> Tensor:
+def right_product(product: Product, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """Return `product(x, V)`."""
     return product(x, W) + scaled(product(product(x, B), A), s)
 

@@ -41,7 +41,7 @@ def needs_plain() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch._C._is_tracing():
         return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

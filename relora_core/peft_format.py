@@ -85,8 +85,8 @@ class Form:
         """Return A and B of the two tensors."""
         A, B = tensors
         if self.is_bank:
-            E = self.W[0]
-            A, B = A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1)
+            E, rank = self.W[0], A.shape[0] // self.W[0]
+            A, B = A.reshape(E, rank, -1), B.reshape(-1, rank, E).permute(2, 0, 1)
         else:
             A, B = A.flatten(1), B.flatten(1)
         return (B.mT, A.mT) if self.kind in ("embedding", "transposed bank") else (A, B)

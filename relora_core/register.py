@@ -13,7 +13,6 @@ from relora_core.low_rank import LowRank
 from relora_core.shared_class import own_class_, share_class_
 from relora_core.ties import refuse_ties
 
-
 # Each computes with a tensor of more than two dimensions as one matrix, `(out, ...)`.
 _WHOLE = (_ConvNd, nn.Bilinear)
 
@@ -33,9 +32,9 @@ def register_low_rank(
     r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
 
     Linear layers, embeddings and other products with the tensor then compute two paths and never
-    form the sum or $W$'s gradient; every other operation receives the materialized sum. The Parameter moves, as the same object, to
-    `module.parametrizations.<tensor_name>.original`. Do this before `fully_shard` and before
-    building the optimizer.
+    form the sum or $W$'s gradient; every other operation receives the materialized sum. The
+    Parameter moves, as the same object, to `module.parametrizations.<tensor_name>.original`. Do
+    this before `fully_shard` and before building the optimizer.
 
     Args:
         module: the module to change in place.
@@ -57,8 +56,8 @@ def register_low_rank(
         `module`.
 
     Raises:
-        ValueError: if the tensor is absent, tied, already parametrized or sharded, or an argument is
-            out of range. Nothing is changed then.
+        ValueError: if the tensor is absent, tied, already parametrized or sharded, may be a bank,
+            or an argument is out of range. Nothing is changed then.
         TypeError: if the tensor is not floating point, packed, quantized or offloaded, or `rank` or
             `seed` no int.
 
@@ -85,7 +84,7 @@ def register_low_rank(
 
 
 def make_site_(module: nn.Module, tensor_name: str, **options: Any) -> nn.Module:
-    """Do what `register_low_rank` does once a tensor is known to be fit; `options` are LowRank's."""
+    """Make a site of a tensor that is known to be untied; `options` are LowRank's."""
     base = check_target(module, tensor_name)
     low_rank = LowRank(base, **options)
     names = list(module._parameters)
@@ -155,9 +154,10 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
 def _refuse_packed(module: nn.Module, tensor_name: str, base: nn.Parameter) -> None:
     """Raise TypeError if a merge could not write to what a Parameter holds."""
     kind = f"{type(module).__name__}.{tensor_name}"
-    if is_lazy(base):
+    without_shape: bool = is_lazy(base)
+    if without_shape:
         return
-    part = local(base.detach())
+    part: Any = local(base.detach())
     if is_traceable_wrapper_subclass(part):
         raise TypeError(
             f"{kind} is a {type(part).__name__}, which a merge cannot write to: add sites to the "

@@ -92,8 +92,8 @@ def restart_(
 
     Raises:
         ValueError: if there is no site; if a factor is not finite, or has a gradient that no step
-            of a torch optimizer has used; if W is tied, or has no memory (meta, offloaded); or if the reset refuses. Nothing
-            is changed then.
+            of a torch optimizer has used; if W is tied, or has no memory (meta, offloaded); or if
+            the reset refuses. Nothing is changed then.
         OutOfStepError: if a process does not call it in time, or otherwise than the others, or
             refuses alone; it names them. Nothing is changed then, on any process.
 

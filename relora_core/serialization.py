@@ -142,11 +142,11 @@ def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, T
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():
         key = clean_name(key)
-        prefix = next((one for one in _prefixes(key) if one in inside), None)
-        if prefix is None:
+        within = next((one for one in _prefixes(key) if one in inside), None)
+        if within is None:
             plain[key] = tensor
-        elif key == prefix + "original":
-            plain[inside[prefix][0]] = tensor_of(inside[prefix][1])
+        elif key == within + "original":
+            plain[inside[within][0]] = tensor_of(inside[within][1])
     return plain
 
 

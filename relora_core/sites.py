@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_core._sharding import full, reshard_, sharded_like
+from relora_core._sharding import full, is_flat, reshard_, sharded_like
 from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_and_base, low_rank_owner, low_rank_tensors
 from relora_core.update import Update
@@ -127,7 +126,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def refuse_unsupported(model: nn.Module) -> None:
     """Raise ValueError if a wrapper of `model` has parameters in other places than it says."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if is_flat(model):
         raise ValueError(
             "FullyShardedDataParallel (FSDP1) keeps all parameters in one flat one, whose low-rank "
             "sites can be neither merged nor exported: use fully_shard (FSDP2), after "

@@ -40,6 +40,10 @@ class Summary:
         whole: Parameters that are trained as they are, by qualified name.
         left: the names of those among them that a site of the same rank would halve or better.
         idle: names of sites whose B is zero while that of others is not: nothing has trained them.
+
+    Examples:
+        >>> summary(nn.Linear(60, 40)).left
+        ('weight',)
     """
 
     sites: dict[str, Line]
@@ -52,10 +56,13 @@ class Summary:
         trained = sum(line.entries for line in self.whole.values())
         rest = sum(self.whole[name].entries for name in self.left)
         lines = [
-            f"{len(self.sites)} low-rank sites over {made:,} entries; {len(self.whole)} Parameters "
-            f"of {trained:,} entries are trained whole, {rest:,} of them in large matrices:"
+            f"{len(self.sites)} low-rank sites, {made:,} entries in W",
+            f"{len(self.whole)} Parameters trained whole, {trained:,} entries, {rest:,} of them in "
+            "large matrices",
         ]
-        lines += _grouped((name, f"{_shape(l)}, rank {l.rank}") for name, l in self.sites.items())
+        lines += _grouped(
+            (name, f"{_shape(line)}, rank {line.rank}") for name, line in self.sites.items()
+        )
         lines += _grouped((name, f"{_shape(self.whole[name])}, whole") for name in self.left)
         lines += _grouped((name, "B is zero: nothing has trained it") for name in self.idle)
         return "\n".join(lines)
@@ -83,13 +90,16 @@ def summary(model: nn.Module) -> Summary:
         >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(60, 40), nn.Linear(40, 30))
         >>> print(summary(add_low_rank_(model, ["0"], rank=2)))
-        1 low-rank sites over 2,400 entries; 3 Parameters of 1,270 entries are trained whole, 1,200 of them in large matrices:
+        1 low-rank sites, 2,400 entries in W
+        3 Parameters trained whole, 1,270 entries, 1,200 of them in large matrices
           0: 40 x 60, rank 2
           1.weight: 30 x 40, whole
     """
     sites = list(low_rank_sites(model))
     parts = {
-        id(p) for _, site in sites for p in low_rank_owner(site.module, site.tensor_name).parameters()
+        id(p)
+        for _, site in sites
+        for p in low_rank_owner(site.module, site.tensor_name).parameters()
     }
     whole = {
         clean_name(name): Line(tuple(p.shape))

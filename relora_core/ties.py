@@ -18,8 +18,8 @@ def memory_of(tensor: Tensor) -> tuple[int, int, int]:
     part = local(tensor.detach())
     steps = zip(part.shape, part.stride(), strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in steps) if part.numel() else 0
-    begin = part.storage_offset() * part.element_size()
-    return part.untyped_storage()._cdata, begin, begin + span * part.element_size()
+    begin = int(part.storage_offset()) * part.element_size()
+    return part.untyped_storage()._cdata, begin, begin + int(span) * part.element_size()
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

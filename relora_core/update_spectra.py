@@ -16,11 +16,11 @@ from relora_core._sharding import (
     sharded_like,
     split_once,
 )
+from relora_core.globs import matching
 from relora_core.restart import refuse_overflow, update_norms
 from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
 from relora_core.spectrum import Spectrum
-from relora_core.globs import matching
 from relora_core.update import Update
 
 Factors = tuple[Tensor, Tensor]

@@ -104,7 +104,8 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
 
     Examples:
         >>> from relora_core import restart_
-        >>> assert_several_optimizers_are_reset(lambda m, o, ratio: restart_(m, o, prune_ratio=ratio))
+        >>> mine = lambda model, optimizer, ratio: restart_(model, optimizer, prune_ratio=ratio)
+        >>> assert_several_optimizers_are_reset(mine)
     """
     model = _model(seed)
     factors = [[site.lora_A for site in _sites(model)], [site.lora_B for site in _sites(model)]]
@@ -158,11 +159,11 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
         operation += 1
 
 
-class _BreakOff(TorchDispatchMode):
+class _BreakOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs out of memory at one operation."""
 
     def __init__(self, at: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.at, self.count, self.broke = at, 0, False
 
     def __torch_dispatch__(

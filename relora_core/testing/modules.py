@@ -97,7 +97,8 @@ def low_rank_modules(
         model, targets = Call(TiedHead, (draw(st.integers(2, 7)), draw(_SIZES)), typed), "mix"
     elif form == "bank":
         count = draw(st.integers(1, 3))
-        model, targets = Call(Experts, (count, draw(_SIZES), draw(_SIZES)), typed), "bank"
+        sizes = {"out": draw(_SIZES), **typed}
+        model, targets = Call(Experts, (count, draw(_SIZES)), sizes), "bank"
     elif form == "projections":
         heads = draw(st.integers(1, 2))
         model, targets = Call(nn.MultiheadAttention, (2 * heads, heads), typed), None

@@ -1,4 +1,4 @@
-"""The battery for whole restarts: a machine against Algorithm 1, and what is left of old factors."""
+"""The battery for whole restarts: a machine against Algorithm 1, and leftovers of old factors."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -54,8 +54,9 @@ def check_restart(
 
     Examples:
         >>> held = check_restart(profile=hypothesis.settings(CI, max_examples=2))
-        >>> [one.promise for one in held][:2]
-        ['a training is Algorithm 1, whatever interrupts it', 'no gradient of the old factors is used']
+        >>> [one.promise for one in held][:2]  # doctest: +NORMALIZE_WHITESPACE
+        ['a training is Algorithm 1, whatever interrupts it',
+         'no gradient of the old factors is used']
     """
     begun = 0
 

@@ -149,12 +149,12 @@ class Experts(nn.Module):
         dtype: of the weights.
 
     Examples:
-        >>> Experts(3, 4, 2)(torch.zeros(5, 4)).shape
+        >>> Experts(3, 4, out=2)(torch.zeros(5, 4)).shape
         torch.Size([5, 3, 2])
     """
 
     def __init__(
-        self, count: int, in_features: int, out: int, *, dtype: torch.dtype = torch.float32
+        self, count: int, in_features: int, *, out: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.in_features = in_features

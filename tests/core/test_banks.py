@@ -133,8 +133,9 @@ def test_grouped_products_are_those_of_a_loop(dtype, rank, left):
 
     bank = bank_of(form, dtype=dtype, rank=rank)
     twin = bank_of(None, dtype=torch.float64, rank=rank)
-    twin.load_state_dict({k: v.double() if "extra" not in k else v for k, v in
-                          bank.state_dict().items()})
+    twin.load_state_dict(
+        {k: v.double() if "extra" not in k else v for k, v in bank.state_dict().items()}
+    )
     site, exact = relora.Site(bank, "experts"), relora.Site(twin, "experts")
     x = torch.randn(24, IN, dtype=dtype)
     w = twin.experts.materialize()

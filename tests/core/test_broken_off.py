@@ -31,7 +31,9 @@ def matrices(dtype):
 
 
 def banks(dtype):
-    return nn.Sequential(Bank(FORMS["bmm"], (3, 5, 6)), nn.Linear(5, 4)).to(dtype), torch.ones(3, 2, 6)
+    return nn.Sequential(Bank(FORMS["bmm"], (3, 5, 6)), nn.Linear(5, 4)).to(dtype), torch.ones(
+        3, 2, 6
+    )
 
 
 def split(dtype):
@@ -80,7 +82,7 @@ OUT_OF_MEMORY, CTRL_C = torch.OutOfMemoryError, KeyboardInterrupt
     ],
 )
 def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
-    model, optimizer, x = begun(kind, dtype)
+    model, optimizer, _ = begun(kind, dtype)
     options = {"prune_ratio": 0.5, "rule": rule}
     whole = copy.deepcopy((model, optimizer))
     relora.restart_(*_both(whole), **options)
@@ -96,11 +98,10 @@ def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
             pass
         else:
             break
-        try:
-            relora.restart_(*broken, **options)
-        except ValueError as refusal:
-            assert "broken off while it wrote" in str(refusal)
+        if any(site.low_rank.torn for _, site in relora.low_rank_sites(broken[0])):
             refused += 1
+            with pytest.raises(ValueError, match="broken off while it wrote"):
+                relora.restart_(*broken, **options)
             for call in (relora.merged_state_dict, relora.merge_, relora.reinit_):
                 with pytest.raises(ValueError, match="broken off"):
                     call(broken[0])
@@ -109,6 +110,7 @@ def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
             assert same(state(*broken), before)
             relora.restart_(*broken, **options)
         else:
+            relora.restart_(*broken, **options)
             finished += 1
         assert same(state(*broken), done), at
     assert finished > 10

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import relora_core as relora
+from relora_core.averages import AveragedSites
 from relora_core.stepped import was_stepped
 from tests.reference import randomize_
 
@@ -265,7 +266,7 @@ class TestSeveralOptimizers:
     def test_one_of_them_alone_is_refused_with_the_way_out(self):
         model = low_rank()
         A = [p for n, p in model.named_parameters() if n.endswith("lora_A")]
-        with pytest.raises(ValueError, match="2 of 4 parameters are not .* several as a list"):
+        with pytest.raises(ValueError, match=r"2 of 4 parameters are not .* several as a list"):
             relora.restart_(model, torch.optim.SGD(A))
 
     @pytest.mark.parametrize("given", [None, 3, "adam", [None], {"a": 1}])
@@ -294,7 +295,7 @@ class TestAverages:
         model = low_rank()
         optimizer = torch.optim.AdamW(trained(model), lr=3e-2)
         averaged = AveragedModel(model, use_buffers=use_buffers, **rule)
-        expected, count = None, 0
+        expected = None
         for step in range(12):
             if step and step % 5 == 0:
                 relora.restart_(model, optimizer)
@@ -302,12 +303,11 @@ class TestAverages:
             optimizer.step()
             averaged.update_parameters(model)
             now = {k: v.detach().clone() for k, v in relora.merged_state_dict(model).items()}
-            keep = 0.8 if rule else count / (count + 1)
+            keep = 0.8 if rule else step / (step + 1)
             if expected is None:
                 expected = now
             else:
                 expected = {k: keep * expected[k] + (1 - keep) * now[k] for k in now}
-            count += 1
         found = relora.merged_state_dict(averaged.module)
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value)
@@ -319,7 +319,7 @@ class TestAverages:
     def test_keep_their_class_s_name_in_copies_and_states(self):
         model = low_rank()
         averaged = AveragedModel(model)
-        assert type(averaged) is relora.AveragedSites
+        assert type(averaged) is AveragedSites
         assert isinstance(averaged, AveragedModel)
         randomize_(model)
         averaged.update_parameters(model)

@@ -183,7 +183,12 @@ class TestAWeightThatStaysWider:
 
     def model(self, directory):
         config = transformers.T5Config(
-            vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+            vocab_size=64,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=1,
+            num_heads=4,
             decoder_start_token_id=0,
         )
         torch.manual_seed(0)

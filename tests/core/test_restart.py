@@ -261,7 +261,7 @@ def test_inside_autocast_it_measures_in_full_precision():
 
 @pytest.mark.parametrize("layers", [1, 7])
 def test_the_host_waits_as_often_for_many_sites_as_for_one(layers):
-    """Three times: for NaN, for gradients and for the norms. On a device entries are selected by sorting."""
+    """Three times: for NaN, gradients and norms. On a device entries are selected by sorting."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
     relora.add_low_rank_(model, "*", rank=2)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

@@ -84,7 +84,9 @@ class TestCoverage:
 
     def test_a_summary_counts_alike_ones_together(self):
         model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-        assert "* (3): 4 x 4, rank 1" in str(relora.summary(relora.add_low_rank_(model, "*", rank=1)))
+        assert "* (3): 4 x 4, rank 1" in str(
+            relora.summary(relora.add_low_rank_(model, "*", rank=1))
+        )
 
     def test_a_summary_of_a_plain_model_has_no_site(self):
         assert relora.summary(nn.Linear(40, 40)).left == ("weight",)
@@ -150,7 +152,7 @@ class TestTies:
 
     def test_are_refused_through_a_submodule(self, tie):
         model = self.model(tie)
-        with pytest.raises(ValueError, match="^0 is tied to (weight|copy) of a Linear"):
+        with pytest.raises(ValueError, match=r"^0 is tied to (weight|copy) of a Linear"):
             relora.add_low_rank_(model["body"], "0", rank=2)
         assert not names(model)
 
@@ -204,7 +206,7 @@ def test_a_registration_leaves_the_global_generator_alone():
 def test_several_sites_fail_together(monkeypatch):
     """As where memory runs out at the third."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     made = 0
     register = nn.utils.parametrize.register_parametrization
 

@@ -151,7 +151,7 @@ def under_fsdp1(rank, world_size, directory):
     }
     result = {}
     for name, call in calls.items():
-        with pytest.raises(ValueError, match="FSDP1.* use fully_shard"):
+        with pytest.raises(ValueError, match=r"FSDP1.* use fully_shard"):
             call()
         result[name] = torch.tensor(True)
     return result

@@ -11,23 +11,24 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_sharding embedding files low_bits peft_format products randomness schedule state_layouts",
-        "two_paths",
-        "merged one_path",
+        "_sharding embedding files globs low_bits products randomness schedule state_layouts",
+        "peft_format stepped ties two_paths",
+        "bilinear merged one_path",
         "linear quantized roll_call selection spectrum tensor_parallel",
-        "lazy_weight pruning update",
+        "factored pruning update",
+        "forms",
+        "lazy_weight",
         "low_rank moments",
         "reset shared_class",
         "optimizer",
         "register",
         "sites",
-        "targets",
-        "adapters bases merged_copies restart serialization",
+        "adapters averages bases merged_copies restart serialization summary targets",
         "update_spectra",
         "__init__ testing.algorithm testing.curves testing.expressions "
         "testing.optimizer_state testing.small_layers testing.subjects",
         "testing.inputs testing.jags testing.runner testing.training testing.twin",
-        "testing.compare testing.history testing.machine testing.resets",
+        "testing.compare testing.history testing.leftovers testing.machine testing.resets",
         "testing.lifetimes testing.merges testing.modules testing.prunes testing.redraws "
         "testing.strategies",
         "testing.module_battery testing.reset_battery testing.restart_battery "
