@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -102,35 +103,37 @@ def add_low_rank_(
         matching(rank_pattern, chosen, "module that targets match", option="rank_pattern")
     _refuse_ties_within(inner, chosen)
 
-    ranks = {name: _rank_of(name, rank, rank_pattern) for name in chosen}
-    dims: dict[str, int] = {}
-    for name, (module, tensor_name) in chosen.items():
-        try:
-            base = check_target(module, tensor_name)
-            dims[name] = batch_dims_of(module, tensor_name, batch_dims)
-            options = {"rank": ranks[name], "batch_dims": dims[name]}
-            check_low_rank(base, **options, alpha=alpha, seed=seed, dropout=dropout)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{name}: {error}") from None
+    options: dict[str, dict[str, Any]] = {
+        name: {
+            "rank": _rank_of(name, rank, rank_pattern),
+            "alpha": alpha,
+            "seed": seed,
+            "dropout": dropout,
+        }
+        for name in chosen
+    }
+    for name, owner in chosen.items():
+        _complete_(options[name], name, owner, batch_dims)
     refuse_ties(chosen)
 
     with ExitStack() as undo:  # if one cannot be made, none is
         for name, (module, tensor_name) in chosen.items():
-            make_site_(
-                module,
-                tensor_name,
-                rank=ranks[name],
-                alpha=alpha,
-                seed=seed,
-                name=name,
-                dropout=dropout,
-                trainable_scale=trainable_scale,
-                batch_dims=dims[name],
-            )
+            more = {"name": name, "trainable_scale": trainable_scale}
+            make_site_(module, tensor_name, **options[name], **more)
             undo.callback(remove_low_rank, module, tensor_name, merge=False)
         undo.pop_all()
     _warn_of_the_rest(inner, targets, chosen.values())
     return model
+
+
+def _complete_(options: dict[str, Any], name: str, owner: Owner, batch_dims: int | None) -> None:
+    """Add a site's own `batch_dims` to its options, or raise what the site would, with its name."""
+    try:
+        base = check_target(*owner)
+        options["batch_dims"] = batch_dims_of(*owner, batch_dims)
+        check_low_rank(base, **options)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _chosen(model: nn.Module, targets: list[str]) -> dict[str, Owner]:

@@ -132,6 +132,8 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
     """
     with torch.random.fork_rng(devices=[]):
         whole = make()
+    if targets == "*" and isinstance(whole, SelfAttention):
+        targets = ["*", "*.in_proj_weight"]
     function: Callable[..., Any] = register_low_rank
     arguments: tuple[Any, ...] = (make,)
     if targets is None:

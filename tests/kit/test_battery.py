@@ -96,7 +96,7 @@ class TestPlainModules:
         held = testing.check_low_rank(
             ByOperators, inputs=lambda model: torch.randn(3, 4), profile=FEW
         )
-        assert len(held) == 12
+        assert len(held) == 13
         block = testing.Call(nn.TransformerEncoderLayer, (4, 2, 5))
         held = testing.check_low_rank(
             block,
@@ -104,13 +104,13 @@ class TestPlainModules:
             inputs=lambda model: torch.randn(2, 3, 4),
             profile=FEW,
         )
-        assert len(held) == 12
+        assert len(held) == 13
 
     def test_of_recurrent_layers_compute_with_the_sum(self):
         def lstm():
             return relora.register_low_rank(nn.LSTM(3, 2), "weight_ih_l0", rank=1)
 
-        assert len(testing.check_low_rank(lstm, profile=FEW)) == 12
+        assert len(testing.check_low_rank(lstm, profile=FEW)) == 13
 
 
 class TestCommand:
@@ -120,8 +120,8 @@ class TestCommand:
         assert main(["--only", *names, "--examples", "3", "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert "       3  JaggedCosine: the rate at each restart is zero\n" in said
-        assert said.endswith("      51  examples, no promise broken\n")
-        assert out.read_text().splitlines()[-1] == '{"examples": 51, "broken": 0}'
+        assert said.endswith("      57  examples, no promise broken\n")
+        assert out.read_text().splitlines()[-1] == '{"examples": 57, "broken": 0}'
 
     def test_says_what_is_broken_and_writes_nothing(self, tmp_path, capsys, monkeypatch):
         def breaks(profile):

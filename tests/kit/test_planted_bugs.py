@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from relora_core import testing
+from relora_core.testing import lifetimes
+from relora_core.testing.restart_battery import _ALGORITHM, _LEFTOVERS
 from tests.kit.planted import layers, resets, restarts, schedules
 
 SIZES = {
@@ -160,6 +162,7 @@ SCHEDULES = {
     schedules.Recursive: "outside the ramps it is the smooth schedule's",
     schedules.unmoved: "the rate at each restart is zero",
     schedules.one_step_late: "the rate at each restart is zero",
+    schedules.Deaf: "a rate that is changed by hand is kept",
 }
 
 
@@ -200,6 +203,46 @@ def test_a_bug_of_a_whole_restart_is_found(restart):
     assert report.startswith("broken: a training is Algorithm 1, whatever interrupts it")
     drawn = restart is restarts.drawn_from_the_global_generator
     assert_code_repeats_it(report, figures=not drawn)
+
+
+LEFTOVERS = {
+    restarts.with_old_gradients: "no gradient of the old factors is used",
+    restarts.of_trained_factors_alone: "moments of frozen factors are reset",
+    restarts.of_the_first: "several optimizers are all reset",
+}
+
+
+@pytest.mark.parametrize("restart", LEFTOVERS, ids=lambda restart: restart.__name__)
+def test_what_outlives_a_restart_is_found(restart):
+    report = found(testing.check_restart, restart, skip=[_ALGORITHM])
+    assert report.startswith(f"broken: {LEFTOVERS[restart]}")
+    assert_code_repeats_it(report)
+
+
+@pytest.mark.parametrize(
+    "promise", ["what shares W keeps its value", "one that is broken off is finished or refused"]
+)
+def test_what_a_tutorial_s_restart_breaks_is_found(promise):
+    others = [other for other in _LEFTOVERS if other != promise]
+    report = found(testing.check_restart, restarts.by_hand, skip=[_ALGORITHM, *others])
+    assert report.startswith(f"broken: {promise}")
+    assert_code_repeats_it(report)
+
+
+def test_a_weight_that_a_function_hides_is_found():
+    """The factory makes a plain module: the kit gives it sites."""
+    report = found(testing.check_low_rank, layers.fused)
+    assert "does not require grad" in report
+    assert_code_repeats_it(report)
+
+
+def test_an_export_that_trusts_names_is_found(monkeypatch):
+    def by_name(model):
+        return model.state_dict()
+
+    monkeypatch.setattr(lifetimes, "merged_state_dict", by_name)
+    report = found(testing.check_low_rank, lambda: torch.nn.Linear(3, 2))
+    assert report.startswith("broken: an export is the plain module's, merged")
 
 
 def test_the_page_shows_what_its_example_says(tmp_path, monkeypatch):

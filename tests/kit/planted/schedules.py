@@ -7,7 +7,7 @@ import warnings
 
 from torch.optim import lr_scheduler
 
-from relora_core import Restarts
+from relora_core import JaggedLR, Restarts
 
 
 class Recursive(lr_scheduler.LRScheduler):
@@ -98,3 +98,12 @@ class TellsAnother(Scaled):
 
     def get_last_lr(self):
         return [123.0]
+
+
+class Deaf(JaggedLR):
+    """Sets what it had in mind, whatever somebody has set since."""
+
+    def step(self, *args, **kwargs):
+        for group, rate in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
+            group["lr"] = rate
+        super().step(*args, **kwargs)
