@@ -46,8 +46,8 @@ class Update:
         product = self._product(wide)
         if total.dtype == wide and total.is_contiguous():
             return lambda: total.flatten(1).add_(product, alpha=self.s)
-        sum = total.to(wide).flatten(1).add(product, alpha=self.s).view(total.shape)
-        return lambda: total.copy_(sum)
+        sum = total.to(wide, copy=True).flatten(1).add_(product, alpha=self.s)
+        return lambda: total.copy_(sum.view(total.shape))
 
     def sum_into_(self, total: Tensor) -> Tensor:
         """Set `total`, `(rows, columns)`, to W + s B A: added as a merge does, then rounded."""

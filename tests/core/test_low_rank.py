@@ -291,6 +291,94 @@ def test_modules_that_form_the_sum_compile_whole(kind):
     torch.testing.assert_close(compiled(*inputs), first(module(*inputs)))
 
 
+class TestProductsByOperator:
+    """Compiled, dynamo hands over `weight @ x` as it does `x @ weight`."""
+
+    class Square(nn.Module):
+        def __init__(self, left):
+            super().__init__()
+            self.weight, self.left = nn.Parameter(torch.randn(4, 4)), left
+
+        def forward(self, x):
+            return self.weight @ x if self.left else x @ self.weight
+
+    def made(self, left):
+        torch.compiler.reset()
+        module = relora.register_low_rank(self.Square(left), rank=2)
+        randomize_(module)
+        return module
+
+    @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+    @pytest.mark.parametrize("width", [3, 4])
+    def test_are_in_their_order(self, left, width):
+        module = self.made(left)
+        x = torch.randn(4, width) if left else torch.randn(width, 4)
+        compiled = torch.compile(module, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), module(x))
+        whole = module.weight.materialize()
+        torch.testing.assert_close(module(x), whole @ x if left else x @ whole)
+
+    def test_are_refused_where_a_whole_graph_could_be_either(self):
+        module = self.made(left=True)
+        with pytest.raises(Exception, match=r"torch.matmul\(x, weight\)"):
+            torch.compile(module, backend="aot_eager", fullgraph=True)(torch.randn(4, 4))
+
+
+class TestNotes:
+    def test_on_the_parameter_from_before_are_read_and_new_ones_refused(self):
+        layer = nn.Linear(4, 3)
+        layer.weight.mine = "noted"
+        relora.register_low_rank(layer, rank=2)
+        assert layer.weight.mine == "noted"
+        with pytest.raises(AttributeError, match="no attribute 'yours'"):
+            _ = layer.weight.yours
+        with pytest.raises(AttributeError, match=r"setting mine would .* be lost"):
+            layer.weight.mine = "else"
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda weight: weight.register_hook(print),
+            lambda weight: weight.register_post_accumulate_grad_hook(print),
+            lambda weight: weight.retain_grad(),
+            lambda weight: weight.requires_grad_(True),
+        ],
+    )
+    def test_hooks_are_refused_at_once(self, call):
+        layer = relora.register_low_rank(nn.Linear(4, 3), rank=2)
+        with pytest.raises(AttributeError, match=r"Write to `parametrizations.weight.original`"):
+            call(layer.weight)
+
+    def test_facts_need_no_sum(self):
+        layer = relora.register_low_rank(nn.Linear(4, 3), rank=2)
+        W = layer.parametrizations.weight.original
+        assert layer.weight.grad is None
+        assert layer.weight.data_ptr() == W.data_ptr()
+        assert not layer.weight.is_meta
+        assert len(layer.weight) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+def test_a_jit_trace_computes_the_same():
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+    relora.add_low_rank_(model, "*", rank=2)
+    randomize_(model)
+    traced = torch.jit.trace(model, torch.randn(3, 5))
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("tokens", [4, 400], ids=["two paths", "merged"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_it_returns_may_be_written_in_place(tokens, bias):
+    layer = relora.register_low_rank(nn.Linear(8, 6, bias=bias), rank=2)
+    randomize_(layer)
+    x = torch.randn(tokens, 8, requires_grad=True)
+    expected = torch.autograd.grad((layer(x) * 2 + 1).relu().sum(), x)
+    found = torch.autograd.grad(layer(x).mul_(2).add_(1).relu_().sum(), x)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_per_sample_gradients_are_those_of_a_loop():
     layer = relora.register_low_rank(nn.Linear(6, 4).double(), rank=2)
     randomize_(layer)

@@ -17,17 +17,17 @@ BREAKAGES = {
     "merge without the scale": (
         *(
             "relora_core/update.py",
-            "sum.add_(self._product(wide), alpha=self.s)",
-            "sum.add_(self._product(wide))",
+            "total.flatten(1).add_(product, alpha=self.s)",
+            "total.flatten(1).add_(product)",
         ),
         "tests/core/test_sites.py",
     ),
     "the sum formed without the scale": (
-        *("relora_core/lazy_weight.py", "return self.scale * (self", "return (self"),
+        *("relora_core/factored.py", "return self.scale * (self", "return (self"),
         "tests/core/test_low_rank.py",
     ),
     "merge leaves B": (
-        *("relora_core/low_rank.py", "        self.lora_B.zero_()\n\n    @", "\n    @"),
+        *("relora_core/low_rank.py", "        B.zero_()\n        write()", "        write()"),
         "tests/core/test_sites.py",
     ),
     "A zero at first": (
@@ -59,7 +59,7 @@ BREAKAGES = {
         "tests/core/test_shared_class.py",
     ),
     "a write to another tensor is refused": (
-        *("relora_core/lazy_weight.py", "if _is_lazy(written):", "if True:"),
+        *("relora_core/lazy_weight.py", "if is_lazy(written):", "if True:"),
         "tests/core/test_low_rank.py",
     ),
     "a restart takes what no longer fits its low bits": (
@@ -91,13 +91,13 @@ BREAKAGES = {
         "tests/core/test_linear.py",
     ),
     "a merge that is not in place": (
-        *("relora_core/update.py", "total.copy_(sum.view(total.shape))", "pass"),
+        *("relora_core/update.py", "total.copy_(sum.view(total.shape))", "None"),
         "tests/core/test_sites.py",
     ),
     "a restart takes the trained scale back": (
         *(
             "relora_core/low_rank.py",
-            "self.restart += 1\n        self._draw_()",
+            "self._draw_(self.restart + 1)\n        self.restart += 1",
             "self.restart += 1\n        self.reset_parameters()",
         ),
         "tests/core/test_dropout_and_scale.py",
@@ -203,7 +203,7 @@ BREAKAGES = {
         "tests/core/test_schedule.py",
     ),
     "the ramp feeds on itself": (
-        *("relora_core/schedule.py", "_set_lr(group, smooth)", "pass"),
+        *("relora_core/schedule.py", "return smooth if now == last else changed", "return now"),
         "tests/core/test_schedule.py",
     ),
     "restart without looking first": (
@@ -231,7 +231,7 @@ BREAKAGES = {
         "tests/distributed/test_sharded_equals_single.py",
     ),
     "a shard's part taken for the norm": (
-        *("relora_core/restart.py", "reduced(own, sites[members[0]][1].weight)", "own"),
+        *("relora_core/restart.py", "reduced(own, like(sites[members[0]][1]))", "own"),
         "tests/distributed/test_sharded_equals_single.py",
     ),
     "the bias added by every process": (
@@ -404,7 +404,7 @@ BREAKAGES = {
         "tests/core/test_adapters.py",
     ),
     "an embedding's factors as a linear's": (
-        *("relora_core/peft_format.py", "W, embeds=True)", "W)"),
+        *("relora_core/peft_format.py", 'name, W, "embedding")', "name, W)"),
         "tests/core/test_adapters.py",
     ),
     "an adapter forgets the count of restarts": (
@@ -566,6 +566,70 @@ BREAKAGES = {
             '        raise SystemExit(f"stage {job.stage}, ',
         ),
         "tests/trainer/test_gpu_suite.py",
+    ),
+    "a product over a bank forms the sum": (
+        *("relora_core/factored.py", "return self.merged is None and", "return False and"),
+        "tests/core/test_banks.py",
+    ),
+    "grouped products with rows of any length": (
+        *("relora_core/forms.py", "in_whole_words(lazy.lora_A", "(lambda *f: f)(lazy.lora_A"),
+        "tests/core/test_banks.py",
+    ),
+    "a bank is factored across its matrices": (
+        *("relora_core/register.py", "    if given is None:\n", "    if False:\n"),
+        "tests/core/test_banks.py",
+    ),
+    "compiled, the operands of @ as they come": (
+        *("relora_core/forms.py", "    if left and right:", "    if False:"),
+        "tests/core/test_low_rank.py",
+    ),
+    "ties are looked for in the model alone": (
+        *("relora_core/targets.py", "    refuse_ties(chosen)\n", ""),
+        "tests/core/test_targets.py",
+    ),
+    "a registration draws from the global generator": (
+        *("relora_core/ties.py", "nn.Parameter(torch.empty(1))", "nn.Parameter(torch.randn(1))"),
+        "tests/core/test_targets.py",
+    ),
+    "sites that were made stay if one cannot be": (
+        *(
+            "relora_core/targets.py",
+            "            undo.callback(",
+            "            (lambda *a, **k: 0)(",
+        ),
+        "tests/core/test_targets.py",
+    ),
+    "a gradient that no step has used is none": (
+        *("relora_core/restart.py", "if not was_stepped(grad)]", "if False]"),
+        "tests/core/test_derived.py",
+    ),
+    "a used gradient outlives a restart": (
+        *("relora_core/restart.py", "            grad.zero_()\n", "            pass\n"),
+        "tests/core/test_derived.py",
+    ),
+    "copies in an optimizer's attribute are passed over": (
+        *("relora_core/moments.py", "        _refuse_copies(one, params)\n", "        pass\n"),
+        "tests/core/test_derived.py",
+    ),
+    "an average of W, A and B apart": (
+        *("relora_core/averages.py", "yield merged[id(p)].merged()", "yield p"),
+        "tests/core/test_derived.py",
+    ),
+    "an export looks for sites by name": (
+        *("relora_core/serialization.py", "    if missed:\n", "    if False:\n"),
+        "tests/core/test_exports.py",
+    ),
+    "a merge that was broken off is not told": (
+        *("relora_core/low_rank.py", "        self.torn = True\n", ""),
+        "tests/core/test_broken_off.py",
+    ),
+    "a restart that is finished begins anew": (
+        *(
+            "relora_core/restart.py",
+            "        if site.restart == numbers[name]:\n",
+            "        if True:\n",
+        ),
+        "tests/core/test_broken_off.py",
     ),
     "an estimate's processes tell of Ctrl-C, each": (
         *("reference_trainer/estimate/command.py", "initializer=signal.signal", "initializer=None"),
