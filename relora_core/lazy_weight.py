@@ -151,7 +151,7 @@ class LazyWeight(Factored):
         return self.base.numel()
 
     def __repr__(self) -> str:
-        rank = self.lora_A.shape[0]
+        rank = self.lora_A.shape[-2]
         return f"LazyWeight(shape={tuple(self.shape)}, rank={rank}, dtype={self.dtype})"
 
     def __getattr__(self, name: str) -> Any:

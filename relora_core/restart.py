@@ -183,13 +183,9 @@ def _refuse_sites(sites: list[tuple[str, Site]]) -> None:
 def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
     """Raise ValueError if a factor has a gradient for a step that is to come."""
     unreduced = unreduced_gradients(site.low_rank for _, site in sites)
-    own = [_largest_gradient(site) for _, site in sites]
+    own = [_largest_gradient(site, id(site.low_rank) in unreduced) for _, site in sites]
     largest = _over_shards(sites, own, shard_max, lambda site: site.lora_B)
-    waiting = [
-        name
-        for (name, site), size in zip(sites, largest, strict=True)
-        if size != 0 or id(site.low_rank) in unreduced
-    ]
+    waiting = [name for (name, _), size in zip(sites, largest, strict=True) if size != 0]
     if waiting:
         raise ValueError(
             f"the factors of {len(waiting)} sites (first: {waiting[0]}) have gradients that no "
@@ -198,15 +194,18 @@ def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
         )
 
 
-def _largest_gradient(site: Site) -> Tensor:
-    """Return the largest magnitude in gradients that no step has used; NaN counts as large."""
+def _largest_gradient(site: Site, unreduced: bool) -> Tensor:
+    """Return the largest magnitude in gradients that no step has used; infinite if unknown."""
     grads = [grad for grad in _gradients(site) if not was_stepped(grad)]
     sizes = [largest_magnitude(local(grad)).nan_to_num(torch.inf) for grad in grads]
-    return torch.stack([local(site.lora_B).new_zeros((), dtype=torch.float32), *sizes]).max()
+    least = torch.inf if unreduced else 0.0
+    return torch.stack([local(site.lora_B).new_full((), least, dtype=torch.float32), *sizes]).max()
 
 
 def _gradients(site: Site) -> list[Tensor]:
-    return [p.grad for p in (site.lora_A, site.lora_B) if p.grad is not None]
+    """Return the gradients that are of A and B, a trained scale's among them."""
+    of_factors = (site.lora_A, site.lora_B, site.low_rank.lora_scale)
+    return [p.grad for p in of_factors if p is not None and p.grad is not None]
 
 
 @torch.no_grad()
