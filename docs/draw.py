@@ -5,6 +5,7 @@ python docs/draw.py
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from collections import Counter
@@ -392,7 +393,16 @@ def presets() -> str:
     return "\n".join(lines)
 
 
+def architectures() -> str:
+    """Return the table of what became sites in architectures of transformers."""
+    file = DOCS / "results" / "architectures" / "architectures.jsonl"
+    _, *records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    table: str = runpy.run_path(str(DOCS / "architectures.py"))["table"](records)
+    return table
+
+
 TABLES = {
+    "architectures": architectures,
     "commands": commands,
     "presets": presets,
     "compared": compared,
