@@ -2,14 +2,15 @@
 
     python docs/architectures.py --out docs/results/architectures/architectures.jsonl
 
-Each is built from the smallest sensible configuration, with random weights, and given the globs that
-a user of it would write.
+Each is built from the smallest sensible configuration, with random weights, and given the globs
+that a user of it would write.
 """
 
 import argparse
 import copy
 import json
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
@@ -363,9 +364,9 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for number, one in enumerate(ARCHITECTURES, 1):
         if one.kind in args.only:
-            print(f"{number} of {len(ARCHITECTURES)}: {one.kind}", flush=True)
+            sys.stderr.write(f"{number} of {len(ARCHITECTURES)}: {one.kind}\n")
             records.append(look_at(one))
-    print(table(records))
+    sys.stdout.write(table(records) + "\n")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(record) for record in (versions, *records)]

@@ -1,4 +1,4 @@
-"""Architectures of transformers keep their function at registration, at a restart and in an export."""
+"""Architectures of transformers keep their function: with sites, over a restart, exported."""
 
 import json
 import runpy
