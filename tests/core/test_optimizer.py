@@ -99,7 +99,9 @@ def test_its_compiled_step_is_the_inner_one_s():
 def test_a_profile_shows_the_inner_one_s_step_once():
     inner, _ = stepped()
     optimizer = relora.ResettableOptimizer(inner)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         optimizer.step()
         optimizer.zero_grad()
     names = [event.name for event in profile.events() if event.name.startswith("Optimizer.")]
