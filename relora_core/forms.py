@@ -1,4 +1,4 @@
-"""What each function computes with a lazy weight: its two paths where there are, else the sum."""
+"""The form in which each function uses a lazy weight: two paths where there are, else the sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             return merged_linear(input, weight.merged, A, B, s, bias)
         if is_sharded(W) and is_sharded(input):
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
-        if torch.promote_types(input.dtype, W.dtype) == W.dtype and not autocasts(W.device.type):
+        narrower = torch.promote_types(input.dtype, W.dtype) == W.dtype
+        if narrower and input.is_floating_point() and not autocasts(W.device.type):
             # As layers do that are kept in fp32 within a 16-bit model, if their weight is a Tensor.
             input = input.to(W.dtype)
         return low_rank_linear(input, W, A, B, s, bias, weight.dropout)

@@ -1,4 +1,4 @@
-"""Which gradients an optimizer has stepped by already.
+"""The gradients that an optimizer has stepped by already.
 
 A restart may come upon gradients: of a step that is done, in a loop that clears them before its
 next backward, or of one that is to come, half accumulated. Only these belong to a step yet.

@@ -1,4 +1,4 @@
-"""Which tensors of a model become low-rank sites: chosen by glob, checked, and made."""
+"""The tensors of a model that become low-rank sites: chosen by glob, checked, and made."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -242,4 +242,4 @@ def _entries(owner: Owner) -> int:
     if tensor_name in low_rank_tensors(module):
         return low_rank_and_base(module, tensor_name)[1].numel()
     parameter = module._parameters[tensor_name]
-    return 0 if parameter is None else parameter.numel()
+    return 0 if parameter is None or is_lazy(parameter) else parameter.numel()

@@ -1,4 +1,4 @@
-"""What a restart promises of everything that was made of the old factors, an assertion each."""
+"""The promises of a restart about all that was made of the old factors, an assertion each."""
 
 import copy
 import warnings
