@@ -50,7 +50,7 @@ class UpdateSpectra:
             `measure`.
 
     Raises:
-        ValueError: if there is no site, no glob, or one that matches none.
+        ValueError: if there is no site, no glob, one that matches none, or one that matches a bank.
 
     Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites, restart_
@@ -79,6 +79,12 @@ class UpdateSpectra:
         self._model = model
         self._timeout = timeout
         self._names = matching(targets, sites, "low-rank site")
+        banks = [name for name in self._names if sites[name].low_rank.batch_dims]
+        if banks:
+            raise ValueError(
+                f"a spectrum is of one matrix, and {banks[0]} is a bank of them: leave banks out of "
+                "targets"
+            )
         self._next = {name: torch.tensor(sites[name].restart, device="cpu") for name in self._names}
         self._kept: dict[str, Factors] = {}
 

@@ -326,6 +326,11 @@ class TestRefusals:
         relora.register_low_rank(bank, "experts", rank=2, batch_dims=0)
         assert bank.parametrizations.experts[0].lora_A.shape == (2, OUT * IN)
 
+    def test_it_has_no_one_spectrum(self):
+        model = nn.Sequential(bank_of(FORMS["bmm"]))
+        with pytest.raises(ValueError, match="0.experts is a bank"):
+            relora.UpdateSpectra(model, "*")
+
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
