@@ -82,8 +82,8 @@ class UpdateSpectra:
         banks = [name for name in self._names if sites[name].low_rank.batch_dims]
         if banks:
             raise ValueError(
-                f"a spectrum is of one matrix, and {banks[0]} is a bank of them: leave banks out of "
-                "targets"
+                f"a spectrum is of one matrix, and {banks[0]} is a bank of them: leave banks out "
+                "of targets"
             )
         self._next = {name: torch.tensor(sites[name].restart, device="cpu") for name in self._names}
         self._kept: dict[str, Factors] = {}

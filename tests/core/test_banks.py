@@ -328,7 +328,7 @@ class TestRefusals:
 
     def test_it_has_no_one_spectrum(self):
         model = nn.Sequential(bank_of(FORMS["bmm"]))
-        with pytest.raises(ValueError, match="0.experts is a bank"):
+        with pytest.raises(ValueError, match=r"0\.experts is a bank"):
             relora.UpdateSpectra(model, "*")
 
     @pytest.mark.parametrize(
