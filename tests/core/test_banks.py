@@ -89,6 +89,21 @@ def test_computes_with_the_dense_sum_and_so_do_gradients(form):
         torch.testing.assert_close(one, other)
 
 
+class Largest(TorchDispatchMode):
+    """The entries of the largest tensor in memory of its own."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor):
+                fresh = one.untyped_storage()._cdata not in storages
+                self.entries = max(self.entries, one.numel() if fresh else 0)
+        return out
+
+
 # An einsum over experts and inputs at once copies the bank in full rank too.
 @pytest.mark.parametrize("form", sorted(FORMS.keys() - {"einsum, implicit", "einsum of three"}))
 def test_forms_no_tensor_of_the_bank_s_size(form):
@@ -99,18 +114,6 @@ def test_forms_no_tensor_of_the_bank_s_size(form):
         dtype=torch.float32,
     )
     x = torch.randn(E, T, 32)
-
-    class Largest(TorchDispatchMode):
-        entries = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            storages = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
-            for one in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(one, torch.Tensor):
-                    fresh = one.untyped_storage()._cdata not in storages
-                    self.entries = max(self.entries, one.numel() if fresh else 0)
-            return out
 
     with Largest() as seen:
         bank(x).square().sum().backward()
@@ -152,6 +155,20 @@ def test_grouped_products_are_those_of_a_loop(dtype, rank, left):
     z.backward(g.double())
     assert near(site.lora_A.grad, exact.lora_A.grad)
     assert near(site.lora_B.grad, exact.lora_B.grad)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+def test_a_grouped_product_forms_no_tensor_of_the_bank_s_size():
+    offsets = torch.tensor([8, 8, 16, 24], dtype=torch.int32)
+    bank = bank_of(
+        lambda w, x: torch._grouped_mm(x, w.mT, offs=offsets),
+        shape=(E, 64, 32),
+        dtype=torch.bfloat16,
+    )
+    x = torch.randn(24, 32, dtype=torch.bfloat16, requires_grad=True)
+    with Largest() as seen:
+        bank(x).float().square().sum().backward()
+    assert seen.entries <= 64 * 32
 
 
 @pytest.mark.parametrize("form", FORMS)
