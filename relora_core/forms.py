@@ -46,6 +46,10 @@ def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
             return linear(x.t(), lazy).t()
         return func(*materialized((a, b)))
     W, A, B = lazy.base, lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype)
+    if x.ndim == 1:  # as a matrix, or the second factor would take its first product for one
+        if right:
+            return right_product(func, x.unsqueeze(0), W, A, B, lazy.scale).squeeze(-2)
+        return left_product(func, x.unsqueeze(1), W, A, B, lazy.scale).squeeze(-1)
     return (right_product if right else left_product)(func, x, W, A, B, lazy.scale)
 
 
