@@ -285,6 +285,8 @@ def look_at(one: Architecture) -> dict[str, Any]:
         warnings.simplefilter("always")
         report = relora.restart_(model, optimizer)
     restarted = _difference(model, before, inputs)
+    for _, site in relora.low_rank_sites(model):  # or the export would be of W alone
+        nn.init.normal_(site.lora_B, std=0.02)
     with tempfile.TemporaryDirectory() as directory:
         model.config.save_pretrained(directory)
         relora.save_merged(model, directory)

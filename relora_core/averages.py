@@ -24,6 +24,7 @@ class _MergedFirst:
         Raises:
             ValueError: if a W is split into 16 bits and those below, in which no average adds up.
         """
+        # mypy does not see the class that stands behind this one.
         super().update_parameters(_Merged(model))  # type: ignore[misc]
 
 

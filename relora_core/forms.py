@@ -37,7 +37,7 @@ def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
     """Return the product of two of which one is lazy."""
     right = isinstance(b, Factored)
     lazy, x = (b, a) if right else (a, b)
-    if not (isinstance(x, Tensor) and lazy.has_paths()) or is_lazy(x) or x.is_nested:
+    if not (isinstance(x, Tensor) and lazy.has_paths()) or holds_lazy(x) or x.is_nested:
         return func(*materialized((a, b)))
     if lazy.ndim == 2:
         if right:
@@ -75,7 +75,7 @@ def grouped_product(a: Any, b: Any, offs: Any = None, bias: Any = None, **how: A
     """Return what `torch._grouped_mm` does."""
     right = isinstance(b, Factored)
     lazy, x = (b, a) if right else (a, b)
-    if is_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
+    if holds_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
         return torch._grouped_mm(*materialized((a, b, offs, bias)), **how)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def einsum_of(equation: Any, *operands: Any) -> Any:
             operands = tuple(operands[0])
         place = next((i for i, one in enumerate(operands) if isinstance(one, Factored)), 0)
         lazy = operands[place]
-        if is_lazy(lazy) and lazy.has_paths():
+        if holds_lazy(lazy) and lazy.has_paths():
             W, A, B = lazy.base, lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype)
             beside = einsum(equation, operands, place, A, B, lazy.scale)
             if beside is not None:
@@ -137,7 +137,7 @@ def materialized(value: Any) -> Any:
     return value
 
 
-def is_lazy(value: Any) -> bool:
+def holds_lazy(value: Any) -> bool:
     """Whether a value is a lazy weight, or has one in it."""
     some = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(one, Factored) for one in some)

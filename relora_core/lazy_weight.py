@@ -12,8 +12,8 @@ from relora_core.forms import (
     einsum_of,
     embedding,
     grouped_product,
+    holds_lazy,
     in_order,
-    is_lazy,
     linear,
     materialized,
     product_of,
@@ -186,15 +186,15 @@ class LazyWeight(Factored):
             return grouped_product(*args, **kwargs)
         if func is torch.einsum:
             return einsum_of(*args)
-        if func is torch.transpose and is_lazy(args[0]):
+        if func is torch.transpose and holds_lazy(args[0]):
             return args[0].transpose(*args[1:], **kwargs)
-        if func is torch.unbind and is_lazy(args[0]):
+        if func is torch.unbind and holds_lazy(args[0]):
             return args[0].unbind(*args[1:], **kwargs)
         if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
             written = args[0] if args else next(iter(kwargs.values()), None)
-            if is_lazy(written):
+            if holds_lazy(written):
                 _refuse_write(getattr(func, "__name__", ""))
-            if is_lazy(kwargs.get("out")):
+            if holds_lazy(kwargs.get("out")):
                 _refuse_write("out")
         return func(*materialized(args), **materialized(kwargs))
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relora_core._sharding import local, shard_max
+from relora_core.pruning import to_floats
 from relora_core.register import low_rank_owner
 from relora_core.sites import clean_name, low_rank_sites, unwrapped
 
@@ -107,7 +108,8 @@ def summary(model: nn.Module) -> Summary:
         if p.requires_grad and id(p) not in parts
     }
     rank = min((site.rank for _, site in sites), default=1)
-    trained = {name: _is_trained(site.lora_B) for name, site in sites}
+    marks = to_floats([_is_trained(site.lora_B) for _, site in sites])
+    trained = {name: mark > 0 for (name, _), mark in zip(sites, marks, strict=True)}
     return Summary(
         sites={name: Line(tuple(site.weight.shape), site.rank) for name, site in sites},
         whole=whole,
@@ -117,11 +119,11 @@ def summary(model: nn.Module) -> Summary:
 
 
 @torch.no_grad()
-def _is_trained(B: nn.Parameter) -> bool:
+def _is_trained(B: nn.Parameter) -> Tensor:
+    """Return 1 if there is an entry that is not zero, else 0."""
     if B.is_meta:
-        return False
-    some = local(B).any().float().reshape(1)
-    return bool(shard_max(some, B))
+        return torch.zeros(())
+    return shard_max(local(B).any().float(), B)
 
 
 def _would_halve(shape: tuple[int, ...], rank: int) -> bool:

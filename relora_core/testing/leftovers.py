@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from relora_core.sites import Site, low_rank_sites
 from relora_core.targets import add_low_rank_
+from relora_core.testing.compare import same_state, state_of
+from relora_core.testing.machine import Restart
 from relora_core.testing.subjects import BrokenPromiseError
-
-Restart = Callable[[nn.Module, Optimizer, float], object]
 
 
 def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
@@ -35,7 +34,9 @@ def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
     _backward(model, seed)
     before = _copied(model, optimizer)
     if _refused(restart, model, optimizer):
-        _expect_same(before, _copied(model, optimizer), "a restart that refuses gradients")
+        same_state(
+            _copied(model, optimizer), before, "a restart that refuses gradients has changed"
+        )
         return
     for name, site in low_rank_sites(model):
         for which, p in (("lora_A", site.lora_A), ("lora_B", site.lora_B)):
@@ -87,7 +88,7 @@ def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
     kept = owner.W.clone()
     before = _copied(whole, optimizer)
     if _refused(restart, whole, optimizer):
-        _expect_same(before, _copied(whole, optimizer), "a restart that refuses a tie")
+        same_state(_copied(whole, optimizer), before, "a restart that refuses a tie has changed")
     elif not torch.equal(owner.W, kept):
         raise BrokenPromiseError("a merge has changed a module that shares W with a site")
 
@@ -118,7 +119,9 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
     before = [_copied(model, one) for one in several]
     if _refused(restart, model, several):
         for kept, one in zip(before, several, strict=True):
-            _expect_same(kept, _copied(model, one), "a restart that refuses two optimizers")
+            same_state(
+                _copied(model, one), kept, "a restart that refuses two optimizers has changed"
+            )
         return
     for one, params in zip(several, factors, strict=True):
         if any(one.state[p]["exp_avg"].any() for p in params):
@@ -159,11 +162,12 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
         operation += 1
 
 
+# Torch has no types for it.
 class _BreakOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs out of memory at one operation."""
 
     def __init__(self, at: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor for this
         self.at, self.count, self.broke = at, 0, False
 
     def __torch_dispatch__(
@@ -219,12 +223,6 @@ def _refused(restart: Restart, model: nn.Module, optimizer: Any) -> bool:
     return False
 
 
-def _copied(model: nn.Module, optimizer: Optimizer) -> list[Any]:
-    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    return torch.utils._pytree.tree_leaves(states)
-
-
-def _expect_same(before: list[Any], after: list[Any], what: str) -> None:
-    for one, other in zip(before, after, strict=True):
-        if not (torch.equal(one, other) if isinstance(one, Tensor) else one == other):
-            raise BrokenPromiseError(f"{what} has changed something")
+def _copied(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    leaves = torch.utils._pytree.tree_leaves(copy.deepcopy(optimizer.state_dict()))
+    return state_of(model) | {f"the optimizer's {number}": x for number, x in enumerate(leaves)}

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import relora_core as relora
 from relora_core.averages import AveragedSites
 from relora_core.stepped import was_stepped
+from tests.kit.planted.layers import Fused
 from tests.reference import randomize_
 
 
@@ -353,26 +354,6 @@ class TestAverages:
         relora.split_bases_(model)
         with pytest.raises(ValueError, match="would be rounded to 16 bits"):
             averaged.update_parameters(model)
-
-
-class MatMul(torch.autograd.Function):
-    """A kernel that asks which gradients are needed."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x)
-        ctx.w = w.detach()
-        return x @ w.t()
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return g @ ctx.w, g.t() @ x if ctx.needs_input_grad[1] else None
-
-
-class Fused(nn.Linear):
-    def forward(self, x):
-        return MatMul.apply(x, self.weight) + self.bias
 
 
 class Detached(nn.Linear):

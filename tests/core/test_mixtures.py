@@ -137,6 +137,7 @@ class TestExperts:
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
 
+        step(model, optimizer)  # so that B is not zero
         model.config.save_pretrained(tmp_path)
         relora.save_merged(model, tmp_path)
         loaded = type(plain).from_pretrained(tmp_path)

@@ -59,7 +59,7 @@ BREAKAGES = {
         "tests/core/test_shared_class.py",
     ),
     "a write to another tensor is refused": (
-        *("relora_core/lazy_weight.py", "if is_lazy(written):", "if True:"),
+        *("relora_core/lazy_weight.py", "if holds_lazy(written):", "if True:"),
         "tests/core/test_low_rank.py",
     ),
     "a restart takes what no longer fits its low bits": (

@@ -28,9 +28,9 @@ LAYERS = {
         "__init__ testing.algorithm testing.curves testing.expressions "
         "testing.optimizer_state testing.small_layers testing.subjects",
         "testing.inputs testing.jags testing.runner testing.training testing.twin",
-        "testing.compare testing.history testing.leftovers testing.machine testing.resets",
-        "testing.lifetimes testing.merges testing.modules testing.prunes testing.redraws "
-        "testing.strategies",
+        "testing.compare testing.history testing.machine testing.resets",
+        "testing.leftovers testing.lifetimes testing.merges testing.modules testing.prunes "
+        "testing.redraws testing.strategies",
         "testing.module_battery testing.reset_battery testing.restart_battery "
         "testing.schedule_battery",
         "testing.__init__ testing.ours",
