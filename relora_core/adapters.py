@@ -25,7 +25,7 @@ from relora_core.peft_format import (
 )
 from relora_core.register import bank_names
 from relora_core.roll_call import agreed
-from relora_core.sites import Site, sites_of
+from relora_core.sites import Site, refuse_under_way, sites_of
 from relora_core.stepped import steppers
 
 _PREFIX = "base_model.model."
@@ -62,8 +62,8 @@ def save_adapters(
         The directory.
 
     Raises:
-        ValueError: if there is no site, one that PEFT has no right place for, or a factor that is
-            not finite. Nothing is written then.
+        ValueError: if there is no site, one that PEFT has no right place for, a factor that is not
+            finite, or a restart that was broken off. Nothing is written then.
 
     Examples:
         >>> import tempfile
@@ -76,6 +76,7 @@ def save_adapters(
     """
     directory = Path(directory)
     sites = dict(sites_of(model))
+    refuse_under_way(sites.items())
     forms = {name: _form(name, site) for name, site in sites.items()}
     writes = not dist.is_initialized() or dist.get_rank() == 0
     scales = {name: site.scale for name, site in sites.items()}
@@ -132,6 +133,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     sites = dict(sites_of(model))
     with agreed(model, f"load_adapters of {len(sites)} sites", _PATIENCE):
+        refuse_under_way(sites.items())
         found = _read(sites, Path(directory))
     with torch.no_grad():
         for name, (A, B, scale, key) in found.items():

@@ -19,6 +19,7 @@ def replaced(file: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: if `file` is there and no regular file.
+        OSError: if it is a link that leads to itself.
 
     Examples:
         >>> import tempfile
@@ -28,7 +29,10 @@ def replaced(file: Path) -> Iterator[Path]:
         >>> [path.name for path in file.parent.iterdir()]
         ['notes.txt']
     """
-    file = file.resolve()
+    try:
+        file = file.resolve()
+    except RuntimeError:  # Python 3.11 and 3.12; later ones find it absent
+        raise OSError(f"{file} is a link that leads to itself") from None
     if file.exists():
         refuse_irregular(file)
     partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # of this writer alone
@@ -45,7 +49,13 @@ def replaced(file: Path) -> Iterator[Path]:
 
 
 def refuse_irregular(file: Path) -> None:
-    """Raise ValueError if what is there is a directory, a device, a pipe or a socket."""
+    """Raise ValueError if what is there is a directory, a device, a pipe or a socket.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is absent")
     if not file.is_file():
         raise ValueError(f"{file} must be a regular file: it is a directory, a device or a pipe")
 

@@ -53,6 +53,14 @@ def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
     return (right_product if right else left_product)(func, x, W, A, B, lazy.scale)
 
 
+def sum_with_product(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """Return what `torch.addmm` does, as of a linear with a bias where it is one."""
+    vector = isinstance(input, Tensor) and input.ndim == 1 and (beta, alpha) == (1, 1)
+    if vector and isinstance(mat2, Factored) and mat2.ndim == 2 and mat2.has_paths():
+        return linear(mat1, mat2.transposed(), input)
+    return torch.addmm(*materialized((input, mat1, mat2)), beta=beta, alpha=alpha)
+
+
 def in_order(x: Any, weight: Any) -> tuple[Any, Any]:
     """Return the operands of @ in their order, of which dynamo (2.8 to 2.13) puts a tensor first.
 
@@ -71,16 +79,19 @@ def in_order(x: Any, weight: Any) -> tuple[Any, Any]:
     return (weight, x) if left else (x, weight)
 
 
-def grouped_product(a: Any, b: Any, offs: Any = None, bias: Any = None, **how: Any) -> Any:
+def grouped_product(
+    input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
     """Return what `torch._grouped_mm` does."""
-    right = isinstance(b, Factored)
-    lazy, x = (b, a) if right else (a, b)
+    right = isinstance(mat2, Factored)
+    lazy, x = (mat2, input) if right else (input, mat2)
     if holds_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
-        return torch._grouped_mm(*materialized((a, b, offs, bias)), **how)
+        a, b, offs, bias = materialized((input, mat2, offs, bias))
+        return torch._grouped_mm(a, b, offs, bias, out_dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        whole: Tensor = torch._grouped_mm(a, b, offs, **how)
-        return whole
+        found: Tensor = torch._grouped_mm(a, b, offs, out_dtype=out_dtype)
+        return found
 
     A, B = in_whole_words(lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype))
     return (right_product if right else left_product)(product, x, lazy.base, A, B, lazy.scale)

@@ -23,8 +23,9 @@ def matching(
 
     Raises:
         ValueError: if there is no glob, or one that matches none.
+        TypeError: if a glob is no string.
     """
-    globs, names = [globs] if isinstance(globs, str) else list(globs), list(names)
+    globs, names = as_list(globs, option), list(names)
     if not globs:
         raise ValueError(f"{option} is empty: name at least one glob, such as '*.mlp.*'")
     for glob in globs:
@@ -32,3 +33,16 @@ def matching(
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise ValueError(f"{option}: {glob!r} matches no {what}; there are: {shown or 'none'}")
     return [name for name in names if any(matches(name, glob) for glob in globs)]
+
+
+def as_list(globs: str | Iterable[str], option: str) -> list[str]:
+    """Return one or several globs as a list.
+
+    Raises:
+        TypeError: if one is no string.
+    """
+    several = [globs] if isinstance(globs, str) or not isinstance(globs, Iterable) else list(globs)
+    for glob in several:
+        if not isinstance(glob, str):
+            raise TypeError(f"{option} must be a glob or several, such as '*.mlp.*'; got {globs!r}")
+    return several

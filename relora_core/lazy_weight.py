@@ -17,6 +17,7 @@ from relora_core.forms import (
     linear,
     materialized,
     product_of,
+    sum_with_product,
 )
 
 _OPERATORS = (
@@ -106,6 +107,9 @@ class LazyWeight(Factored):
             return self.materialize()[materialized(index)]
         return type(self)(self.base[index], self.lora_A[index], self.lora_B[index], self.scale)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise AttributeError(_lost("setting entries"))
+
     def unbind(self, dim: int = 0) -> tuple[Any, ...]:
         """Return what there is along a dimension, each without it."""
         if dim % self.ndim or not self.batch_dims:
@@ -184,6 +188,8 @@ class LazyWeight(Factored):
             return product_of(func, *args)
         if func is torch._grouped_mm:
             return grouped_product(*args, **kwargs)
+        if func is torch.addmm:
+            return sum_with_product(*args, **kwargs)
         if func is torch.einsum:
             return einsum_of(*args)
         if func is torch.transpose and holds_lazy(args[0]):
@@ -214,7 +220,7 @@ def _refuse_write(name: str) -> None:
 def _lost(write: str) -> str:
     return (
         f"{write} would change a temporary copy of the weight and be lost: a low-rank site's "
-        "weight is computed. Write to `parametrizations.weight.original`"
+        "weight is computed. Write to `parametrizations.weight.original`, and read by .detach()"
     )
 
 

@@ -25,6 +25,7 @@ from relora_core._sharding import (
 from relora_core.lazy_weight import LazyWeight
 from relora_core.low_bits import join, split
 from relora_core.randomness import keyed_uniform
+from relora_core.ties import overlaps_itself
 from relora_core.update import Update
 
 
@@ -69,6 +70,17 @@ class LowRank(nn.Module):
     """
 
     merged_copy: nn.Parameter | None
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Refuse `module.weight = value`, which would have to be split in W and B A.
+
+        Raises:
+            NotImplementedError: always. (At registration torch asks, and takes it for a no.)
+        """
+        raise NotImplementedError(
+            "a low-rank site's weight is computed, and cannot be assigned or changed in place "
+            "(weight *= 2): write to parametrizations.<name>.original, with torch.no_grad"
+        )
 
     def __init__(
         self,
@@ -412,10 +424,18 @@ class LowRank(nn.Module):
         """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64.
 
         Beside sharded factors it is a DTensor that every process has whole: some loaders ask each
-        entry of a state dict for its mesh.
+        entry of a state dict for its mesh. Of a restart that was broken off two bits of `restart`
+        tell, so that one that follows the load finishes it.
+
+        Raises:
+            ValueError: if a merge was broken off after its first write.
         """
+        self.refuse_torn(self.name)
+        restart = self.restart
+        if self.restarting is not None:
+            restart |= _UNDER_WAY | (_REDRAWN if self.restart == self.restarting else 0)
         alpha = torch.tensor(self.alpha, dtype=torch.float64, device="cpu").view(torch.int64)
-        key = torch.tensor([self.seed, self.restart], dtype=torch.int64, device="cpu")
+        key = torch.tensor([self.seed, restart], dtype=torch.int64, device="cpu")
         return spread_like(torch.cat([key, alpha.view(1)]), self.lora_A)
 
     @property
@@ -437,14 +457,26 @@ class LowRank(nn.Module):
                 f"{self.name or 'this low-rank site'} was saved with alpha={alpha:g} and has "
                 f"alpha={self.alpha:g}: register it with the saved one"
             )
-        self.seed, self.restart = seed, restart
-        self.restarting, self.torn = None, False
+        self.seed, self.restart = seed, restart % _REDRAWN
+        redrawn = self.restart if restart & _REDRAWN else self.restart + 1
+        self.restarting, self.torn = redrawn if restart & _UNDER_WAY else None, False
+
+    def refuse_torn(self, name: str) -> None:
+        """Raise ValueError, with the site's name, if a merge was broken off while it wrote."""
+        if self.torn:
+            raise ValueError(
+                f"the merge of {name or 'the site'} was broken off while it wrote, so that W may "
+                "lack its update: load a checkpoint from before, into a new model"
+            )
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of this site."""
         return f"rank={self.rank}, alpha={self.alpha:g}, seed={self.seed}, restart={self.restart}"
 
 
+# Bits beside the number of redraws in a saved key: a restart was under way, and had redrawn this.
+_UNDER_WAY, _REDRAWN = 1 << 62, 1 << 61
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of factors that FSDP2 shards: their gathered copies say nothing of them.
 _SHARDED: dict[int, int] = {-1: -1}
 
@@ -473,10 +505,20 @@ def check_low_rank(
     if base.ndim < 2:
         shape = tuple(base.shape)
         raise ValueError(f"a low-rank weight needs two dimensions or more; got shape {shape}")
-    if not base.is_floating_point():
-        raise TypeError(f"a low-rank weight must be floating point; got {base.dtype}")
+    if base.dtype not in _DTYPES:
+        raise TypeError(
+            "a low-rank weight must be float16, bfloat16, float32 or float64, for a merge to add "
+            f"to; got {base.dtype}"
+        )
+    if base.layout != torch.strided:
+        raise TypeError(f"a low-rank weight must be dense; got {base.layout}")
     if base.numel() == 0:
         raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
+    if overlaps_itself(local(base.detach())):
+        raise ValueError(
+            "a low-rank weight must have memory for each entry, and this one is expanded: give the "
+            "module a copy first (.clone())"
+        )
     for name, value in (("rank", rank), ("seed", seed), ("batch_dims", batch_dims)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int; got {value!r}")

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core._sharding import local
+from relora_core.copies import refuse_copies
 from relora_core.pruning import check_prunable, zero_where_
 from relora_core.quantized import QuantizedMoment, TableMoment, is_quantized
-from relora_core.state_layouts import StateLayout, known_layout, layout_of, refuse_unfit
+from relora_core.state_layouts import (
+    StateLayout,
+    copies_beside,
+    copies_of_wrappers,
+    known_layout,
+    layout_of,
+    refuse_unfit,
+)
 
 
 class Moment(Protocol):
@@ -91,14 +99,13 @@ def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[P
         TypeError: if it is no optimizer, or a moment is neither floating point nor in codes that
             are known.
     """
-    params = list(params)
-    several = optimizers_of(optimizer)
+    params, several = list(params), optimizers_of(optimizer)
     inner = [one for outer in several for one in inner_optimizers(outer)]
     for one in inner:
         refuse_unfit(one)
-    for one in {id(one): one for one in (*several, *inner)}.values():
-        _refuse_copies(one, params)
-    missing = len(params) - len(held_by(optimizer, params))
+    for outer in several:
+        refuse_copies(layers_of(outer), params)
+    missing = len(params) - len(held_by(several, params))
     if missing:
         raise ValueError(
             f"{missing} of {len(params)} parameters are not in the optimizer: build it after "
@@ -107,19 +114,20 @@ def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[P
             "masters) cannot restart: a redraw would not reach them"
         )
     found = []
-    for one in inner:
-        for index, p in enumerate(params):
-            # Never state[p]: it is a defaultdict, and an entry made by looking breaks others.
-            state = one.state.get(p)
-            if state:
-                found.append(_state_of(one, index, p, state))
+    for outer in several:
+        beside = {key for one in layers_of(outer) for key in copies_beside(type(one))}
+        for one in inner_optimizers(outer):
+            for index, p in enumerate(params):
+                # Never state[p]: it is a defaultdict, and an entry made by looking breaks others.
+                state = one.state.get(p)
+                if state:
+                    found.append(_state_of(one, index, p, state, beside))
     return found
 
 
 def held_by(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return those of `params` that one of the optimizers steps."""
-    several = optimizers_of(optimizer)
-    every = [*several, *(one for outer in several for one in inner_optimizers(outer))]
+    every = [one for outer in optimizers_of(optimizer) for one in layers_of(outer)]
     held = {id(p) for one in every for group in one.param_groups for p in group["params"]}
     return [p for p in params if id(p) in held]
 
@@ -145,7 +153,7 @@ def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
             )
     if not several:
         raise ValueError("there is no optimizer: give those that step the factors")
-    return several
+    return list({id(one): one for one in several}.values())
 
 
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
@@ -164,6 +172,13 @@ def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
             yield from inner_optimizers(one)
 
 
+def layers_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those inside of it, from the outermost to the innermost."""
+    several = getattr(optimizer, "optimizers", None)
+    inside = [_inside(optimizer)] if several is None else list(several)
+    return [optimizer, *(layer for one in inside if one is not None for layer in layers_of(one))]
+
+
 def _inside(optimizer: Optimizer) -> Optimizer | None:
     for attribute in ("inner", "optim", "optimizer", "base", "base_optimizer", "_base_optimizer"):
         one = getattr(optimizer, attribute, None)
@@ -176,48 +191,19 @@ def _inside(optimizer: Optimizer) -> Optimizer | None:
 def renew_copies_(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
     """Set an optimizer's copies of `params`, which steps go on from, to what they are now."""
     layout = known_layout(type(optimizer))
-    for p in params if layout is not None else ():
-        for key in layout.copies if layout is not None else ():
+    if layout is None:
+        return
+    for p in params:
+        for key in (*layout.copies, *(copies_of_wrappers() - layout.keys)):
             copy = optimizer.state.get(p, {}).get(key)
             if copy is not None:
                 local(copy).copy_(local(p))
 
 
-def _refuse_copies(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
-    """Raise ValueError if an attribute of an optimizer holds what look like copies of `params`."""
-    known = {id(p) for p in params} | {id(p.grad) for p in params}
-    shapes = {p.shape for p in params if p.ndim > 1}
-    for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups"):
-            continue
-        for tensor in _tensors_in(value):
-            if tensor.shape in shapes and id(tensor) not in known:
-                raise ValueError(
-                    f"{type(optimizer).__name__}.{name} holds tensors of the parameters' shapes "
-                    f"({tuple(tensor.shape)}), such as slow or averaged copies: a redraw would not "
-                    "reach them, and steps would go back to the old parameters. Keep them in "
-                    "`state` and declare them by relora_core.declare_moments(copies=...), or leave "
-                    "the wrapper out"
-                )
-
-
-def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Iterate over the tensors in a container and those in it, Parameters of a model left out."""
-    if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter):
-            yield value
-    elif depth and isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors_in(one, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_in(one, depth - 1)
-
-
 def _state_of(
-    optimizer: Optimizer, index: int, p: nn.Parameter, state: dict[str, Any]
+    optimizer: Optimizer, index: int, p: nn.Parameter, state: dict[str, Any], beside: set[str]
 ) -> ParameterState:
-    layout = layout_of(optimizer, state)
+    layout = layout_of(optimizer, state, beside)
 
     def present(keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: state[key] for key in keys if state.get(key) is not None}

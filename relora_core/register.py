@@ -56,10 +56,10 @@ def register_low_rank(
         `module`.
 
     Raises:
-        ValueError: if the tensor is absent, tied, already parametrized or sharded, may be a bank,
-            or an argument is out of range. Nothing is changed then.
-        TypeError: if the tensor is not floating point, packed, quantized or offloaded, or `rank` or
-            `seed` no int.
+        ValueError: if the tensor is absent, tied, expanded, already parametrized or sharded, has
+            hooks, may be a bank, or an argument is out of range. Nothing is changed then.
+        TypeError: if the tensor is not of 16, 32 or 64 bits in floating point, packed, quantized,
+            sparse or offloaded, or `rank` or `seed` no int.
 
     Examples:
         >>> layer = register_low_rank(nn.Linear(6, 4), rank=2)
@@ -69,7 +69,7 @@ def register_low_rank(
         ['bias', 'parametrizations.weight.0.lora_A', 'parametrizations.weight.0.lora_B']
     """
     check_target(module, tensor_name)
-    refuse_ties({name or tensor_name: (module, tensor_name)})
+    refuse_ties({name or tensor_name: (module, tensor_name)}, kept=True)
     return make_site_(
         module,
         tensor_name,
@@ -143,6 +143,11 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
             f"{kind}.{tensor_name} is split by rows, of which each process knows its own alone: "
             "use ColwiseParallel for an embedding with a low-rank site"
         )
+    if base._backward_hooks or getattr(base, "_post_accumulate_grad_hooks", None):
+        raise ValueError(
+            f"{kind}.{tensor_name} has hooks, which are called with its gradient, and W has none "
+            "once it is frozen: remove them, and set them on lora_A and lora_B afterwards"
+        )
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
             f"{kind} with max_norm rewrites its weight at every look-up, which a low-rank site "
@@ -192,7 +197,8 @@ def remove_low_rank(
         `module`.
 
     Raises:
-        ValueError: if there is no low-rank site there, or it is sharded.
+        ValueError: if there is no low-rank site there, or it is sharded; if W is tied and `merge`
+            asks to write to it.
 
     Examples:
         >>> layer = nn.Linear(6, 4)
@@ -209,6 +215,7 @@ def remove_low_rank(
             "merged_state_dict, or remove it before sharding"
         )
     if merge:
+        refuse_ties({tensor_name: (low_rank_owner(module, tensor_name), "original")})
         low_rank.merge_into_(base)
     low_rank.unsplit_(base)
     own_class_(module)  # from which torch removes the property

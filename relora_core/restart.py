@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_core._sharding import local, shard_max, shard_sum, sharding, unreduced_gradients
-from relora_core.moments import Optimizers, held_by
+from relora_core.moments import Optimizers, held_by, optimizers_of
 from relora_core.pruning import to_floats
 from relora_core.reset import (
     Masks,
@@ -24,8 +24,8 @@ from relora_core.reset import (
 )
 from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of
-from relora_core.stepped import was_stepped
-from relora_core.ties import refuse_ties
+from relora_core.stepped import passed_over, was_stepped
+from relora_core.ties import Owners, owned_by, refuse_ties
 from relora_core.update import Update
 
 
@@ -36,8 +36,8 @@ class RestartReport:
     Args:
         update_norms: for each site's name the Frobenius norm of the s B A that was merged.
         reset: how much of the optimizer's moments was zeroed.
-        idle: names of sites whose B was still zero while that of others was not: nothing has
-            trained them.
+        idle: names of sites whose B was still zero while that of others was not, or while the
+            optimizer has stepped other parameters only: nothing has trained them.
     """
 
     update_norms: dict[str, float]
@@ -120,11 +120,12 @@ def restart_(
     }
     trained = [factor for factor in factors.values() if factor.requires_grad]
     with agreed(model, call, timeout):  # before any communication
-        _refuse_sites(sites)
+        _refuse_sites(model, sites)
+        optimizers = optimizers_of(optimizer)
         frozen = [factor for factor in factors.values() if not factor.requires_grad]
-        kept = {id(p) for p in (*trained, *held_by(optimizer, frozen))}
+        kept = {id(p) for p in (*trained, *held_by(optimizers, frozen))}
         factors = {key: factor for key, factor in factors.items() if id(factor) in kept}
-        states = plan_reset(optimizer, factors.values(), reset)
+        states = plan_reset(optimizers, factors.values(), reset)
     with agreed(model, call, timeout):  # of what only one of them may see
         refuse_nan(states)
         _refuse_gradients(sites)
@@ -132,6 +133,7 @@ def restart_(
         norms = update_norms(sites, updates)
         refuse_overflow(sites, norms)
 
+    hidden = passed_over(p for p in factors.values() if p.requires_grad)
     finishes = any(site.low_rank.restarting is not None for _, site in sites)
     for name, site in sites:
         site.low_rank.restarting = numbers[name] + 1
@@ -143,7 +145,7 @@ def restart_(
     done = apply_reset_(states, reset, list(factors))
     for _, site in sites:
         site.low_rank.restarting = None
-    return RestartReport(norms, done, () if finishes else _idle(norms))
+    return RestartReport(norms, done, () if finishes else _idle(norms, hidden))
 
 
 def _number(site: Site) -> int:
@@ -152,10 +154,10 @@ def _number(site: Site) -> int:
     return site.restart if begun is None else begun - 1
 
 
-def _idle(norms: dict[str, float]) -> tuple[str, ...]:
-    """Return the sites that nothing has trained while others were, with a warning."""
+def _idle(norms: dict[str, float], hidden: bool) -> tuple[str, ...]:
+    """Return the sites that nothing has trained while something else was, with a warning."""
     idle = tuple(name for name, norm in norms.items() if norm == 0)
-    if not idle or len(idle) == len(norms):
+    if not idle or (len(idle) == len(norms) and not hidden):
         return ()
     shown = ", ".join(idle[:4]) + (", ..." if len(idle) > 4 else "")
     warnings.warn(
@@ -168,8 +170,8 @@ def _idle(norms: dict[str, float]) -> tuple[str, ...]:
     return idle
 
 
-def _refuse_sites(sites: list[tuple[str, Site]]) -> None:
-    """Raise ValueError if a W has no memory, or another owner."""
+def _refuse_sites(model: nn.Module, sites: list[tuple[str, Site]]) -> None:
+    """Raise ValueError if a W has no memory, or if it or a factor has another owner."""
     for name, site in sites:
         if site.weight.is_meta or site.lora_A.is_meta or site.lora_B.is_meta:
             raise ValueError(
@@ -177,6 +179,14 @@ def _refuse_sites(sites: list[tuple[str, Site]]) -> None:
                 "lost. Bring it to a device first; what is offloaded by hooks cannot be trained"
             )
     refuse_ties({f"{name}.{site.tensor_name}": site.owner for name, site in sites})
+    owners = Owners(owned_by(model.modules()))
+    for name, site in sites:
+        for which, factor in site.low_rank.named_parameters():
+            if len(owners.of(factor)) > 1:
+                raise ValueError(
+                    f"{which} of {name} is tied to another tensor of the model, which a redraw of "
+                    "one site would change: give each site factors of its own"
+                )
 
 
 @torch.no_grad()
@@ -190,7 +200,8 @@ def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
         raise ValueError(
             f"the factors of {len(waiting)} sites (first: {waiting[0]}) have gradients that no "
             "step has used, of the A and B that a restart replaces: restart between a step and the "
-            "next backward, once in an optimizer step and not in each micro-batch"
+            "next backward, once in an optimizer step and not in each micro-batch, or drop them by "
+            "zero_grad()"
         )
 
 

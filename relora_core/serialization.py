@@ -14,6 +14,7 @@ from relora_core.sites import (
     Site,
     clean_name,
     low_rank_sites,
+    plain_name,
     refuse_torn,
     refuse_unsupported,
     unwrapped,
@@ -128,8 +129,7 @@ def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, T
         key = clean_name(key)
         found = by_memory.get(memory_of(tensor)) if _is_base(key, tensor) else None
         if found is not None:
-            prefix, _, tensor_name = key.removesuffix(".original").rpartition("parametrizations.")
-            inside[key.removesuffix("original")] = (prefix + tensor_name, found)
+            inside[key.removesuffix("original")] = (plain_name(key), found)
     met = {id(site) for _, site in inside.values()}
     missed = [name for name, site in sites if id(site) not in met]
     if missed:

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relora_core._sharding import full, is_flat, reshard_, sharded_like
 from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_and_base, low_rank_owner, low_rank_tensors
+from relora_core.ties import refuse_ties
 from relora_core.update import Update
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -112,6 +113,18 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a parametrized tensor's W had before; any other name as it is.
+
+    Examples:
+        >>> plain_name("layers.0.parametrizations.weight.original")
+        'layers.0.weight'
+    """
+    prefix, found, tensor_name = name.removesuffix(".original").rpartition("parametrizations.")
+    whole = found and name.endswith(".original") and "." not in tensor_name
+    return prefix + tensor_name if whole else name
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's module inside data parallelism and `torch.compile`."""
     while True:
@@ -161,7 +174,7 @@ def merge_(model: nn.Module) -> None:
     not.
 
     Raises:
-        ValueError: if `model` has no site.
+        ValueError: if `model` has no site, or a W is tied.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -171,7 +184,9 @@ def merge_(model: nn.Module) -> None:
 
     Reference: https://arxiv.org/abs/2307.05695, equation 4.
     """
-    for _, site in sites_of(model):
+    sites = sites_of(model)
+    refuse_ties({f"{name}.{site.tensor_name}": site.owner for name, site in sites})
+    for _, site in sites:
         site.merge_()
 
 
@@ -182,7 +197,7 @@ def reinit_(model: nn.Module) -> None:
     (seed, name, restart number), and the number goes up by one.
 
     Raises:
-        ValueError: if `model` has no site.
+        ValueError: if `model` has no site, or a restart was broken off.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -192,7 +207,9 @@ def reinit_(model: nn.Module) -> None:
         >>> [site.restart for _, site in low_rank_sites(model)]
         [1]
     """
-    for _, site in sites_of(model):
+    sites = sites_of(model)
+    refuse_under_way(sites)
+    for _, site in sites:
         site.redraw_()
 
 
@@ -211,9 +228,15 @@ def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
 
 def refuse_torn(sites: Iterable[tuple[str, Site]]) -> None:
     """Raise ValueError if a merge was broken off after its first write."""
-    torn = [name for name, site in sites if site.low_rank.torn]
-    if torn:
-        raise ValueError(
-            f"the merge of {torn[0] or 'the site'} was broken off while it wrote, so that W may "
-            "lack its update: load a checkpoint from before"
-        )
+    for name, site in sites:
+        site.low_rank.refuse_torn(name)
+
+
+def refuse_under_way(sites: Iterable[tuple[str, Site]]) -> None:
+    """Raise ValueError if a restart was broken off, and is to be finished first."""
+    for name, site in sites:
+        if site.low_rank.restarting is not None:
+            raise ValueError(
+                f"a restart was broken off at {name or 'the site'}: call restart_ again, which "
+                "finishes it"
+            )

@@ -1,7 +1,7 @@
 """What the state of one parameter consists of: a fact about each optimizer class."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.optim import Optimizer
@@ -79,6 +79,12 @@ FOREIGN = {
     ),
 }
 
+# Wrappers that keep copies in the state of what is in them, by their keys there.
+_WRAPPERS = {
+    "schedulefree.wrap_schedulefree.ScheduleFreeWrapper": ("z",),
+    "schedulefree.wrap_schedulefree_reference.ScheduleFreeWrapperReference": ("x", "y", "z"),
+}
+
 REFUSED = {
     "torch.optim.asgd.ASGD": "its `ax` is an average of the parameter, which a redraw makes "
     "meaningless",
@@ -117,7 +123,7 @@ def declare_moments(
 
     Raises:
         TypeError: if `optimizer_class` is not a subclass of `torch.optim.Optimizer`.
-        ValueError: if `moments` and `copies` are empty.
+        ValueError: if `moments`, `copies` and `others` are empty.
 
     Examples:
         >>> class Signum(torch.optim.SGD):
@@ -128,7 +134,7 @@ def declare_moments(
         raise TypeError(f"optimizer_class must be an Optimizer subclass; got {optimizer_class!r}")
     begins = _STEP if clock is None else dict(clock)
     layout = StateLayout(tuple(moments), tuple(others), begins, copies=tuple(copies))
-    if not (layout.moments or layout.copies):
+    if not (layout.moments or layout.copies or layout.others):
         raise ValueError("moments is empty: name at least one key of the optimizer's state")
     _declared[optimizer_class] = layout
 
@@ -143,20 +149,41 @@ def refuse_unfit(optimizer: Optimizer) -> None:
             raise ValueError(f"{name} cannot be reset: {REFUSED[_name(cls)]}")
 
 
-def layout_of(optimizer: Optimizer, state: Mapping[str, object]) -> StateLayout:
+def copies_beside(optimizer_class: type[Optimizer]) -> tuple[str, ...]:
+    """Return the keys under which a wrapper keeps copies in the state of what is in it."""
+    return _WRAPPERS.get(_name(optimizer_class), ())
+
+
+def copies_of_wrappers() -> set[str]:
+    """Return the keys under which any known wrapper keeps copies."""
+    return {key for keys in _WRAPPERS.values() for key in keys}
+
+
+def layout_of(
+    optimizer: Optimizer, state: Mapping[str, object], beside: Iterable[str] = ()
+) -> StateLayout:
     """Return the layout of an optimizer's class, checked against one parameter's `state`.
+
+    Args:
+        optimizer: whose state it is.
+        state: of one parameter.
+        beside: keys of copies that wrappers around it keep there.
 
     Raises:
         ValueError: if the class is not known, or has keys that its layout lacks.
     """
     name = type(optimizer).__name__
-    fix = f"relora_core.declare_moments({name}, [<moments>], others=[<the rest>])"
+    fix = (
+        f"relora_core.declare_moments({name}, [<moments>], copies=[<copies of the parameters that "
+        "steps go on from or back to>], others=[<the rest>])"
+    )
     layout = known_layout(type(optimizer))
     if layout is None:
         raise ValueError(
             f"which of {name}'s states {sorted(state)} are moments is not known: declare them with "
             f"{fix}"
         )
+    layout = replace(layout, copies=(*layout.copies, *beside))
     unknown = set(state) - layout.keys
     if unknown:
         raise ValueError(

@@ -1,9 +1,10 @@
-"""The gradients that an optimizer has stepped by already.
+"""The steps that torch's optimizers have taken: by which gradients, and of which parameters.
 
 A restart may come upon gradients: of a step that is done, in a loop that clears them before its
 next backward, or of one that is to come, half accumulated. Only these belong to a step yet.
 """
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -15,6 +16,8 @@ from relora_core._sharding import local
 
 # Of each optimizer the gradients of its last step, by identity, and how often each was written to.
 _last: WeakKeyDictionary[Optimizer, dict[int, tuple[ref[Tensor], int]]] = WeakKeyDictionary()
+# The identities of the parameters that had a gradient in some step of it.
+_reached: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 
 
 def was_stepped(grad: Tensor) -> bool:
@@ -23,16 +26,30 @@ def was_stepped(grad: Tensor) -> bool:
     return any(one and one[0]() is grad and one[1] == local(grad)._version for one in found)
 
 
+def passed_over(params: Iterable[Tensor]) -> bool:
+    """Whether optimizers that hold `params` have stepped others, and none of these ever."""
+    own = set(map(id, params))
+    reached: set[int] = set()
+    for optimizer, ids in _reached.items():
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        reached |= ids if own & held else set()
+    return bool(reached) and not own & reached
+
+
 def steppers() -> list[Optimizer]:
     """Return the optimizers that have taken a step and are there yet."""
     return list(_last)
 
 
 def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    _last[optimizer] = {
-        id(grad): (ref(grad), local(grad)._version) for grad in grads if grad is not None
-    }
+    stepped = [
+        (id(p), p.grad)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    ]
+    _last[optimizer] = {id(grad): (ref(grad), local(grad)._version) for _, grad in stepped}
+    _reached.setdefault(optimizer, set()).update(p for p, _ in stepped)
 
 
 register_optimizer_step_post_hook(_note)

@@ -12,6 +12,7 @@ from relora_core._sharding import local, shard_max
 from relora_core.pruning import to_floats
 from relora_core.register import low_rank_owner
 from relora_core.sites import clean_name, low_rank_sites, unwrapped
+from relora_core.stepped import passed_over
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Summary:
         sites: by name.
         whole: Parameters that are trained as they are, by qualified name.
         left: the names of those among them that a site of the same rank would halve or better.
-        idle: names of sites whose B is zero while that of others is not: nothing has trained them.
+        idle: names of sites whose B is zero while that of others is not, or while the optimizer
+            has stepped other parameters only: nothing has trained them.
 
     Examples:
         >>> summary(nn.Linear(60, 40)).left
@@ -110,11 +112,13 @@ def summary(model: nn.Module) -> Summary:
     rank = min((site.rank for _, site in sites), default=1)
     marks = to_floats([_is_trained(site.lora_B) for _, site in sites])
     trained = {name: mark > 0 for (name, _), mark in zip(sites, marks, strict=True)}
+    factors = [p for _, site in sites for p in (site.lora_A, site.lora_B)]
+    named = any(trained.values()) or passed_over(factors)
     return Summary(
         sites={name: Line(tuple(site.weight.shape), site.rank) for name, site in sites},
         whole=whole,
         left=tuple(name for name, line in whole.items() if _would_halve(line.shape, rank)),
-        idle=tuple(n for n, one in trained.items() if not one) if any(trained.values()) else (),
+        idle=tuple(n for n, one in trained.items() if not one) if named else (),
     )
 
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from relora_core._sharding import is_fully_sharded
-from relora_core.globs import matching
+from relora_core.globs import as_list, matching
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
     batch_dims_of,
@@ -23,7 +23,10 @@ from relora_core.register import (
     remove_low_rank,
 )
 from relora_core.sites import clean_name, refuse_unsupported, unwrapped
-from relora_core.ties import Owner, by_storage, refuse_ties, tied_to
+from relora_core.ties import Owner, Owners, owned_by, refuse_ties
+
+# Modules whose Parameters have numbers or keys for names.
+_LISTS = (nn.ParameterList, nn.ParameterDict)
 
 
 def add_low_rank_(
@@ -50,10 +53,11 @@ def add_low_rank_(
             weights through `base_state_dict(model)`, and the factors by `reset_parameters` of
             each site's `low_rank`.
         targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
-            if it has a `weight` Parameter of two or more dimensions. A Parameter of another name
-            counts where a glob matches its qualified name and the glob's last part its own:
-            `*.self_attn.in_proj_weight`, `*.experts.*_proj`, but not `*.self_attn.*`. A module
-            that has several names is one site, under the first.
+            if it has a `weight` Parameter of two or more dimensions, which may be named too:
+            `*.mlp.*.weight`. A Parameter of another name counts where a glob matches its qualified
+            name and the glob's last part its own: `*.self_attn.in_proj_weight`,
+            `*.experts.*_proj`, but not `*.self_attn.*`. Those of a ParameterList or ParameterDict
+            need not be named so. A module that has several names is one site, under the first.
         rank: $r$.
         alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
         seed: of every draw, which is also keyed by the module's name and the restart.
@@ -87,7 +91,7 @@ def add_low_rank_(
     Reference: https://arxiv.org/abs/2307.05695, section 3: attention and MLP projections.
     """
     rank_pattern = dict(rank_pattern or {})
-    targets = [targets] if isinstance(targets, str) else list(targets)
+    targets = as_list(targets, "targets")
     if is_fully_sharded(model):
         raise ValueError("the model is sharded already: add low-rank sites before fully_shard")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -114,7 +118,7 @@ def add_low_rank_(
     }
     for name, owner in chosen.items():
         _complete_(options[name], name, owner, batch_dims)
-    refuse_ties(chosen)
+    refuse_ties(chosen, kept=True)
 
     with ExitStack() as undo:  # if one cannot be made, none is
         for name, (module, tensor_name) in chosen.items():
@@ -144,8 +148,18 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, Owner]:
     if whole:
         what += f", and names no Parameter (for {whole[0]!r} its last part must)"
 
+    if not (weights or others) and _has(model, "weight"):
+        raise ValueError(
+            f"the model itself is a {type(model).__name__}, whose weight has no module's name that "
+            "a glob could match: call register_low_rank(model) for it"
+        )
+
     def matches(name: str, glob: str) -> bool:
-        named = name in weights or _names(glob, others[name][1])
+        if name in weights:
+            by_weight = _names(glob, "weight") and fnmatchcase(f"{name}.weight", glob)
+            return by_weight or fnmatchcase(name, glob)
+        module, tensor_name = others[name]
+        named = isinstance(module, _LISTS) or _names(glob, tensor_name)
         return named and fnmatchcase(name, glob)
 
     found = set(matching(targets, [*weights, *others], what, matches=matches))
@@ -206,12 +220,12 @@ def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
 
 def _refuse_ties_within(model: nn.Module, chosen: Mapping[str, Owner]) -> None:
     """Raise ValueError, with the names in `model`, if a tensor has an owner besides its own."""
-    owners = by_storage(model.modules())
+    owners = Owners(owned_by(model.modules()))
     for module, tensor_name in chosen.values():
         parameter = module._parameters.get(tensor_name)
         if parameter is None or is_lazy(parameter):
             continue
-        tied = tied_to(parameter, owners)
+        tied = owners.of(parameter)
         if len(tied) > 1:
             names = {id(module): clean_name(name) for name, module in model.named_modules()}
             shown = [f"{names[id(owner)]}.{own}".lstrip(".") for owner, own in tied]

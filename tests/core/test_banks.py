@@ -164,6 +164,25 @@ def test_grouped_products_are_those_of_a_loop(dtype, rank, left):
 
 
 @grouped
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, offs: torch._grouped_mm(x, w, offs, None, torch.bfloat16),
+        lambda x, w, offs: torch._grouped_mm(input=x, mat2=w, offs=offs),
+        lambda x, w, offs: torch._grouped_mm(x, mat2=w, offs=offs, bias=None),
+        lambda x, w, offs: torch._grouped_mm(x, w, offs=offs, out_dtype=torch.bfloat16),
+    ],
+)
+def test_a_grouped_product_takes_its_arguments_in_any_way(call):
+    offsets = torch.tensor([8, 8, 16, 24], dtype=torch.int32)
+    x = torch.randn(24, IN, dtype=torch.bfloat16)
+    bank = bank_of(lambda w, x: call(x, w.mT, offsets), dtype=torch.bfloat16)
+    expected = bank_of(lambda w, x: torch._grouped_mm(x, w.mT, offs=offsets), dtype=torch.bfloat16)
+    expected.load_state_dict(bank.state_dict())
+    assert torch.equal(bank(x), expected(x))
+
+
+@grouped
 def test_a_grouped_product_forms_no_tensor_of_the_bank_s_size():
     offsets = torch.tensor([8, 8, 16, 24], dtype=torch.int32)
     bank = bank_of(

@@ -69,6 +69,16 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def sites_of(model):
+    return list(relora.low_rank_sites(model))
+
+
+# What must wait until a restart that was broken off is finished.
+CALLS = (
+    relora.reinit_,
+    lambda model: relora.save_adapters(model, "never"),
+    lambda model: relora.load_adapters(model, "never"),
+)
 OUT_OF_MEMORY, CTRL_C = torch.OutOfMemoryError, KeyboardInterrupt
 
 
@@ -98,11 +108,11 @@ def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
             pass
         else:
             break
-        if any(site.low_rank.torn for _, site in relora.low_rank_sites(broken[0])):
+        if any(site.low_rank.torn for _, site in sites_of(broken[0])):
             refused += 1
             with pytest.raises(ValueError, match="broken off while it wrote"):
                 relora.restart_(*broken, **options)
-            for call in (relora.merged_state_dict, relora.merge_, relora.reinit_):
+            for call in (*CALLS, relora.merged_state_dict, relora.merge_, nn.Module.state_dict):
                 with pytest.raises(ValueError, match="broken off"):
                     call(broken[0])
             broken[0].load_state_dict(model.state_dict())  # the way out
@@ -110,11 +120,19 @@ def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
             assert same(state(*broken), before)
             relora.restart_(*broken, **options)
         else:
-            relora.restart_(*broken, **options)
+            if any(site.low_rank.restarting is not None for _, site in sites_of(broken[0])):
+                for call in CALLS:
+                    with pytest.raises(ValueError, match="call restart_ again, which finishes it"):
+                        call(broken[0])
+            resumed = _both(copy.deepcopy((model, optimizer)))
+            resumed[0].load_state_dict(broken[0].state_dict())
+            resumed[1].load_state_dict(copy.deepcopy(broken[1].state_dict()))
+            for pair in (broken, resumed):
+                relora.restart_(*pair, **options)
+                assert same(state(*pair), done), at
             finished += 1
-        assert same(state(*broken), done), at
     assert finished > 10
-    sites = len(list(relora.low_rank_sites(model)))
+    sites = len(sites_of(model))
     # Between B and W, or within two halves of W: the only places.
     assert refused <= 6 * sites
 
@@ -137,7 +155,7 @@ def test_a_part_of_a_restart_counts_nothing_twice():
             with BreakOff(at, KeyboardInterrupt):
                 relora.restart_(*broken)
         except KeyboardInterrupt:
-            torn = any(site.low_rank.torn for _, site in relora.low_rank_sites(broken[0]))
+            torn = any(site.low_rank.torn for _, site in sites_of(broken[0]))
             if not torn:
                 torch.testing.assert_close(broken[0](x), expected)
         else:

@@ -1,18 +1,14 @@
 """Nothing that was derived from old factors outlives a restart: it is renewed, or refused."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import relora_core as relora
-from relora_core.averages import AveragedSites
 from relora_core.stepped import was_stepped
 from tests.kit.planted.layers import Fused
-from tests.reference import randomize_
 
 
 def net():
@@ -124,104 +120,6 @@ class TestGradients:
             p.grad = None
 
 
-class Lookahead(torch.optim.Optimizer):
-    """Every other step goes back half the way to slow copies, in its own state."""
-
-    def __init__(self, optimizer):
-        self.optimizer, self.state, self.calls = optimizer, {}, 0
-        self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
-        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            setattr(self, name, {})
-
-    def step(self, closure=None):
-        self.optimizer.step()
-        self.calls += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                slow = self.state.setdefault(p, {}).setdefault("slow", p.detach().clone())
-                if self.calls % 2 == 0:
-                    slow.lerp_(p.detach(), 0.5)
-                    p.data.copy_(slow)
-
-
-class Shadowing(torch.optim.AdamW):
-    """Copies of the parameters in an attribute of its own, as half of all such wrappers have."""
-
-    def __init__(self, params, keep):
-        super().__init__(params)
-        every = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
-        self.slow_weights = keep(every)
-
-
-class TestCopiesInOptimizers:
-    def test_a_wrapper_s_own_state_is_refused_by_name(self):
-        model = low_rank()
-        optimizer = Lookahead(torch.optim.AdamW(trained(model)))
-        backward(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        with pytest.raises(ValueError, match=r"which of Lookahead's states \['slow'\]"):
-            relora.restart_(model, optimizer)
-
-    def test_a_wrapper_s_declared_copies_are_renewed(self):
-        class Declared(Lookahead):
-            pass
-
-        relora.declare_moments(Declared, [], copies=["slow"], clock={})
-        model = low_rank()
-        optimizer = Declared(torch.optim.AdamW(trained(model)))
-        for seed in range(3):
-            backward(model, seed)
-            optimizer.step()
-            optimizer.zero_grad()
-        relora.restart_(model, optimizer)
-        for p in factors(model):
-            assert torch.equal(optimizer.state[p]["slow"], p)
-
-    @pytest.mark.parametrize(
-        "keep",
-        [
-            lambda every: every,
-            lambda every: {"all": tuple(itertools.chain(*every))},
-            lambda every: dict(enumerate(itertools.chain(*every))),
-        ],
-    )
-    def test_copies_in_an_attribute_are_refused_by_name(self, keep):
-        model = low_rank()
-        optimizer = Shadowing(trained(model), keep)
-        assert_untouched(
-            model,
-            optimizer,
-            lambda: relora.restart_(model, optimizer),
-            match="Shadowing.slow_weights holds tensors of the parameters' shapes",
-        )
-
-    def test_lists_of_the_parameters_themselves_are_none(self):
-        model = low_rank()
-        optimizer = torch.optim.AdamW(trained(model))
-        optimizer.mine = trained(model)
-        backward(model)
-        optimizer.step()
-        optimizer.grads = [p.grad for p in trained(model)]
-        assert relora.restart_(model, optimizer).sites == 2
-
-    def test_schedule_free_s_follow_adapters_that_are_loaded(self, tmp_path):
-        schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
-        model = low_rank()
-        optimizer = schedulefree.AdamWScheduleFree(trained(model), lr=1e-2)
-        optimizer.train()
-        relora.save_adapters(model, tmp_path)
-        kept = [p.detach().clone() for p in factors(model)]
-        for seed in range(5):
-            backward(model, seed)
-            optimizer.step()
-            optimizer.zero_grad()
-        relora.load_adapters(model, tmp_path)
-        for p, before in zip(factors(model), kept, strict=True):
-            assert torch.equal(p, before)
-            assert torch.equal(optimizer.state[p]["z"], before)
-
-
 class TestFrozenFactors:
     def test_have_their_moments_pruned_too(self):
         model = low_rank()
@@ -257,8 +155,7 @@ class TestSeveralOptimizers:
             for one in optimizers:
                 one.step()
                 one.zero_grad()
-        several = list(optimizers) if together is iter else together(optimizers)
-        relora.restart_(model, several, prune_ratio=1.0)
+        relora.restart_(model, together(optimizers), prune_ratio=1.0)
         for p in A:
             assert not optimizers[0].state[p]["momentum_buffer"].any()
         for _, site in relora.low_rank_sites(model):
@@ -275,85 +172,18 @@ class TestSeveralOptimizers:
         with pytest.raises(TypeError, match="optimizer must be a torch optimizer"):
             relora.restart_(low_rank(), given)
 
+    def test_one_that_is_given_twice_counts_once(self):
+        model = low_rank()
+        optimizer = torch.optim.AdamW(trained(model))
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        entries = 2 * sum(p.numel() for p in factors(model))
+        assert relora.restart_(model, [optimizer, optimizer]).reset.entries == entries
+
     def test_none_at_all_is_refused(self):
         with pytest.raises(ValueError, match="there is no optimizer"):
             relora.restart_(low_rank(), [])
-
-
-class TestAverages:
-    @pytest.mark.parametrize("use_buffers", [False, True])
-    @pytest.mark.parametrize(
-        "rule",
-        [
-            {"multi_avg_fn": get_ema_multi_avg_fn(0.8)},
-            {"avg_fn": lambda averaged, now, n: 0.8 * averaged + 0.2 * now},
-            {},
-        ],
-        ids=["ema", "own", "swa"],
-    )
-    def test_are_of_merged_weights(self, rule, use_buffers):
-        """Over restarts, which an average of A and B apart does not survive."""
-        model = low_rank()
-        optimizer = torch.optim.AdamW(trained(model), lr=3e-2)
-        averaged = AveragedModel(model, use_buffers=use_buffers, **rule)
-        expected = None
-        for step in range(12):
-            if step and step % 5 == 0:
-                relora.restart_(model, optimizer)
-            backward(model, step)
-            optimizer.step()
-            averaged.update_parameters(model)
-            now = {k: v.detach().clone() for k, v in relora.merged_state_dict(model).items()}
-            keep = 0.8 if rule else step / (step + 1)
-            if expected is None:
-                expected = now
-            else:
-                expected = {k: keep * expected[k] + (1 - keep) * now[k] for k in now}
-        found = relora.merged_state_dict(averaged.module)
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value)
-        plain = net()
-        plain.load_state_dict(expected)
-        x = torch.randn(3, 6)
-        torch.testing.assert_close(averaged(x), plain(x))
-
-    def test_keep_their_class_s_name_in_copies_and_states(self):
-        model = low_rank()
-        averaged = AveragedModel(model)
-        assert type(averaged) is AveragedSites
-        assert isinstance(averaged, AveragedModel)
-        randomize_(model)
-        averaged.update_parameters(model)
-        other = AveragedModel(low_rank())
-        other.load_state_dict(averaged.state_dict())
-        again = copy.deepcopy(averaged)
-        x = torch.randn(3, 6)
-        assert torch.equal(other(x), averaged(x))
-        again.update_parameters(low_rank())
-        assert not torch.equal(again(x), averaged(x))
-
-    def test_of_a_subclass_too(self):
-        class Mine(AveragedModel):
-            def extra(self):
-                return 3
-
-        model = low_rank()
-        averaged = Mine(model)
-        assert averaged.extra() == 3
-        randomize_(model)
-        x = torch.randn(3, 6)
-        averaged.update_parameters(model)
-        torch.testing.assert_close(averaged(x), model(x))
-
-    def test_of_a_plain_model_are_torch_s(self):
-        assert type(AveragedModel(net())) is AveragedModel
-
-    def test_over_split_bases_are_refused(self):
-        model = low_rank()
-        averaged = AveragedModel(model)
-        relora.split_bases_(model)
-        with pytest.raises(ValueError, match="would be rounded to 16 bits"):
-            averaged.update_parameters(model)
 
 
 class Detached(nn.Linear):
@@ -375,6 +205,27 @@ class TestIdleSites:
         with pytest.warns(UserWarning, match=r"B is still zero at 1 of 2 low-rank sites .0."):
             report = relora.restart_(model, optimizer)
         assert report.idle == ("0",)
+
+    @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+    def test_are_all_of_them_where_only_the_rest_was_trained(self, make):
+        model = nn.Sequential(Detached(6, 8), nn.Tanh(), Detached(8, 4))
+        relora.add_low_rank_(model, "*", rank=2)
+        optimizer = make(trained(model), lr=0.1)
+        assert relora.summary(model).idle == ()
+        for seed in range(2):
+            backward(model, seed)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert relora.summary(model).idle == ("0", "2")
+            with pytest.warns(UserWarning, match="B is still zero at 2 of 2 low-rank sites"):
+                assert relora.restart_(model, optimizer).idle == ("0", "2")
+
+    def test_are_none_of_another_model_s_steps(self):
+        other, model = low_rank(), low_rank()
+        optimizer = torch.optim.AdamW(trained(other))
+        backward(other)
+        optimizer.step()
+        assert relora.restart_(model, torch.optim.AdamW(trained(model))).idle == ()
 
     def test_are_none_where_all_or_none_are_trained(self):
         model = low_rank()

@@ -250,6 +250,65 @@ def test_every_dtype_is_as_near_to_float64_as_a_plain_linear(dtype):
     assert error(site.lora_B.grad, exact_site.lora_B.grad) <= tolerance
 
 
+def ones(*shape):
+    return torch.ones(shape, dtype=torch.float64)
+
+
+class Transposed(nn.Module):
+    """A linear as GPT-2 has it: W is (in, out), and the bias is added to the product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((24, 16), (16,))
+        )
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bias_added_to_a_product_is_a_linear_s(compiled, form):
+    layer = relora.register_low_rank(Transposed(), rank=2)
+    site = relora.Site(layer, "weight")
+    nn.init.normal_(site.lora_B)
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    expected = torch.addmm(layer.bias, x, layer.weight.materialize())
+    expected.square().sum().backward()
+    old = [p.grad for p in (x, site.lora_A, site.lora_B, layer.bias)]
+    for p in (x, site.lora_A, site.lora_B, layer.bias):
+        p.grad = None
+    if compiled:
+        y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    else:
+        with FlopCounterMode(display=False) as counted:
+            y = layer(x)
+        paths = counted.get_total_flops() == 2 * 5 * (24 * 16 + 2 * 24 + 2 * 16)
+        assert paths == (form == "two paths")
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    for p, grad in zip((x, site.lora_A, site.lora_B, layer.bias), old, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w, x: torch.addmm(ones(5, 16), x, w),
+        lambda w, x: torch.addmm(ones(16), x, w, beta=0.5, alpha=2),
+        lambda w, x: torch.addmm(input=ones(16), mat1=x, mat2=w),
+        lambda w, x: torch.addmm(w, ones(24, 5), ones(5, 16)),
+        lambda w, x: torch.addmm(ones(24, 2), w, ones(16, 2)),
+        lambda w, x: ones(16).addmm(x, w),
+    ],
+)
+def test_every_sum_with_a_product_equals_the_dense_one(call):
+    layer = relora.register_low_rank(Transposed(), rank=2)
+    nn.init.normal_(relora.Site(layer, "weight").lora_B)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    torch.testing.assert_close(call(layer.weight, x), call(layer.weight.materialize(), x))
+
+
 def test_activation_checkpointing_changes_no_bit():
     layer = low_rank_layer(dtype=torch.float32)
     site = relora.Site(layer, "weight")

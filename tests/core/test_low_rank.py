@@ -212,6 +212,12 @@ class TestLazyWeight:
             torch.add(torch.ones(4, 6), 1, out=layer.weight)
         with pytest.raises(AttributeError, match=r"write through _foreach_zero_ would"):
             torch._foreach_zero_([layer.weight])
+        with pytest.raises(AttributeError, match=r"setting entries would"):
+            layer.weight[0] = 1
+        with pytest.raises(NotImplementedError, match=r"cannot be assigned or changed in place"):
+            layer.weight *= 2
+        with pytest.raises(NotImplementedError, match=r"cannot be assigned"):
+            layer.weight = torch.zeros(4, 6)
 
     @pytest.mark.parametrize(
         "write",

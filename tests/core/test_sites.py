@@ -134,7 +134,13 @@ REFUSALS = [
     (Model, TARGETS, {"rank_pattern": {"embed": 1}}, ValueError, "rank_pattern: 'embed' matches"),
     (Model, TARGETS, {"alpha": -1.0}, ValueError, "alpha must be positive"),
     (_tied, ["head"], {}, ValueError, r"head.weight is tied \(embed.weight, head.weight\)"),
-    (_integers, ["0"], {}, TypeError, "0: a low-rank weight must be floating point"),
+    (
+        _integers,
+        ["0"],
+        {},
+        TypeError,
+        "0: a low-rank weight must be float16, bfloat16, float32 or float64",
+    ),
     (low_rank_model, TARGETS, {}, ValueError, "parametrized already"),
     (_weight_normed, "*", {}, ValueError, "parametrized already"),
 ]

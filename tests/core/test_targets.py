@@ -1,11 +1,10 @@
 """What becomes a site is what the user means: named, whole, untied, all or none."""
 
-import copy
-import gc
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import relora_core as relora
@@ -52,6 +51,42 @@ class TestParameters:
         model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
         with pytest.raises(ValueError, match=r"for 'attention.in_proj_weight' its last part must"):
             relora.add_low_rank_(model, "attention", rank=2)
+
+    @pytest.mark.parametrize("glob", ["weights.*", "weights.1", "*", "weights*"])
+    @pytest.mark.parametrize("keep", [list, lambda every: dict(zip("01", every, strict=True))])
+    def test_in_lists_need_not_be_named(self, glob, keep):
+        model, x = nn.Module(), torch.randn(3, 6)
+        every = keep([nn.Parameter(torch.randn(4, 6)) for _ in range(2)])
+        kind = nn.ParameterList if isinstance(every, list) else nn.ParameterDict
+        model.weights = kind(every)
+        relora.add_low_rank_(model, glob, rank=2)
+        assert names(model) == ["weights.1"] if "1" in glob else ["weights.0", "weights.1"]
+        randomize_(model)
+        key = 1 if kind is nn.ParameterList else "1"
+        before = F.linear(x, model.weights[key])
+        torch.testing.assert_close(x @ relora.merged_state_dict(model)["weights.1"].t(), before)
+        relora.merge_(model)
+        torch.testing.assert_close(F.linear(x, model.weights[key]), before)
+
+    @pytest.mark.parametrize(
+        ("glob", "expected"),
+        [("0.weight", ["0"]), ("*.weight", ["0", "1"]), ("*weight", ["0", "1"])],
+    )
+    def test_called_weight_may_be_named(self, glob, expected):
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+        assert names(relora.add_low_rank_(model, glob, rank=2)) == expected
+
+    def test_of_a_layer_by_itself_have_no_name_to_match(self):
+        layer = nn.Linear(6, 4)
+        with pytest.raises(ValueError, match=r"itself is a Linear, .* call register_low_rank"):
+            relora.add_low_rank_(layer, "*", rank=2)
+
+    @pytest.mark.parametrize("targets", [None, 3, [0], ["0", b"1"], {None: "0"}])
+    def test_are_named_by_strings(self, targets):
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4))
+        with pytest.raises(TypeError, match="targets must be a glob or several"):
+            relora.add_low_rank_(model, targets, rank=2)
+        assert not names(model)
 
 
 class TestCoverage:
@@ -117,85 +152,6 @@ class TestSharedModules:
         torch.testing.assert_close(model["b"](model["a"](x)), before)
 
 
-def same_parameter(one, other):
-    other.weight = one.weight
-
-
-def same_memory(one, other):
-    other.weight.data = one.weight.data
-
-
-def overlapping(one, other):
-    memory = torch.randn(6, 4)
-    one.weight.data, other.weight.data = memory[:4], memory[2:]
-
-
-def buffer(one, other):
-    other.register_buffer("copy", one.weight.detach())
-
-
-TIES = [same_parameter, same_memory, overlapping, buffer]
-
-
-@pytest.mark.parametrize("tie", TIES)
-class TestTies:
-    def model(self, tie):
-        model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
-        tie(model["body"][0], model["head"])
-        return model
-
-    def test_are_refused_within_the_model(self, tie):
-        model = self.model(tie)
-        with pytest.raises(ValueError, match=r"body.0.weight is tied \(body.0.weight, head."):
-            relora.add_low_rank_(model, "body.0", rank=2)
-        assert not names(model)
-
-    def test_are_refused_through_a_submodule(self, tie):
-        model = self.model(tie)
-        with pytest.raises(ValueError, match=r"^0 is tied to (weight|copy) of a Linear"):
-            relora.add_low_rank_(model["body"], "0", rank=2)
-        assert not names(model)
-
-    def test_are_refused_of_one_tensor(self, tie):
-        model = self.model(tie)
-        with pytest.raises(ValueError, match=r"weight is tied to (weight|copy) of a Linear"):
-            relora.register_low_rank(model["body"][0], rank=2)
-        assert not names(model)
-
-    def test_are_looked_for_again_before_a_restart_changes_anything(self, tie):
-        model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
-        relora.add_low_rank_(model["body"], "0", rank=2)
-        randomize_(model)
-        (_, site), *_ = relora.low_rank_sites(model)
-        stand_in = nn.Module()
-        stand_in.weight = site.weight
-        tie(stand_in, model["head"])
-        optimizer = torch.optim.AdamW([site.lora_A, site.lora_B])
-        before = copy.deepcopy(model.state_dict())
-        for whole in (model, model["body"]):
-            with pytest.raises(ValueError, match="tied to"):
-                relora.restart_(whole, optimizer)
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[key]), key
-
-    def test_are_none_once_the_other_is_gone(self, tie):
-        model = self.model(tie)
-        body = model["body"]
-        del model
-        gc.collect()
-        relora.add_low_rank_(body, "0", rank=2)
-        assert names(body) == ["0"]
-
-
-def test_views_of_one_memory_that_do_not_overlap_are_not_tied():
-    memory = torch.randn(8, 4)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].weight.data, model[1].weight.data = memory[:4], memory[4:]
-    relora.add_low_rank_(model, "*", rank=2)
-    relora.merge_(model)
-    assert names(model) == ["0", "1"]
-
-
 def test_a_registration_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -253,6 +209,54 @@ def four_bits():
     return layer.to("cpu")
 
 
+def holding(weight):
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.randn(4, 1).expand(4, 4),
+        torch.randn(4).expand(4, 4),
+        torch.randn(7).as_strided((4, 4), (1, 1)),
+    ],
+)
+def test_a_weight_whose_entries_lie_on_each_other_is_refused(weight):
+    model = nn.Sequential(holding(weight))
+    with pytest.raises(ValueError, match="must have memory for each entry"):
+        relora.add_low_rank_(model, "0", rank=1)
+    assert not names(model)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.randn(4, 4).t(), torch.randn(4, 8)[:, ::2], torch.randn(9, 4)[1:8:2]]
+)
+def test_a_weight_with_strides_is_merged_into(weight):
+    model = relora.add_low_rank_(nn.Sequential(holding(weight)), "0", rank=1)
+    randomize_(model)
+    x = torch.randn(3, 4)
+    before = model(x)
+    relora.merge_(model)
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [torch.Tensor.register_hook, nn.Parameter.register_post_accumulate_grad_hook],
+)
+def test_a_weight_whose_hooks_would_never_be_called_is_refused(register):
+    model = nn.Sequential(nn.Linear(4, 4))
+    handle = register(model[0].weight, lambda grad: None)
+    with pytest.raises(ValueError, match=r"0: Linear.weight has hooks"):
+        relora.add_low_rank_(model, "0", rank=1)
+    with pytest.raises(ValueError, match="has hooks"):
+        relora.register_low_rank(model[0], rank=1)
+    handle.remove()
+    assert names(relora.add_low_rank_(model, "0", rank=1)) == ["0"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -260,6 +264,8 @@ def four_bits():
         (offloaded, "is offloaded by hooks"),
         (quantized, "Linear.weight is a .*, which a merge cannot write to"),
         (four_bits, "Linear4bit.weight has shape .* packed"),
+        (lambda: holding(torch.eye(4).to(torch.float8_e4m3fn)), "must be .*; got torch.float8"),
+        (lambda: holding(torch.eye(4).to_sparse()), "must be dense; got torch.sparse_coo"),
     ],
 )
 def test_what_a_merge_cannot_write_to_is_refused(make, message):

@@ -1,0 +1,216 @@
+"""Tied weights are refused where a site is made, and before anything writes to them."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import relora_core as relora
+from tests.reference import randomize_
+
+
+def names(model):
+    return [name for name, _ in relora.low_rank_sites(model)]
+
+
+def same_parameter(one, other):
+    other.weight = one.weight
+
+
+def same_memory(one, other):
+    other.weight.data = one.weight.data
+
+
+def overlapping(one, other):
+    memory = torch.randn(6, 4)
+    one.weight.data, other.weight.data = memory[:4], memory[2:]
+
+
+def buffer(one, other):
+    other.register_buffer("copy", one.weight.detach())
+
+
+def through_numpy(one, other):
+    other.weight = nn.Parameter(torch.from_numpy(one.weight.detach().numpy()))
+
+
+def through_dlpack(one, other):
+    other.weight = nn.Parameter(torch.from_dlpack(one.weight.detach()))
+
+
+def of_one_array(one, other):
+    memory = torch.zeros(6, 4).numpy()
+    one.weight.data, other.weight.data = (torch.from_numpy(memory[i : i + 4]) for i in (0, 2))
+
+
+TIES = [
+    *(same_parameter, same_memory, overlapping, buffer),
+    *(through_numpy, through_dlpack, of_one_array),
+]
+
+
+@pytest.mark.parametrize("tie", TIES)
+class TestTies:
+    def model(self, tie):
+        model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+        tie(model["body"][0], model["head"])
+        return model
+
+    def test_are_refused_within_the_model(self, tie):
+        model = self.model(tie)
+        with pytest.raises(ValueError, match=r"body.0.weight is tied \(body.0.weight, head."):
+            relora.add_low_rank_(model, "body.0", rank=2)
+        assert not names(model)
+
+    def test_are_refused_through_a_submodule(self, tie):
+        model = self.model(tie)
+        with pytest.raises(ValueError, match=r"^0 is tied to (weight|copy) of a Linear"):
+            relora.add_low_rank_(model["body"], "0", rank=2)
+        assert not names(model)
+
+    def test_are_refused_of_one_tensor(self, tie):
+        model = self.model(tie)
+        with pytest.raises(ValueError, match=r"weight is tied to (weight|copy) of a Linear"):
+            relora.register_low_rank(model["body"][0], rank=2)
+        assert not names(model)
+
+    def test_are_looked_for_again_before_a_restart_changes_anything(self, tie):
+        model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+        relora.add_low_rank_(model["body"], "0", rank=2)
+        randomize_(model)
+        (_, site), *_ = relora.low_rank_sites(model)
+        stand_in = nn.Module()
+        stand_in.weight = site.weight
+        tie(stand_in, model["head"])
+        optimizer = torch.optim.AdamW([site.lora_A, site.lora_B])
+        before = copy.deepcopy(model.state_dict())
+        for whole in (model, model["body"]):
+            with pytest.raises(ValueError, match="tied to"):
+                relora.restart_(whole, optimizer)
+            with pytest.raises(ValueError, match="tied to"):
+                relora.merge_(whole)
+        with pytest.raises(ValueError, match="tied to"):
+            relora.remove_low_rank(model["body"][0])
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[key]), key
+
+    def test_are_none_once_the_other_is_gone(self, tie):
+        model = self.model(tie)
+        body = model["body"]
+        del model
+        gc.collect()
+        relora.add_low_rank_(body, "0", rank=2)
+        assert names(body) == ["0"]
+
+
+def keep_in_a_list(one, other):
+    other.kept = [one.weight]
+
+
+def keep_in_a_dict(one, other):
+    other.kept = {"weight": one.weight.detach()}
+
+
+def keep(one, other):
+    other.__dict__["kept"] = one.weight
+
+
+@pytest.mark.parametrize("tie", [keep_in_a_list, keep_in_a_dict, keep])
+def test_a_weight_that_a_module_keeps_aside_is_refused(tie):
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
+    tie(model["body"][0], model["head"])
+    with pytest.raises(ValueError, match=r"^body.0 is tied to kept of a Linear"):
+        relora.add_low_rank_(model, "body.0", rank=2)
+    with pytest.raises(ValueError, match="tied to kept of a Linear"):
+        relora.register_low_rank(model["body"][0], rank=2)
+    assert not names(model)
+
+
+def test_lists_that_are_made_of_a_model_with_sites_are_no_ties():
+    """As for clipping: nothing in them is used as a weight of its own."""
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    model.kept = list(model.parameters())
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    assert relora.restart_(model, optimizer).sites == 1
+    relora.merge_(model)
+
+
+class TestFactors:
+    def model(self):
+        return relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "*", rank=2)
+
+    @pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+    @pytest.mark.parametrize("tie", ["object", "memory", "views"])
+    def test_that_are_tied_are_refused_at_a_restart(self, which, tie):
+        model = self.model()
+        one, other = (site.low_rank for _, site in relora.low_rank_sites(model))
+        if tie == "object":
+            setattr(other, which, getattr(one, which))
+        elif tie == "memory":
+            getattr(other, which).data = getattr(one, which).data
+        else:
+            memory = torch.randn(12)
+            shape = getattr(one, which).shape
+            getattr(one, which).data = memory[:8].view(shape)
+            getattr(other, which).data = memory[4:].view(shape)
+        optimizer = torch.optim.AdamW({p for p in model.parameters() if p.requires_grad})
+        with pytest.raises(ValueError, match=f"{which} of 0 is tied to another tensor"):
+            relora.restart_(model, optimizer)
+        assert one.restart == other.restart == 0
+
+    def test_of_a_flat_buffer_are_not_tied(self):
+        """As engines lay them for one collective."""
+        model = self.model()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        memory = torch.cat([p.detach().flatten() for p in trained])
+        for p, part in zip(trained, memory.split([p.numel() for p in trained]), strict=True):
+            p.data = part.view(p.shape)
+        assert relora.restart_(model, torch.optim.AdamW(trained)).sites == 2
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda model, x: torch.jit.trace(model, x),
+        lambda model, x: torch.export.export(model, (x,)).module(),
+    ],
+    ids=["trace", "export"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated:DeprecationWarning")
+def test_a_trace_that_computes_with_the_factors_is_no_tie(copied):
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    randomize_(model)
+    x = torch.randn(3, 4)
+    kept = copied(model, x)
+    before = model(x)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    relora.restart_(model, optimizer)
+    torch.testing.assert_close(kept(x), before)
+    relora.merge_(model)
+
+
+def test_a_trace_of_the_plain_weight_is_a_tie():
+    layer = nn.Linear(4, 4)
+    kept = torch.export.export(layer, (torch.randn(3, 4),)).module()
+    with pytest.raises(ValueError, match="is tied to weight of a "):
+        relora.register_low_rank(layer, rank=2)
+    del kept
+
+
+def test_recurrent_layers_list_their_weights_anew_and_are_no_ties():
+    layer = relora.register_low_rank(nn.LSTM(4, 4), "weight_ih_l0", rank=2)
+    x = torch.randn(3, 2, 4)
+    before = layer(x)[0]
+    nn.init.normal_(layer.parametrizations["weight_ih_l0"][0].lora_B)
+    assert not torch.equal(layer(x)[0], before)
+
+
+def test_views_of_one_memory_that_do_not_overlap_are_not_tied():
+    memory = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight.data, model[1].weight.data = memory[:4], memory[4:]
+    relora.add_low_rank_(model, "*", rank=2)
+    relora.merge_(model)
+    assert names(model) == ["0", "1"]
