@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -228,6 +229,20 @@ def remove_low_rank(
     if is_low_rank(module):
         share_class_(module)
     return module
+
+
+def _refuse_second(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Raise ValueError if a site's tensor is being parametrized once more."""
+    if not isinstance(module, parametrize.ParametrizationList) or name == "0":
+        return
+    if isinstance(submodule, nn.Module) and isinstance(module[0], LowRank):
+        raise ValueError(
+            f"{type(submodule).__name__} would parametrize a low-rank site once more, and neither "
+            "exports nor merges would know it: leave one of them out"
+        )
+
+
+register_module_module_registration_hook(_refuse_second)
 
 
 def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.Parameter]:

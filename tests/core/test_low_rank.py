@@ -200,6 +200,14 @@ class TestLazyWeight:
         assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
         assert weight.requires_grad
 
+    def test_refuses_a_second_parametrization(self):
+        layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
+        with pytest.raises(ValueError, match="_WeightNorm would parametrize a low-rank site once"):
+            nn.utils.parametrizations.weight_norm(layer)
+        assert len(layer.parametrizations.weight) == 1
+        assert layer(torch.ones(1, 6)).shape == (1, 4)
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))  # a plain one may
+
     def test_refuses_what_would_be_lost(self):
         layer = relora.register_low_rank(nn.Linear(6, 4), rank=2)
         with pytest.raises(AttributeError, match=r"parametrizations.weight.original"):
