@@ -12,11 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from relora_core._sharding import is_fully_sharded
+from relora_core.candidates import batch_dims_of, check_target
 from relora_core.globs import as_list, matching
 from relora_core.low_rank import LowRank, check_low_rank
 from relora_core.register import (
-    batch_dims_of,
-    check_target,
     low_rank_and_base,
     low_rank_tensors,
     make_site_,

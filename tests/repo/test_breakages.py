@@ -576,7 +576,7 @@ BREAKAGES = {
         "tests/core/test_banks.py",
     ),
     "a bank is factored across its matrices": (
-        *("relora_core/register.py", "    if given is None:\n", "    if False:\n"),
+        *("relora_core/candidates.py", "    if given is None:\n", "    if False:\n"),
         "tests/core/test_banks.py",
     ),
     "compiled, the operands of @ as they come": (
@@ -612,7 +612,7 @@ BREAKAGES = {
         "tests/core/test_ties.py",
     ),
     "hooks of W are dropped": (
-        *("relora_core/register.py", "    if base._backward_hooks or", "    if False and"),
+        *("relora_core/candidates.py", "    if base._backward_hooks or", "    if False and"),
         "tests/core/test_targets.py",
     ),
     "an expanded weight is factored": (

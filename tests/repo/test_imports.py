@@ -13,7 +13,7 @@ LAYERS = {
     "relora_core": [
         "_sharding embedding files globs low_bits products randomness schedule state_layouts",
         "peft_format stepped ties two_paths",
-        "bilinear copies merged one_path",
+        "bilinear candidates copies merged one_path",
         "linear quantized roll_call selection spectrum tensor_parallel",
         "factored pruning update",
         "forms",
