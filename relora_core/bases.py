@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from relora_core._sharding import is_sharded
+from relora_core.local import is_sharded
 from relora_core.low_bits import split
 from relora_core.register import low_rank_owner
 from relora_core.sites import sites_of

@@ -8,7 +8,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from relora_core._sharding import is_sharded, is_tensor_parallel, local, split_dim
+from relora_core._sharding import split_dim
+from relora_core.local import is_sharded, is_tensor_parallel, local
 
 # Each computes with a tensor of more than two dimensions as one matrix, `(out, ...)`.
 _WHOLE = (_ConvNd, nn.Bilinear)
@@ -55,7 +56,7 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
             f"{kind}.{tensor_name} is sharded already: add low-rank sites before fully_shard (and "
             "after parallelize_module, if it was split by hand for tensor parallelism)"
         )
-    if is_sharded(base) and isinstance(module, nn.Embedding) and split_dim(base) == 0:
+    if isinstance(module, nn.Embedding) and split_dim(base) == 0:
         raise ValueError(
             f"{kind}.{tensor_name} is split by rows, of which each process knows its own alone: "
             "use ColwiseParallel for an embedding with a low-rank site"

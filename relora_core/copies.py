@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._sharding import local
+from relora_core.local import local
 from relora_core.ties import living_modules, owned_by
 
 # Objects are followed so far from the optimizer: beyond lie trainers, with all that they know.

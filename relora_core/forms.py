@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_core._sharding import is_sharded
 from relora_core.bilinear import einsum, in_whole_words, left_product, right_product
 from relora_core.embedding import low_rank_embedding
 from relora_core.factored import Factored, as_stored
 from relora_core.linear import autocasts, computes_in, low_rank_linear, merged_linear
-from relora_core.tensor_parallel import parallel_linear
+from relora_core.local import is_sharded
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
@@ -24,6 +23,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         if weight.merged is not None and computes_in(input, weight.merged.dtype):
             return merged_linear(input, weight.merged, A, B, s, bias)
         if is_sharded(W) and is_sharded(input):
+            from relora_core.tensor_parallel import parallel_linear
+
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
         narrower = torch.promote_types(input.dtype, W.dtype) == W.dtype
         if narrower and input.is_floating_point() and not autocasts(W.device.type):

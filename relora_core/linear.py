@@ -10,11 +10,12 @@ was measured to be slower than two paths.) So the merged form computes in fp32 a
 it pays on; `docs/explanation/cost.md` has the measurements.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from relora_core.merged import MergedLinear
 from relora_core.one_path import OnePathLinear, following
@@ -52,8 +53,13 @@ def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
     exact = weight.dtype == dtype and dtype in (torch.float32, torch.float64)
     if not exact:
         return False
+    pays: Any = tokens * (m + n) >= MERGED_FROM * m * n  # or a SymBool, as `tokens` may be one
+    if pays is True or pays is False:
+        return bool(pays)
     # Where the number of tokens depends on data, a compiler cannot ask: two paths are right.
-    return guard_or_false(tokens * (m + n) >= MERGED_FROM * m * n)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(pays)
 
 
 def low_rank_linear(

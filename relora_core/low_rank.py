@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from relora_core._fsdp import fsdp_owns
 from relora_core._sharding import (
     copy_from_full_,
     copy_rows_,
-    fsdp_owns,
-    is_sharded,
-    local,
-    mesh_dims,
     new_factors,
     parts,
     replicated,
@@ -23,6 +20,7 @@ from relora_core._sharding import (
     spread_like,
 )
 from relora_core.lazy_weight import LazyWeight
+from relora_core.local import is_sharded, local, mesh_dims
 from relora_core.low_bits import join, split
 from relora_core.randomness import keyed_uniform
 from relora_core.ties import overlaps_itself

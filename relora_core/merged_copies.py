@@ -12,14 +12,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import (
-    copy_all_,
-    fsdp_owns,
-    gathered,
-    is_sharded,
-    reshard_owners_,
-    sharded_rows,
-)
+from relora_core._fsdp import fsdp_owns, reshard_owners_
+from relora_core._sharding import copy_all_, gathered, sharded_rows
+from relora_core.local import is_sharded
 from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_owner
 from relora_core.sites import Site, low_rank_sites, sites_of

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._sharding import local
 from relora_core.copies import refuse_copies
+from relora_core.local import local
 from relora_core.pruning import check_prunable, zero_where_
 from relora_core.quantized import QuantizedMoment, TableMoment, is_quantized
 from relora_core.state_layouts import (

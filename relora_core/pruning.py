@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from relora_core._sharding import local, local_part, shard_sum, sharding
+from relora_core._sharding import local_part, shard_sum, sharding
+from relora_core.local import local
 from relora_core.randomness import keyed_uniform
 from relora_core.selection import drop_count, smallest
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relora_core._sharding import local, sharded_like
+from relora_core._sharding import sharded_like
+from relora_core.local import local
 
 _BLOCK = 256  # entries that share a scale in bitsandbytes
 _TORCHAO = {"OptimState8bit", "OptimState4bit", "OptimStateFp8"}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from relora_core._sharding import local
+from relora_core.local import local
 from relora_core.moments import Moment, Optimizers, ParameterState, find_states
 from relora_core.pruning import check_ratio, has_nan, magnitude_masks, random_mask
 from relora_core.selection import drop_count

@@ -10,7 +10,9 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from relora_core._sharding import local, shard_max, shard_sum, sharding, unreduced_gradients
+from relora_core._fsdp import unreduced_gradients
+from relora_core._sharding import shard_max, shard_sum, sharding
+from relora_core.local import local
 from relora_core.moments import Optimizers, held_by, optimizers_of
 from relora_core.pruning import to_floats
 from relora_core.reset import (

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from relora_core._sharding import local, local_part, shard_sum, sharding
+from relora_core._sharding import local_part, shard_sum, sharding
+from relora_core.local import local
 
 _DIGIT = 11  # bits a pass looks at
 _CHUNK = 2**18  # entries worked on at once, so that they stay in the cache

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from relora_core._sharding import full, is_flat, reshard_, sharded_like
+from relora_core._fsdp import is_flat, reshard_
+from relora_core._sharding import full, sharded_like
 from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_and_base, low_rank_owner, low_rank_tensors
 from relora_core.ties import refuse_ties

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora_core._sharding import local
+from relora_core.local import local
 
 # Of each optimizer the gradients of its last step, by identity, and how often each was written to.
 _last: WeakKeyDictionary[Optimizer, dict[int, tuple[ref[Tensor], int]]] = WeakKeyDictionary()

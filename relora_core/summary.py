@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from relora_core._sharding import local, shard_max
+from relora_core._sharding import shard_max
+from relora_core.local import local
 from relora_core.pruning import to_floats
 from relora_core.register import low_rank_owner
 from relora_core.sites import clean_name, low_rank_sites, unwrapped

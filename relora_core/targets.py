@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from relora_core._sharding import is_fully_sharded
+from relora_core._fsdp import is_fully_sharded
 from relora_core.candidates import batch_dims_of, check_target
 from relora_core.globs import as_list, matching
 from relora_core.low_rank import LowRank, check_low_rank

@@ -10,16 +10,16 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_core._sharding import (
+from relora_core._dtensor import (
     columns_of,
     last_split,
-    local,
     once,
     parts_of_sum,
     split_dim,
     summed,
     summing,
 )
+from relora_core.local import local
 
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 

@@ -12,25 +12,28 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from relora_core._sharding import local
+from relora_core.local import local
 
 Owner = tuple[nn.Module, str]
-Memory = tuple[torch.device, int, int]
+# An address space (a device, or one storage without addresses), and what is spanned of it.
+Memory = tuple[object, int, int]
 
 
 def memory_of(tensor: Tensor) -> Memory:
-    """Return the device of this process's part of a tensor, and the addresses that it spans.
+    """Return where this process's part of a tensor lies, and the addresses that it spans.
 
     Addresses and not storages: NumPy and DLPack give one memory several storages.
     """
     part = local(tensor.detach())
     steps = zip(part.shape, part.stride(), strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in steps) if part.numel() else 0
-    if part.is_meta or type(part) is not Tensor:  # without addresses
-        begin = part.untyped_storage()._cdata + int(part.storage_offset()) * part.element_size()
+    space: object = part.device
+    if part.is_meta or type(part) is not Tensor or not part.numel():  # without addresses
+        space = part.untyped_storage()._cdata
+        begin = int(part.storage_offset()) * part.element_size()
     else:
         begin = part.data_ptr()
-    return part.device, begin, begin + int(span) * part.element_size()
+    return space, begin, begin + int(span) * part.element_size()
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -73,25 +76,25 @@ class Owners:
     """
 
     def __init__(self, owned: Iterable[tuple[Owner, Tensor]]) -> None:
-        spans: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
+        spans: dict[object, list[tuple[int, int, int]]] = defaultdict(list)
         self._owners: list[Owner] = []
         for owner, tensor in owned:
             if _has_memory(tensor):
-                device, begin, end = memory_of(tensor)
-                spans[device].append((begin, end, len(self._owners)))
+                space, begin, end = memory_of(tensor)
+                spans[space].append((begin, end, len(self._owners)))
                 self._owners.append(owner)
-        self._spans = {device: sorted(found) for device, found in spans.items()}
+        self._spans = {space: sorted(found) for space, found in spans.items()}
         self._last = {
-            device: list(accumulate((end for _, end, _ in found), max))
-            for device, found in self._spans.items()
+            space: list(accumulate((end for _, end, _ in found), max))
+            for space, found in self._spans.items()
         }
 
     def of(self, tensor: Tensor) -> list[Owner]:
         """Return those that own something in the memory of `tensor`."""
         if not _has_memory(tensor):
             return []
-        device, begin, end = memory_of(tensor)
-        spans, last = self._spans.get(device, []), self._last.get(device, [])
+        space, begin, end = memory_of(tensor)
+        spans, last = self._spans.get(space, []), self._last.get(space, [])
         found = []
         index = bisect_left(spans, (end,)) - 1
         while index >= 0 and last[index] > begin:  # or none before it reaches so far

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from relora_core._sharding import (
     copy_from_full_,
     full,
-    local,
     local_part,
     shard_sum,
     sharded_like,
     split_once,
 )
 from relora_core.globs import matching
+from relora_core.local import local
 from relora_core.restart import refuse_overflow, update_norms
 from relora_core.roll_call import agreed
 from relora_core.sites import Site, sites_of

@@ -5,9 +5,12 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import relora_core as relora
+from relora_core.ties import Owners, share_memory
 from tests.reference import randomize_
 
 
@@ -205,6 +208,32 @@ def test_recurrent_layers_list_their_weights_anew_and_are_no_ties():
     before = layer(x)[0]
     nn.init.normal_(layer.parametrizations["weight_ih_l0"][0].lora_B)
     assert not torch.equal(layer(x)[0], before)
+
+
+def test_layers_without_memory_are_tied_by_their_storage():
+    model = nn.Sequential(*(nn.Linear(64, 64, device="meta") for _ in range(40)))
+    relora.add_low_rank_(model, "*", rank=2)
+    assert len(names(model)) == 40
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.Linear(4, 4, device="meta"))
+    same_memory(*model)
+    with pytest.raises(ValueError, match=r"0.weight is tied \(0.weight, 1.weight\)"):
+        relora.add_low_rank_(model, "0", rank=2)
+
+
+def slow_owners(owned, tensor):
+    """The obvious twin of `Owners`: every tensor against every other."""
+    return [owner for owner, other in owned if share_memory(other, tensor)]
+
+
+@given(
+    spans=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)), min_size=1, max_size=12),
+    asked=st.tuples(st.integers(0, 30), st.integers(1, 12)),
+)
+def test_owners_are_those_whose_spans_overlap(spans, asked):
+    memory = torch.zeros(42)
+    owned = [((None, str(i)), memory[a : a + n]) for i, (a, n) in enumerate(spans)]
+    tensor = memory[asked[0] : asked[0] + asked[1]]
+    assert sorted(Owners(owned).of(tensor)) == sorted(slow_owners(owned, tensor))
 
 
 def test_views_of_one_memory_that_do_not_overlap_are_not_tied():

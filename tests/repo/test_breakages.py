@@ -44,7 +44,7 @@ BREAKAGES = {
     ),
     "factors are not seen to be gathered": (
         *(
-            "relora_core/_sharding.py",
+            "relora_core/_fsdp.py",
             "parameter._module_info.module is module",
             "parameter._module_info.module is None",
         ),
@@ -211,7 +211,7 @@ BREAKAGES = {
         "tests/core/test_restart.py",
     ),
     "merge into FSDP's gathered copy": (
-        *("relora_core/_sharding.py", "module.reshard()", "pass"),
+        *("relora_core/_fsdp.py", "module.reshard()", "pass"),
         "tests/distributed/test_sharded_equals_single.py",
     ),
     "each rank prunes its own part": (
@@ -240,7 +240,7 @@ BREAKAGES = {
     ),
     "a whole factor learns from one process": (
         *(
-            "relora_core/_sharding.py",
+            "relora_core/_dtensor.py",
             "    whole = replicated(tensor)\n    assert isinstance(whole, DTensor)\n"
             "    return whole.to_local(grad_placements=[Partial()])",
             "    return replicated(tensor).to_local()",
@@ -432,7 +432,7 @@ BREAKAGES = {
         "tests/distributed/test_update_spectra.py",
     ),
     "every process keeps all of A": (
-        *("relora_core/_sharding.py", "p if w.is_replicate() else Shard(dim)", "p"),
+        *("relora_core/_dtensor.py", "p if w.is_replicate() else Shard(dim)", "p"),
         "tests/distributed/test_update_spectra.py",
     ),
     "a kept cycle counts twice": (
@@ -529,7 +529,7 @@ BREAKAGES = {
     ),
     "a gather of many takes the first process's rows for all": (
         *(
-            "relora_core/_sharding.py",
+            "relora_core/_dtensor.py",
             "rows = [-(-tensor.shape[0] // processes)",
             "rows = [-(-tensor.shape[0] // 1)",
         ),

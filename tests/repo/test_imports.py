@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_sharding embedding files globs low_bits products randomness schedule state_layouts",
+        "_fsdp embedding files globs local low_bits products randomness schedule state_layouts",
+        "_dtensor",
+        "_sharding",
         "peft_format stepped ties two_paths",
         "bilinear candidates copies merged one_path",
         "linear quantized roll_call selection spectrum tensor_parallel",
@@ -122,10 +125,27 @@ def test_the_core_needs_torch_and_safetensors_only(module):
 
 
 @pytest.mark.parametrize("module", [m for p, m in MODULES if p == "relora_core"])
-def test_one_file_of_the_core_names_sharding(module):
+def test_few_files_of_the_core_name_sharding(module):
     names = imported("relora_core", module)
-    private = {"torch.distributed.tensor", "torch.distributed.fsdp"}
-    assert not names & private or module == "_sharding"
+    assert "torch.distributed.tensor" not in names or module in ("_dtensor", "_sharding", "local")
+    assert "torch.distributed.fsdp" not in names or module == "_fsdp"
+
+
+def test_the_core_imports_neither_sharding_nor_sympy_before_they_are_used():
+    """Each takes as long to import as all of torch."""
+    code = (
+        "import sys, relora_core, torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(8, 8))\n"
+        "relora_core.add_low_rank_(model, '*', rank=2)\n"
+        "model(torch.ones(64, 8)).sum().backward()\n"
+        "relora_core.merge_(model)\n"
+        "relora_core.reinit_(model)\n"
+        "relora_core.merged_state_dict(model)\n"
+        "late = {'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy', 'torch._dynamo'}\n"
+        "print(sorted(late & set(sys.modules)))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("module", [m for p, m in MODULES if p == "reference_trainer"])
