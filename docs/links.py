@@ -1,7 +1,6 @@
-"""What the site does not hold (code, tests, raw results) is named there, and not linked.
+"""Links to what the site does not hold (code, tests, raw results), shown as names.
 
-mkdocs calls it for every page; the same pages are read in the repository too, where the links lead
-somewhere, which a test says.
+mkdocs calls this for every page. In the repository the same links lead to files, as a test says.
 """
 
 import re

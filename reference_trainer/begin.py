@@ -1,4 +1,4 @@
-"""What is checked and made before the first step of a run."""
+"""Checks and files of a run before its first step."""
 
 import importlib.util
 import json

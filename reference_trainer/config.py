@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, one field an option, read from YAML and arguments."""
+"""A run's configuration: frozen dataclasses, a field for each option, from YAML and arguments."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a figure must say about where its numbers come from."""
+"""Hardware and versions, which stand beside every measurement."""
 
 import os
 import platform

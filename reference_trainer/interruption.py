@@ -1,4 +1,4 @@
-"""What may come between a run and its end: a signal, or its time being over."""
+"""Requests to stop a run or to save it: signals, and a limit of time."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""What happens in a run, turned into records and lines on the terminal."""
+"""Events of a run as records and as lines on the terminal."""
 
 import logging
 import statistics

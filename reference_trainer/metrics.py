@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON object a line, and TensorBoard files when asked."""
+"""The records of a run: one JSON object a line, and TensorBoard files when asked."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What somebody may have meant."""
+"""The nearest known name to one that was mistyped."""
 
 import difflib
 from collections.abc import Iterable

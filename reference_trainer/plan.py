@@ -1,4 +1,4 @@
-"""What a run would do, said before it does anything."""
+"""The plan of a run, printed before its first step."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What one phase trains with: model, optimizer, schedule; built, then filled."""
+"""The model, optimizer and schedule of one phase: built, then filled."""
 
 import warnings
 from dataclasses import dataclass

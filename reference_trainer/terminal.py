@@ -1,4 +1,4 @@
-"""What a command writes while it works: lines by their level, and progress bars."""
+"""Output on the terminal: log lines by level, and progress bars."""
 
 import logging
 import sys

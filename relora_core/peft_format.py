@@ -1,4 +1,4 @@
-"""What PEFT's LoRA files hold: the tensors of one site, and the configuration of all."""
+"""PEFT's LoRA files: the tensors of one site, and the configuration of all."""
 
 import json
 import math

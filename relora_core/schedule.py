@@ -1,4 +1,4 @@
-"""When to restart, and the learning rate around it: one clock, in optimizer steps."""
+"""The restart clock, and learning rates that dip and ramp around it, in optimizer steps."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace

@@ -1,4 +1,4 @@
-"""Which entries of tensors are their smallest by magnitude, by an exact count, sharded or not."""
+"""Selection of the smallest magnitudes, exact in count, sharded or not."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How many directions a matrix has: its singular values, and three ranks made of them."""
+"""The singular values of a matrix, and three ranks computed from them."""
 
 from dataclasses import dataclass
 

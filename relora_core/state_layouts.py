@@ -1,4 +1,4 @@
-"""What the state of one parameter consists of: a fact about each optimizer class."""
+"""The layout of one parameter's state, for each optimizer class."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace

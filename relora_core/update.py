@@ -1,4 +1,4 @@
-"""What a merge adds to W, as far as this process holds W."""
+"""This process's part of the update s B A, and its addition to W."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

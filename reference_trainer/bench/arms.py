@@ -1,4 +1,4 @@
-"""What a user could train with: each arm changes a module's matrices in place."""
+"""The arms of a benchmark: ways to train a module, each changing its matrices in place."""
 
 from collections.abc import Callable
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""What checkpoints cost a run: steps beside the writing of one, and without."""
+"""The cost of checkpoints: steps beside the writing of one, and without."""
 
 import tempfile
 from pathlib import Path

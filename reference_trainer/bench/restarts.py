@@ -1,4 +1,4 @@
-"""What a restart costs, against an optimizer step of full rank on the same shapes."""
+"""The cost of a restart, against an optimizer step of full rank on the same shapes."""
 
 from typing import Any
 

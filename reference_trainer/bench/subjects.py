@@ -1,4 +1,4 @@
-"""What is measured: one linear, one block or a whole model, with its input."""
+"""The workloads of a benchmark: one linear, one block or a whole model, with its input."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

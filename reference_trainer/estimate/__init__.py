@@ -1,1 +1,1 @@
-"""What a run would need and how fast it would be, before there is a machine to try it on."""
+"""Memory and speed of a run, estimated before there is a machine to try it on."""

@@ -1,1 +1,1 @@
-"""What a run has written down, as a picture and as a page."""
+"""A run's records as a picture and as a page."""

@@ -1,4 +1,4 @@
-"""What is drawn of runs, each on axes of its own: one run in detail, several by a colour each."""
+"""The panels of a report, each on axes of its own: one run in detail, or several by colour."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which trials answer which question, each arm's learning rate tuned by the same budget."""
+"""The trials of each question, with every arm's learning rate tuned by the same budget."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

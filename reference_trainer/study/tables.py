@@ -1,4 +1,4 @@
-"""What the trials of a study say, as Markdown tables."""
+"""Markdown tables of a study's trials."""
 
 import statistics
 from collections.abc import Iterable, Sequence

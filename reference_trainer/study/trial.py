@@ -1,4 +1,4 @@
-"""What a trial is: one arm, at one size, from one seed."""
+"""A trial: one arm, at one size, from one seed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

@@ -1,4 +1,4 @@
-"""Whether two models are the same: states, outputs, gradients."""
+"""Comparisons of two models: states, outputs, gradients."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What is made anew for each example, and how it prints: as the code that makes it."""
+"""Objects that are made anew for each example, and print as the code that makes them."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""What a model may have been through before a promise is looked at."""
+"""Histories that a model may have before a property is checked."""
 
 import copy
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""What a jagged schedule promises, an assertion each."""
+"""The properties of a jagged schedule, an assertion each."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What promises to cancel or to commute: saving, copying, removing."""
+"""The properties of saving, copying and removing: each cancels or commutes."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a module with low-rank sites computes, and what its merges promise."""
+"""The properties of a merge, and of the function that a module with sites computes."""
 
 import copy
 import math

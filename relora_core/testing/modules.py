@@ -1,4 +1,4 @@
-"""What the kit draws of modules: layers, modules with low-rank sites, and their histories."""
+"""Hypothesis strategies for layers, modules with low-rank sites, and their histories."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

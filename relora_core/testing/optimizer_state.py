@@ -1,4 +1,4 @@
-"""What an optimizer keeps, to be compared."""
+"""Snapshots of an optimizer's state, to be compared."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How much of an optimizer's moments a reset zeroes: an assertion each."""
+"""The properties of pruned moments: how much a reset zeroes, an assertion each."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What redraws promise: keyed draws, factors that learn, a rank that grows."""
+"""The properties of a redraw: keyed draws, factors that learn, a rank that grows."""
 
 import copy
 

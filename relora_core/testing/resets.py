@@ -1,4 +1,4 @@
-"""What a reset of an optimizer's moments leaves as it was, and refuses: an assertion each."""
+"""The properties of a reset: what it leaves as it was, and what it refuses, an assertion each."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the kit draws beside modules: optimizers, schedules and clocks."""
+"""Hypothesis strategies for optimizers, schedules and clocks."""
 
 import math
 from collections.abc import Callable

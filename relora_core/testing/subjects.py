@@ -1,4 +1,4 @@
-"""What the kit needs to know of a low-rank module: its sites, and their exact values."""
+"""Models under test: their low-rank sites, and the sites' exact values."""
 
 import copy
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same draws and merges as on the CPU, kernels, capture, scaling."""
+"""On a GPU: the draws and merges of the CPU, kernels, capture, scaling."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What becomes a site is what the user means: named, whole, untied, all or none."""
+"""Sites are those the user named: whole, untied, all or none."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What is streamed over restarts is the spectrum of W_k - W_0, of whatever model."""
+"""A spectrum that is streamed over restarts is that of W_k - W_0, for any model."""
 
 import pytest
 import torch

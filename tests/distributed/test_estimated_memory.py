@@ -1,4 +1,4 @@
-"""What is estimated without memory is what real processes take."""
+"""Estimated memory is the memory that real processes take."""
 
 from dataclasses import replace
 from itertools import product

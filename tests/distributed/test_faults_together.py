@@ -1,4 +1,4 @@
-"""What befalls one process is decided by all: a step that is skipped, a run that is stopped."""
+"""A fault of one process is decided on by all: a step that is skipped, a run that is stopped."""
 
 import os
 import signal

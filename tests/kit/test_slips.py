@@ -1,4 +1,4 @@
-"""What is the caller's slip is said so; what is sound raises no alarm; small bugs are bugs too."""
+"""A caller's slip is named as one, sound code raises no alarm, and small bugs are bugs too."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What is built can be installed without the repository, and works."""
+"""The built wheel can be installed without the repository, and works."""
 
 import os
 import subprocess

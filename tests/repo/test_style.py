@@ -35,6 +35,15 @@ def test_a_module_has_at_most_300_lines_or_a_reason():
     assert {file for file, length in lengths.items() if length > 300} == LONGER.keys()
 
 
+def test_a_module_docstring_is_a_noun_phrase():
+    """It says what the file holds, and needs no subordinate clause for that."""
+    rooms = ("relora_core", "reference_trainer", "tests", "docs")
+    files = [file for room in rooms for file in (ROOT / room).rglob("*.py")]
+    first = {str(f.relative_to(ROOT)): f.read_text()[3:].split(maxsplit=1)[:1] for f in files}
+    clauses = ("What", "How", "Which", "Where", "When", "Who", "Whether", "Why")
+    assert not [file for file, word in first.items() if word and word[0] in clauses]
+
+
 def test_the_newest_entry_of_the_changelog_is_the_version():
     with (ROOT / "pyproject.toml").open("rb") as file:
         version = tomllib.load(file)["project"]["version"]

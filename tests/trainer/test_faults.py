@@ -1,4 +1,4 @@
-"""What goes wrong while a run goes on: it is skipped, saved or stopped, on all processes alike."""
+"""A fault within a run is skipped, saved or stopped, on all processes alike."""
 
 import errno
 import gc

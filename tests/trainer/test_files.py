@@ -1,4 +1,4 @@
-"""What is held against other processes, on the file systems that clusters have."""
+"""Files are locked against other processes, on the file systems that clusters have."""
 
 import errno
 import fcntl

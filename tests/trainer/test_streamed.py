@@ -1,4 +1,4 @@
-"""What is written past the page cache is what was given, whatever the file system wants."""
+"""Files written past the page cache hold what was given, whatever the file system wants."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""What a study's tables say is what its trials say."""
+"""A study's tables agree with its trials."""
 
 import json
 import math
