@@ -8,7 +8,7 @@ import relora_core as relora
 from reference_trainer import checkpoint
 from reference_trainer.config import Config
 from reference_trainer.files import write_whole
-from reference_trainer.model import LlamaShape
+from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.phases import phases
 from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
@@ -28,9 +28,7 @@ def export(config: Config, world: World) -> Path:
     source = checkpoint.find(config.checkpoints, world)
     if source is None:
         world.refuse(f"{config.directory} has no complete checkpoint to export")
-    target = config.directory / "export"
-    index = read_index(config.data_directory)
-    shape = shape_of(config, index.vocab_size)
+    shape = shape_of(config, read_index(config.data_directory).vocab_size)
     name = checkpoint.read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
     # Sharded bases keep fp32, and need the least memory.
@@ -41,16 +39,29 @@ def export(config: Config, world: World) -> Path:
     )
     stage = build_stage(config, phase, shape, world, merged=False)
     fill_(stage, config, source, world)
+    return write_export(stage.model, config, world)
+
+
+def write_export(model: Llama, config: Config, world: World) -> Path:
+    """Write a model's merged weights to the run's `export/` and return that.
+
+    Every process calls it.
+
+    Raises:
+        SharedError: if a file cannot be written.
+    """
+    target = config.directory / "export"
+    end = read_index(config.data_directory).end
     failed: OSError | None = None
     try:
-        relora.save_merged(stage.model, target)
+        relora.save_merged(model, target)
     except OSError as error:  # of the first process, which alone writes: all must hear of it
         failed = error
 
     def complete() -> None:
         if failed is not None:
             raise failed
-        described = hugging_face_config(shape, index.end, config.batch.length)
+        described = hugging_face_config(model.shape, end, config.batch.length)
         write_whole(target / "config.json", json.dumps(described, indent=2))
         own = config.data_directory / "tokenizer.json"
         text = own.read_text(encoding="utf-8") if own.is_file() else bytes_as_file()

@@ -1,8 +1,6 @@
 """The model, optimizer and schedule of one phase: built, then filled."""
 
-import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import relora_core as relora
 from reference_trainer import checkpoint
-from reference_trainer.config import Config, ReLoRAConfig
+from reference_trainer.config import Config
 from reference_trainer.model import Llama, LlamaShape
 from reference_trainer.parallel import init_weights_, rows_of
 from reference_trainer.phase_model import build_model
@@ -68,32 +66,14 @@ class Stage:
     schedule: LRScheduler
     spectra: relora.UpdateSpectra | None
 
-    def restart_(self, config: ReLoRAConfig, patience: timedelta) -> relora.RestartReport:
-        """Merge, redraw and prune; what is followed is kept first."""
+    def follow_(self) -> None:
+        """Keep the updates that a restart is about to merge, where their spectra are followed."""
         if self.spectra is not None:
             self.spectra.keep_()
-        return relora.restart_(
-            self.model,
-            self.optimizer,
-            prune_ratio=config.prune_ratio,
-            masks=config.masks,
-            timeout=patience,
-        )
 
     def bound(self, cycles: int) -> int:
         """Return the sum of the ranks of so many updates."""
         return cycles * max((s.rank for _, s in relora.low_rank_sites(self.model)), default=0)
-
-    def step(self, *, skip: bool) -> None:
-        """Take the optimizer's step, unless it is to be skipped, and the schedule's."""
-        if skip:
-            with warnings.catch_warnings():  # of a schedule that the optimizer has not gone before
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-                self.schedule.step()
-        else:
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the model's whole state by names without wrappers, the same in every layout.

@@ -1,8 +1,6 @@
-"""The training loop: Algorithm 1 of the ReLoRA paper, phase by phase."""
+"""The training loop: Algorithm 1 of the ReLoRA paper, in two phases."""
 
-import contextlib
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,58 +8,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-from reference_trainer import checkpoint
-from reference_trainer.begin import (
-    begun,
-    check,
-    check_same,
-    fixed,
-    goes_on,
-    open_directory,
-)
+from reference_trainer.begin import goes_on
 from reference_trainer.config import Config, Reduce
-from reference_trainer.data import Batches, Windows, open_windows
-from reference_trainer.environment import environment
 from reference_trainer.errors import Stopped
 from reference_trainer.evaluate import evaluate
-from reference_trainer.export import export
-from reference_trainer.feed import Feed
-from reference_trainer.files import locked
-from reference_trainer.interruption import Interruption
+from reference_trainer.export import export, write_export
 from reference_trainer.journal import Journal
-from reference_trainer.metrics import Metrics
 from reference_trainer.model import Llama
 from reference_trainer.phases import phases
-from reference_trainer.plan import plan
-from reference_trainer.prepare import read_index
-from reference_trainer.pretrained import shape_of
-from reference_trainer.saving import Saver
+from reference_trainer.run import Run, open_run, write_start
 from reference_trainer.stage import Stage, build_stage, fill_, save
-from reference_trainer.terminal import log
-from reference_trainer.world import World, open_world, world_size
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the phases of a run share.
-
-    Args:
-        config: the run.
-        world: its processes.
-        feed: of what is trained on, by step.
-        held_out: what is evaluated on.
-        metrics: where records go.
-        saver: of checkpoints.
-        interruption: what may ask it to stop.
-    """
-
-    config: Config
-    world: World
-    feed: Feed
-    held_out: Windows
-    metrics: Metrics
-    saver: Saver
-    interruption: Interruption
+from reference_trainer.world import World
+from relora_core import restart_
 
 
 def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
@@ -76,57 +34,26 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
     Raises:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
-    resume = resume or (again and begun(config))
-    check(config, processes=world_size(), resume=resume)
-    with open_world(config.parallel) as world, contextlib.ExitStack() as held:
-        world.on_first(lambda: open_directory(config, resume=resume))
-        lock = locked(config.directory / "config.yaml")
-        world.on_first(lambda: held.enter_context(lock))
-        data, length = config.data_directory, config.batch.length
-        shape = shape_of(config, read_index(data).vocab_size)
-        held_out = open_windows(data, "held_out", length)
-        windows = open_windows(data, "train", length)
-        batches = Batches(windows, config.batch.sequences, config.seed)
-        feed = Feed(batches, world, config.batch.micro_steps(world.size))
-
-        newest = checkpoint.find(config.checkpoints, world)
-        position = checkpoint.read_position(newest) if newest else None
-        if position:
-            world.on_first(lambda: check_same(config, position))
-        step = position.step if position else 0
-        writer = Metrics(
-            config.directory,
-            writes=world.first,
-            tensorboard=config.log.tensorboard,
-            since=(step, position.phase) if position else (0, ""),
-        )
-        keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-        saver = Saver(
-            config.checkpoints, world, fixed=fixed(config), keep=keep, keep_every=keep_every
-        )
-        interruption = Interruption(config.checkpoint.stop_after)
-        run = Run(config, world, feed, held_out, writer, saver, interruption)
-        with writer, saver, interruption, feed:
-            if world.first:
-                for line in plan(config, processes=world.size, resume=resume):
-                    log.info(line)
-                if newest:
-                    log.info(f"{'goes on':<12}from step {step}, from {newest}")
-            known = {"processes": world.size, "seed": config.seed, "rank": config.relora.rank}
-            writer.write("start", step, **environment(world.device), **known)
+    with open_run(config, resume=resume, again=again) as run:
+        stage, step, newest = None, run.step, run.newest
+        with run.metrics, run.saver, run.interruption, run.feed:
+            write_start(run)
             for phase in phases(config):
                 if step < phase.stop:
-                    stage = build_stage(config, phase, shape, world)
-                    step = fill_(stage, config, newest, world)
-                    newest = train_stage(stage, step, run)
-                    step = phase.stop
-                    del stage  # its memory is the next phase's,
+                    stage = None  # its memory is the next phase's,
                     gc.collect()  # though FSDP2's hooks and the model refer to each other
-        export(config, world)
+                    stage = build_stage(config, phase, run.shape, run.world)
+                    step = fill_(stage, config, newest, run.world)
+                    newest = train_phase(stage, step, run)
+                    step = phase.stop
+        if stage is None:  # the run was done already
+            export(config, run.world)
+        else:
+            write_export(stage.model, config, run.world)
 
 
-def train_stage(stage: Stage, start: int, run: Run) -> Path:
-    """Train `stage` from the run's step `start` to its phase's end; return the last checkpoint.
+def train_phase(stage: Stage, start: int, run: Run) -> Path:
+    """Train from the run's step `start` to the end of a phase; return its last checkpoint.
 
     A step without a finite loss and gradient, on whatever process, is skipped on all of them:
     weights, moments and adapters stay, the schedule and the data go on.
@@ -136,44 +63,56 @@ def train_stage(stage: Stage, start: int, run: Run) -> Path:
             cannot be written.
         Stopped: if the run is asked to stop.
     """
-    config, world, saver, phase = run.config, run.world, run.saver, stage.phase
+    config, world, phase = run.config, run.world, stage.phase
+    model, optimizer, schedule = stage.model, stage.optimizer, stage.schedule
     journal = Journal(config, stage, run.metrics, world)
     latest, skipped = Path(), 0
     if start == phase.start:
-        journal.evaluation(start, evaluate(stage.model, run.held_out, config, world))
+        journal.evaluation(start, evaluate(model, run.held_out, config, world))
 
     for step in journal.steps(start):
         if phase.restarts_at(step):
+            stage.follow_()
             try:
-                report = stage.restart_(config.relora, world.patience)
+                report = restart_(
+                    model,
+                    optimizer,
+                    prune_ratio=config.relora.prune_ratio,
+                    masks=config.relora.masks,
+                    timeout=world.patience,
+                )
             except ValueError as error:
                 world.refuse(f"the restart at step {step} was refused: {error}")
             journal.restart(step, report)
 
-        loss = forward_backward(stage.model, run.feed.at(step), world, config.parallel.reduce)
+        loss = forward_backward(model, run.feed.at(step), world, config.parallel.reduce)
         norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         broken, stop, save_now, unsaved = world.any(
-            ~(loss + norm).isfinite(), *run.interruption.asked(), saver.failed
+            ~(loss + norm).isfinite(), *run.interruption.asked(), run.saver.failed
         )
-        if unsaved:
-            saver.wait()  # which raises what has happened
-        skipped = skipped + 1 if broken else 0
+        if broken:
+            optimizer.zero_grad()  # and the step changes nothing
         rates = stage.rates()
-        stage.step(skip=broken)
-        journal.step(step, loss, norm, rates, skipped=broken)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
 
+        if unsaved:
+            run.saver.wait()  # which raises what has happened
+        skipped = skipped + 1 if broken else 0
+        journal.step(step, loss, norm, rates, skipped=broken)
         done, last = step + 1, step + 1 == phase.stop
         if done % config.log.evaluate_every == 0 or last:
-            journal.evaluation(done, evaluate(stage.model, run.held_out, config, world))
-        given_up = skipped == config.optim.most_skips
-        ends = last or given_up or stop
+            journal.evaluation(done, evaluate(model, run.held_out, config, world))
         if last:
             journal.end()
+        given_up = skipped == config.optim.most_skips
+        ends = last or given_up or stop
         if ends or save_now or done % config.checkpoint.every == 0:
-            save(stage, done, saver, world, copied=not ends)
+            save(stage, done, run.saver, world, copied=not ends)
         if ends:
-            latest = saver.wait()
+            latest = run.saver.wait()
         if given_up:
             world.refuse(
                 f"{skipped} steps in a row, to step {step}, had no finite loss and gradient: "

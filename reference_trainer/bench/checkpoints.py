@@ -66,7 +66,9 @@ def measure_checkpoints(
             for _ in range(every):
                 forward_backward(stage.model, tokens, world)
                 clip_grad_norm_(stage.parameters.values(), config.optim.clip)
-                stage.step(skip=False)
+                stage.optimizer.step()
+                stage.schedule.step()
+                stage.optimizer.zero_grad()
                 step += 1
             if saves:
                 saver.wait()

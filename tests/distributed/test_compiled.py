@@ -62,14 +62,16 @@ def run(rank, world_size, precision, compiled):
     losses, graphs = [], []
     for step in range(STEPS):
         if phase.restarts_at(step):
-            stage.restart_(config.relora, world.patience)
+            relora.restart_(stage.model, stage.optimizer, timeout=world.patience)
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
         loss = forward_backward(
             stage.model, batch.view(1, world_size, -1, LENGTH + 1)[:, rank], world
         )
         clip_grad_norm_(stage.parameters.values(), config.optim.clip)
-        stage.step(skip=False)
+        stage.optimizer.step()
+        stage.schedule.step()
+        stage.optimizer.zero_grad()
         losses.append(world.mean(loss))
         graphs.append(counter.frame_count)
     nn.Module.compile = plain

@@ -67,8 +67,9 @@ def run(rank, world_size, directory, *, stops=False):
         metrics = Metrics(config.directory, writes=False)
         feed = Feed(batches, world, config.batch.micro_steps(world_size))
         with Interruption(None) as interruption, saver, feed:
-            parts = (config, world, feed, windows, metrics, saver, interruption)
-            train.train_stage(stage, 0, train.Run(*parts))
+            shape = stage.model.shape
+            parts = (config, world, shape, feed, windows, metrics, saver, interruption)
+            train.train_phase(stage, 0, train.Run(*parts))
         assert not stops
     except Stopped:
         assert stops

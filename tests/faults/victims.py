@@ -19,7 +19,6 @@ import torch
 
 from reference_trainer import train as training
 from reference_trainer.main import main
-from reference_trainer.stage import Stage
 from tests.distributed.processes import FORKED
 from tests.trainer.conftest import leave_undrawn
 
@@ -52,7 +51,7 @@ class Fault:
 
 NO_FAULT = Fault("step", 10**9)
 CALLS = {
-    "restart": (Stage, "restart_"),
+    "restart": (training, "restart_"),
     "hand-off": (training, "fill_"),
     "checkpoint": (training, "save"),
     "step": (training, "forward_backward"),

@@ -56,7 +56,8 @@ LAYERS = {
         "bench.subjects report.page report.picture stage",
         "begin bench.measure evaluate feed export journal report.command study.tables study.train",
         "bench.commands.step bench.layouts bench.restarts plan study.picture",
-        "bench.commands.prune bench.commands.restart train",
+        "bench.commands.prune bench.commands.restart run",
+        "train",
         "bench.checkpoints bench.communication bench.suite.sizes bench.tracker bench.whole_step "
         "estimate.gpus",
         "bench.commands.checkpoint bench.commands.gpu_suite bench.commands.roofline "
@@ -81,7 +82,7 @@ MODULES = [
 USES_THE_CORE = (
     "bench.arms bench.communication bench.restarts bench.suite.blocks bench.suite.selection "
     "bench.subjects bench.suite.steps bench.tracker bench.whole_step export journal "
-    "phase_model phases plan rank stage study.tables study.train world"
+    "phase_model phases plan rank stage study.tables study.train train world"
 )
 
 
