@@ -6,36 +6,13 @@ place of W and beside a B of zero, or of the plain weight where it was made befo
 """
 
 from collections.abc import Iterator
-from weakref import WeakSet
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
-from relora_core.low_rank import LowRank
 from relora_core.sites import clean_name, low_rank_sites, plain_name, unwrapped
-
-
-class _MergedFirst:
-    """The part of an AveragedModel's class that gives its rule merged weights."""
-
-    module: nn.Module
-
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take the merged weights of `model` into the average.
-
-        Raises:
-            ValueError: if a W is split into 16 bits and those below, in which no average adds up;
-                if `model` lacks a parameter that the average has.
-        """
-        has_sites = any(low_rank_sites(model)) or any(low_rank_sites(self.module))
-        # mypy does not see the class that stands behind this one.
-        super().update_parameters(_Merged(model, self.module) if has_sites else model)  # type: ignore[misc]
-
-
-class AveragedSites(_MergedFirst, AveragedModel):
-    """An AveragedModel of a model with low-rank sites; nothing but its class tells."""
 
 
 class _Merged:
@@ -67,10 +44,11 @@ class _Merged:
         factors = {id(p) for site in averaged.values() for p in site.low_rank.parameters()}
         for name, p in self.averaged.named_parameters():
             found = given.get(plain_name(clean_name(name)), p if id(p) in factors else None)
-            if found is None:
+            if found is None or found.shape != p.shape:
+                now = "not" if found is None else f"one of shape {tuple(found.shape)}"
                 raise ValueError(
-                    f"the average has {name}, and {type(self.model).__name__} has not: give the "
-                    "model that it is the average of"
+                    f"the average has {name}, {tuple(p.shape)}, and {type(self.model).__name__} "
+                    f"has {now}: give the model that it is the average of"
                 )
             site = sites.get(id(found))
             if site is not None:
@@ -83,28 +61,23 @@ class _Merged:
         return self.model.buffers()
 
 
-# Those that were made of models without sites, which may get some.
-_plain: WeakSet[AveragedModel] = WeakSet()
+_update = AveragedModel.update_parameters
 
 
-def _average_merged(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Give an AveragedModel the class that merges, once there is a site to merge."""
-    if isinstance(submodule, LowRank):
-        for averaged in list(_plain):
-            _give_class(averaged)
-        _plain.clear()
-    elif isinstance(module, AveragedModel) and name == "module" and submodule is not None:
-        if any(low_rank_sites(submodule)):
-            _give_class(module)
-        else:
-            _plain.add(module)
+def _update_merged(self: AveragedModel, model: nn.Module) -> None:
+    """Take the parameters of `model` into the average, merged where there are low-rank sites.
+
+    Raises:
+        ValueError: if a W is split into 16 bits and those below, in which no average adds up; if a
+            merge was broken off; if `model` lacks a parameter that the average has.
+    """
+    if any(low_rank_sites(model)) or any(low_rank_sites(self.module)):
+        # It asks for nothing else of a model.
+        _update(self, cast("nn.Module", _Merged(model, self.module)))
+    else:
+        _update(self, model)
 
 
-def _give_class(averaged: AveragedModel) -> None:
-    own = type(averaged)
-    if not issubclass(own, _MergedFirst):
-        of_sites = type(own.__name__, (_MergedFirst, own), {})
-        averaged.__class__ = AveragedSites if own is AveragedModel else of_sites
-
-
-register_module_module_registration_hook(_average_merged)
+# In place of torch's own: an average may be a copy, unpickled, or older than the sites, so that no
+# class of ours would be its. Without sites it is torch's.
+AveragedModel.update_parameters = _update_merged  # type: ignore[method-assign]  # on purpose

@@ -69,14 +69,14 @@ class LazyWeight(Factored):
                 [0.5000, 1.5000]])
     """
 
-    def transpose(self, first: int, second: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         """Exchange two dimensions."""
-        if self.has_paths() and {first % self.ndim, second % self.ndim} == {
+        if self.has_paths() and {dim0 % self.ndim, dim1 % self.ndim} == {
             self.ndim - 2,
             self.ndim - 1,
         }:
             return self.transposed()
-        return self.materialize().transpose(first, second)
+        return self.materialize().transpose(dim0, dim1)
 
     @property
     def mT(self) -> Any:
@@ -167,7 +167,7 @@ class LazyWeight(Factored):
         return getattr(self.materialize(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(_lost(f"setting {name}"))
+        raise AttributeError(_FREEZE if name == "requires_grad" else _lost(f"setting {name}"))
 
     @classmethod
     def __torch_function__(
@@ -188,13 +188,13 @@ class LazyWeight(Factored):
             return product_of(func, *args)
         if func is torch._grouped_mm:
             return grouped_product(*args, **kwargs)
-        if func is torch.addmm:
+        if func is torch.addmm and "out" not in kwargs:
             return sum_with_product(*args, **kwargs)
         if func is torch.einsum:
             return einsum_of(*args)
-        if func is torch.transpose and holds_lazy(args[0]):
+        if args and func is torch.transpose and holds_lazy(args[0]):
             return args[0].transpose(*args[1:], **kwargs)
-        if func is torch.unbind and holds_lazy(args[0]):
+        if args and func is torch.unbind and holds_lazy(args[0]):
             return args[0].unbind(*args[1:], **kwargs)
         if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
             written = args[0] if args else next(iter(kwargs.values()), None)
@@ -213,6 +213,8 @@ def _picks(index: Any) -> bool:
 
 
 def _refuse_write(name: str) -> None:
+    if name == "requires_grad_":
+        raise AttributeError(_FREEZE)
     if name in _LOST or (name.endswith("_") and not name.endswith("__")):
         raise AttributeError(_lost(f"a write through {name}"))
 
@@ -222,6 +224,12 @@ def _lost(write: str) -> str:
         f"{write} would change a temporary copy of the weight and be lost: a low-rank site's "
         "weight is computed. Write to `parametrizations.weight.original`, and read by .detach()"
     )
+
+
+_FREEZE = (
+    "a low-rank site's weight is computed, and W is frozen. To freeze the site, freeze its "
+    "factors: `parametrizations.weight[0].requires_grad_(False)`"
+)
 
 
 def _define_operator(name: str) -> None:

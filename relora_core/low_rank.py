@@ -128,7 +128,13 @@ class LowRank(nn.Module):
         return self.alpha / self.rank if self.lora_scale is None else replicated(self.lora_scale)
 
     def forward(self, base: Tensor) -> LazyWeight:
-        """Return the lazy W + s B A."""
+        """Return the lazy W + s B A.
+
+        Raises:
+            ValueError: if a merge was broken off after its first write.
+        """
+        if self.torn:
+            self.refuse_torn(self.name)
         dropout = self.dropout if self.training else 0.0
         copy = self._fresh_copy(base) if self.merged_copy is not None else None
         return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, copy)
@@ -190,6 +196,7 @@ class LowRank(nn.Module):
                 converted or sharded since.
         """
         self.refuse_gathered()
+        self.refuse_torn(self.name)
         self._refuse_converted(base)
         A, s = self.lora_A.detach(), self.scale
         if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
@@ -213,6 +220,7 @@ class LowRank(nn.Module):
             ValueError: if the parameters are FSDP's gathered copies.
         """
         self.refuse_gathered()
+        self.refuse_torn(self.name)
         update = update or self.update(base)
         if self.split_from is not None:
             total = update.add_(self.exact(base))
@@ -457,7 +465,7 @@ class LowRank(nn.Module):
             )
         self.seed, self.restart = seed, restart % _REDRAWN
         redrawn = self.restart if restart & _REDRAWN else self.restart + 1
-        self.restarting, self.torn = redrawn if restart & _UNDER_WAY else None, False
+        self.restarting = redrawn if restart & _UNDER_WAY else None
 
     def refuse_torn(self, name: str) -> None:
         """Raise ValueError, with the site's name, if a merge was broken off while it wrote."""

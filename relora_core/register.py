@@ -1,5 +1,6 @@
 """One low-rank site: make a tensor of a module W + s B A with W frozen, and unmake it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -28,8 +29,8 @@ def register_low_rank(
 
     Linear layers, embeddings and other products with the tensor then compute two paths and never
     form the sum or $W$'s gradient; every other operation receives the materialized sum. The
-    Parameter moves, as the same object, to `module.parametrizations.<tensor_name>.original`. Do
-    this before `fully_shard` and before building the optimizer.
+    Parameter moves, as the same object, to `module.parametrizations.<tensor_name>.original`, and
+    its gradient is dropped. Do this before `fully_shard` and before building the optimizer.
 
     Args:
         module: the module to change in place.
@@ -87,8 +88,11 @@ def make_site_(module: nn.Module, tensor_name: str, **options: Any) -> nn.Module
     low_rank.train(module.training)
     # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
     parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
+    owner = low_rank_owner(module, tensor_name)
+    owner.register_load_state_dict_pre_hook(_mend)  # type: ignore[no-untyped-call]  # torch's own
     share_class_(module)
     base.requires_grad_(False)
+    base.grad = None  # or an optimizer that still holds W would go on stepping it
     return module
 
 
@@ -124,6 +128,7 @@ def remove_low_rank(
             "a low-rank site cannot be removed after fully_shard: export with "
             "merged_state_dict, or remove it before sharding"
         )
+    low_rank.refuse_torn(low_rank.name)
     if merge:
         refuse_ties({tensor_name: (low_rank_owner(module, tensor_name), "original")})
         low_rank.merge_into_(base)
@@ -138,6 +143,14 @@ def remove_low_rank(
     if is_low_rank(module):
         share_class_(module)
     return module
+
+
+def _mend(owner: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: object) -> None:
+    """Take note that a W, whose merge may have been broken off, is loaded anew."""
+    if prefix + "original" in state_dict:
+        for low_rank in owner.children():
+            assert isinstance(low_rank, LowRank)
+            low_rank.torn = False
 
 
 def _refuse_second(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

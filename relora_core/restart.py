@@ -94,8 +94,8 @@ def restart_(
 
     Raises:
         ValueError: if there is no site; if a factor is not finite, or has a gradient that no step
-            of a torch optimizer has used; if W is tied, or has no memory (meta, offloaded); or if
-            the reset refuses. Nothing is changed then.
+            of a torch optimizer has used; if W is tied, trained, or has no memory (meta,
+            offloaded); or if the reset refuses. Nothing is changed then.
         OutOfStepError: if a process does not call it in time, or otherwise than the others, or
             refuses alone; it names them. Nothing is changed then, on any process.
 
@@ -111,6 +111,8 @@ def restart_(
 
     Reference: https://arxiv.org/abs/2307.05695, Algorithm 1, lines 8 to 12.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module; got {type(model).__name__}")
     reset = Reset(prune_ratio, masks, rule, reset_step)
     sites = sites_of(model)
     numbers = {name: _number(site) for name, site in sites}
@@ -142,12 +144,14 @@ def restart_(
         for grad in _gradients(site):  # of the old factors, and used
             grad.zero_()
     for (name, site), update in zip(sites, updates, strict=True):
-        if site.restart == numbers[name]:
+        # Of one that was broken off: done, unless it was trained since.
+        if site.restart == numbers[name] or norms[name]:
             site.low_rank.merge_and_redraw_(site.weight, update)
     done = apply_reset_(states, reset, list(factors))
     for _, site in sites:
         site.low_rank.restarting = None
-    return RestartReport(norms, done, () if finishes else _idle(norms, hidden))
+    trainable = {name: norms[name] for name, site in sites if site.is_trainable}
+    return RestartReport(norms, done, () if finishes else _idle(trainable, hidden))
 
 
 def _number(site: Site) -> int:
@@ -173,8 +177,14 @@ def _idle(norms: dict[str, float], hidden: bool) -> tuple[str, ...]:
 
 
 def _refuse_sites(model: nn.Module, sites: list[tuple[str, Site]]) -> None:
-    """Raise ValueError if a W has no memory, or if it or a factor has another owner."""
+    """Raise ValueError if a W is trained, or has no memory, or it or a factor another owner."""
     for name, site in sites:
+        if site.weight.requires_grad:
+            raise ValueError(
+                f"W of {name} requires a gradient, so that it is trained at full rank beside its "
+                "factors: freeze it by requires_grad_(False), of "
+                f"parametrizations.{site.tensor_name}.original"
+            )
         if site.weight.is_meta or site.lora_A.is_meta or site.lora_B.is_meta:
             raise ValueError(
                 f"{name} has no memory (a meta tensor, or offloaded by hooks): a merge would be "
@@ -210,6 +220,7 @@ def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
 def _largest_gradient(site: Site, unreduced: bool) -> Tensor:
     """Return the largest magnitude in gradients that no step has used; infinite if unknown."""
     grads = [grad for grad in _gradients(site) if not was_stepped(grad)]
+    grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     sizes = [largest_magnitude(local(grad)).nan_to_num(torch.inf) for grad in grads]
     least = torch.inf if unreduced else 0.0
     return torch.stack([local(site.lora_B).new_full((), least, dtype=torch.float32), *sizes]).max()

@@ -130,6 +130,8 @@ def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, T
         found = by_memory.get(memory_of(tensor)) if _is_base(key, tensor) else None
         if found is not None:
             inside[key.removesuffix("original")] = (plain_name(key), found)
+    if len(by_memory) < len(sites):
+        raise ValueError("two low-rank sites have one W: untie them, by a copy of it for each")
     met = {id(site) for _, site in inside.values()}
     missed = [name for name, site in sites if id(site) not in met]
     if missed:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from relora_core._fsdp import is_flat, reshard_
 from relora_core._sharding import full, sharded_like
@@ -55,6 +56,11 @@ class Site:
     def lora_B(self) -> nn.Parameter:
         """B, `(out, rank)`; of a bank, `(E, out, rank)`."""
         return self.low_rank.lora_B
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether A or B requires a gradient."""
+        return self.lora_A.requires_grad or self.lora_B.requires_grad
 
     @property
     def rank(self) -> int:
@@ -127,10 +133,10 @@ def plain_name(name: str) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's module inside data parallelism and `torch.compile`."""
+    """Return the user's module inside data parallelism, `torch.compile` and an AveragedModel."""
     while True:
         compiled = getattr(model, "_orig_mod", None)
-        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         elif isinstance(compiled, nn.Module):
             model = compiled

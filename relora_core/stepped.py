@@ -5,6 +5,7 @@ next backward, or of one that is to come, half accumulated. Only these belong to
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,8 +17,22 @@ from relora_core.local import local
 
 # Of each optimizer the gradients of its last step, by identity, and how often each was written to.
 _last: WeakKeyDictionary[Optimizer, dict[int, tuple[ref[Tensor], int]]] = WeakKeyDictionary()
-# The identities of the parameters that had a gradient in some step of it.
-_reached: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+
+
+@dataclass
+class _Seen:
+    """The identities of the parameters that an optimizer held in its steps.
+
+    Args:
+        held: all of them.
+        reached: those that had a gradient in some step.
+    """
+
+    held: set[int]
+    reached: set[int]
+
+
+_seen: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
 
 
 def was_stepped(grad: Tensor) -> bool:
@@ -27,13 +42,11 @@ def was_stepped(grad: Tensor) -> bool:
 
 
 def passed_over(params: Iterable[Tensor]) -> bool:
-    """Whether optimizers that hold `params` have stepped others, and none of these ever."""
+    """Whether an optimizer that held some of `params` has stepped, and none ever had a gradient."""
     own = set(map(id, params))
-    reached: set[int] = set()
-    for optimizer, ids in _reached.items():
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        reached |= ids if own & held else set()
-    return bool(reached) and not own & reached
+    return any(own & seen.held for seen in _seen.values()) and not any(
+        own & seen.reached for seen in _seen.values()
+    )
 
 
 def steppers() -> list[Optimizer]:
@@ -42,14 +55,12 @@ def steppers() -> list[Optimizer]:
 
 
 def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    stepped = [
-        (id(p), p.grad)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
-    ]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    stepped = [(id(p), p.grad) for p in params if p.grad is not None]
     _last[optimizer] = {id(grad): (ref(grad), local(grad)._version) for _, grad in stepped}
-    _reached.setdefault(optimizer, set()).update(p for p, _ in stepped)
+    seen = _seen.setdefault(optimizer, _Seen(set(), set()))
+    seen.held.update(map(id, params))
+    seen.reached.update(p for p, _ in stepped)
 
 
 register_optimizer_step_post_hook(_note)

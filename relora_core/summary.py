@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from relora_core._sharding import shard_max
 from relora_core.local import local
 from relora_core.pruning import to_floats
-from relora_core.register import low_rank_owner
-from relora_core.sites import clean_name, low_rank_sites, unwrapped
+from relora_core.sites import clean_name, low_rank_sites, plain_name, unwrapped
 from relora_core.stepped import passed_over
 
 
@@ -100,19 +99,18 @@ def summary(model: nn.Module) -> Summary:
           1.weight: 30 x 40, whole
     """
     sites = list(low_rank_sites(model))
-    parts = {
-        id(p)
-        for _, site in sites
-        for p in low_rank_owner(site.module, site.tensor_name).parameters()
-    }
+    parts = {id(p) for _, site in sites for p in site.low_rank.parameters()}
     whole = {
-        clean_name(name): Line(tuple(p.shape))
+        plain_name(clean_name(name)): Line(tuple(p.shape))
         for name, p in unwrapped(model).named_parameters()
         if p.requires_grad and id(p) not in parts
     }
     rank = min((site.rank for _, site in sites), default=1)
     marks = to_floats([_is_trained(site.lora_B) for _, site in sites])
-    trained = {name: mark > 0 for (name, _), mark in zip(sites, marks, strict=True)}
+    trained = {
+        name: mark > 0 or not site.is_trainable
+        for (name, site), mark in zip(sites, marks, strict=True)
+    }
     factors = [p for _, site in sites for p in (site.lora_A, site.lora_B)]
     named = any(trained.values()) or passed_over(factors)
     return Summary(

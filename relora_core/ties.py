@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from relora_core.local import local
+from relora_core.reach import tensors_in
 
 Owner = tuple[nn.Module, str]
 # An address space (a device, or one storage without addresses), and what is spanned of it.
@@ -45,7 +46,28 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
         (True, False)
     """
     (one, begin, end), (other, first, last) = memory_of(a), memory_of(b)
-    return one == other and begin < last and first < end
+    if one != other or begin >= last or first >= end:
+        return False
+    a, b = local(a.detach()), local(b.detach())
+    size = a.element_size()
+    dense = a.numel() * size == end - begin and b.numel() * b.element_size() == last - first
+    if dense or size != b.element_size() or (begin - first) % size:
+        return True
+    return _interleave(a, b, (begin - first) // size)
+
+
+def _interleave(a: Tensor, b: Tensor, ahead: int) -> bool:
+    """Whether two tensors, of which `a` begins so many entries after `b`, have one in common.
+
+    Columns of one matrix span its memory, and need not.
+    """
+    begin_a, begin_b = max(ahead, 0), max(-ahead, 0)
+    reach = [
+        1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (a, b)
+    ]
+    taken = torch.zeros(max(begin_a + reach[0], begin_b + reach[1]), dtype=torch.bool)
+    taken.as_strided(a.shape, a.stride(), begin_a).fill_(True)
+    return bool(taken.as_strided(b.shape, b.stride(), begin_b).any())
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -77,12 +99,12 @@ class Owners:
 
     def __init__(self, owned: Iterable[tuple[Owner, Tensor]]) -> None:
         spans: dict[object, list[tuple[int, int, int]]] = defaultdict(list)
-        self._owners: list[Owner] = []
+        self._owned: list[tuple[Owner, Tensor]] = []
         for owner, tensor in owned:
             if _has_memory(tensor):
                 space, begin, end = memory_of(tensor)
-                spans[space].append((begin, end, len(self._owners)))
-                self._owners.append(owner)
+                spans[space].append((begin, end, len(self._owned)))
+                self._owned.append((owner, tensor))
         self._spans = {space: sorted(found) for space, found in spans.items()}
         self._last = {
             space: list(accumulate((end for _, end, _ in found), max))
@@ -98,8 +120,9 @@ class Owners:
         found = []
         index = bisect_left(spans, (end,)) - 1
         while index >= 0 and last[index] > begin:  # or none before it reaches so far
-            if spans[index][1] > begin:
-                found.append(self._owners[spans[index][2]])
+            owner, other = self._owned[spans[index][2]]
+            if spans[index][1] > begin and (other is tensor or share_memory(other, tensor)):
+                found.append(owner)
             index -= 1
         return found[::-1]
 
@@ -114,20 +137,25 @@ def owned_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
 
 
 def kept_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
-    """Iterate over the tensors in other attributes, and in lists, tuples and dicts there."""
+    """Iterate over single tensors that other attributes keep, in containers and closures too.
+
+    Several in one attribute are a listing, to clip gradients say, and nothing computes with it.
+    """
     for module in modules:
         for name, value in module.__dict__.items():
-            # A recurrent layer makes its list of weights anew at each forward.
-            if name in ("_parameters", "_buffers", "_flat_weights"):
+            if name in _OWN or isinstance(value, nn.Module | str | int | float | type(None)):
                 continue
-            items = value.values() if isinstance(value, dict) else value
-            for one in items if isinstance(value, list | tuple | dict) else (value,):
-                if isinstance(one, Tensor):
-                    yield (module, name), one
+            kept = {id(tensor): tensor for tensor in tensors_in(value, objects=0)}
+            if len(kept) == 1:
+                yield (module, name), next(iter(kept.values()))
+
+
+# Hooks are found as such, and a recurrent layer makes its list of weights at each forward.
+_OWN = frozenset({*nn.Module().__dict__, "_flat_weights"})
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    if is_lazy(tensor):
+    if is_lazy(tensor) or tensor.is_nested:
         return False
     part = local(tensor.detach())
     return part.layout == torch.strided and type(part) is Tensor
@@ -136,7 +164,14 @@ def _has_memory(tensor: Tensor) -> bool:
 def living_modules() -> Iterator[nn.Module]:
     """Iterate over every module that there is, whatever model it belongs to."""
     classes: dict[type, bool] = {}
-    for one in gc.get_objects():
+    frozen = gc.get_freeze_count() > 0  # by gc.freeze, which hides objects
+    if frozen:
+        gc.collect()
+        gc.unfreeze()
+    objects = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    for one in objects:
         kind = type(one)  # not isinstance: proxies answer for what they stand for
         is_module = classes.get(kind)
         if is_module is None:
@@ -172,16 +207,19 @@ def refuse_ties(tensors: Mapping[str, Owner], *, kept: bool = False) -> None:
 
     Args:
         tensors: Parameters of modules, by the name to give in the error.
-        kept: whether to look into other attributes too (`kept_by`), which may be there to read.
+        kept: whether to look into other attributes too (`kept_by`).
     """
     suspects = {name: owner for name, owner in tensors.items() if may_be_tied(*owner)}
     if not suspects or not _other_owners(suspects, kept):
         return
     gc.collect()  # what only waits to be collected owns nothing
     for name, (module, tensor_name) in _other_owners(suspects, kept).items():
+        other = f"{tensor_name} of a {type(module).__name__}"
+        if isinstance(module, ParametrizationList):
+            other = "the W of another low-rank site"
         raise ValueError(
-            f"{name} is tied to {tensor_name} of a {type(module).__name__}: a merge would change "
-            "every use of it; untie it, leave it out, or drop what uses it"
+            f"{name} is tied to {other}: a merge would change every use of it; untie it, leave it "
+            "out, or drop what uses it"
         )
 
 
@@ -205,5 +243,7 @@ def _stands_for(other: nn.Module, module: nn.Module) -> bool:
     It has the factors too, and computes with them.
     """
     if not isinstance(module, ParametrizationList) or isinstance(other, ParametrizationList):
+        return False
+    if any(one is module for one in other.modules()):  # the model itself
         return False
     return set(map(id, module.parameters())) <= set(map(id, other.parameters()))

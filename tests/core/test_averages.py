@@ -1,6 +1,7 @@
 """Averages that torch keeps of a model with sites are of its merged weights."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import relora_core as relora
-from relora_core.averages import AveragedSites
 from tests.core.test_derived import backward, low_rank, net, trained
 from tests.reference import randomize_
 
@@ -50,11 +50,10 @@ class TestOfSites:
         x = torch.randn(3, 6)
         torch.testing.assert_close(averaged(x), plain(x))
 
-    def test_keep_their_class_s_name_in_copies_and_states(self):
+    def test_are_torch_s_in_class_copies_and_states(self):
         model = low_rank()
         averaged = AveragedModel(model)
-        assert type(averaged) is AveragedSites
-        assert isinstance(averaged, AveragedModel)
+        assert type(averaged) is AveragedModel
         randomize_(model)
         averaged.update_parameters(model)
         other = AveragedModel(low_rank())
@@ -67,19 +66,26 @@ class TestOfSites:
 
     def test_of_a_subclass_too(self):
         class Mine(AveragedModel):
-            def extra(self):
-                return 3
+            def update_parameters(self, model):
+                self.calls = getattr(self, "calls", 0) + 1
+                super().update_parameters(model)
 
         model = low_rank()
         averaged = Mine(model)
-        assert averaged.extra() == 3
         randomize_(model)
         x = torch.randn(3, 6)
         averaged.update_parameters(model)
         torch.testing.assert_close(averaged(x), model(x))
+        assert averaged.calls == 1
 
-    def test_of_a_plain_model_are_torch_s(self):
-        assert type(AveragedModel(net())) is AveragedModel
+    def test_are_exported_under_plain_names(self):
+        model = low_rank()
+        averaged = AveragedModel(model)
+        randomize_(model)
+        averaged.update_parameters(model)
+        plain, x = net(), torch.randn(3, 6)
+        plain.load_state_dict(relora.merged_state_dict(averaged))
+        torch.testing.assert_close(plain(x), averaged(x))
 
     def test_over_split_bases_are_refused(self):
         model = low_rank()
@@ -119,14 +125,24 @@ class TestMadeBeforeTheSites:
             if "num" not in key:
                 torch.testing.assert_close(found[key], value)
 
-    def test_are_plain_until_a_site_is_made_and_by_its_hand(self):
-        plain, model = net(), net()
+    def test_of_a_plain_model_are_what_torch_makes_of_it(self):
+        plain = net()
         averaged = AveragedModel(plain)
-        assert type(averaged) is AveragedModel
-        relora.add_low_rank_(model, "*", rank=2)
         averaged.update_parameters(plain)
         for p, q in zip(averaged.parameters(), plain.parameters(), strict=True):
             assert torch.equal(p, q)
+
+    @pytest.mark.parametrize(
+        "through", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+    )
+    def test_of_copies_too(self, through):
+        model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+        averaged = through(AveragedModel(model))
+        relora.add_low_rank_(model, "*", rank=2)
+        randomize_(model)
+        averaged.update_parameters(model)
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(averaged(x), model(x))
 
     def test_of_parts_that_get_their_sites_later(self):
         model = relora.add_low_rank_(net(), "0", rank=2)
@@ -151,6 +167,14 @@ class TestMadeBeforeTheSites:
         averaged = AveragedModel(net())
         before = copy.deepcopy(averaged.state_dict())
         other = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 8)), "*", rank=2)
-        with pytest.raises(ValueError, match=r"the average has 2.weight, and Sequential has not"):
+        with pytest.raises(
+            ValueError, match=r"the average has 2.weight, \(5, 8\), and Sequential has not"
+        ):
             averaged.update_parameters(other)
         assert all(torch.equal(v, before[k]) for k, v in averaged.state_dict().items())
+
+    def test_of_a_model_of_another_shape_are_refused(self):
+        averaged = AveragedModel(nn.Sequential(nn.Linear(6, 4)))
+        other = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 5)), "*", rank=2)
+        with pytest.raises(ValueError, match=r"Sequential has one of shape \(5, 6\)"):
+            averaged.update_parameters(other)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relora_core as relora
@@ -160,3 +161,70 @@ def test_a_part_of_a_restart_counts_nothing_twice():
                 torch.testing.assert_close(broken[0](x), expected)
         else:
             return
+
+
+def torn():
+    model, optimizer, x = begun(matrices, torch.float64)
+    (_, site), *_ = relora.low_rank_sites(model)
+
+    def broken():
+        raise torch.OutOfMemoryError("planted")
+
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        site.low_rank._move_(site.lora_B, broken)
+    return model, optimizer, x
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: relora.remove_low_rank(model[0]),
+        lambda model: relora.remove_low_rank(model[0], merge=False),
+        lambda model: relora.Site(model[0], "weight").merge_(),
+        lambda model: relora.Site(model[0], "weight").merged(),
+        lambda model: AveragedModel(model).update_parameters(model),
+        lambda model: model(torch.ones(2, 6, dtype=torch.float64)),
+    ],
+)
+def test_a_torn_site_is_refused_wherever_it_is_met(call):
+    model, _, _ = torn()
+    with torch.no_grad(), pytest.raises(ValueError, match="broken off while it wrote"):
+        call(model)
+    assert relora.Site(model[0], "weight").low_rank.torn
+
+
+def test_a_torn_site_is_mended_by_its_weight_alone():
+    model, optimizer, x = torn()
+    good = begun(matrices, torch.float64)[0]
+    factors = {k: v for k, v in good.state_dict().items() if ".0.lora" in k or "extra" in k}
+    model.load_state_dict(factors, strict=False)
+    with pytest.raises(ValueError, match="broken off"):
+        relora.restart_(model, optimizer)
+    model.load_state_dict(good.state_dict())
+    assert torch.equal(model(x), good(x))
+
+
+def test_a_site_that_was_trained_between_is_merged_by_the_next_restart():
+    """One that a restart had done already, and whose B has grown since."""
+    model, optimizer, x = begun(matrices, torch.float64)
+    (_, first), (_, second) = relora.low_rank_sites(model)
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    plain, second.low_rank.merge_and_redraw_ = second.low_rank.merge_and_redraw_, broken
+    with pytest.raises(KeyboardInterrupt):
+        relora.restart_(model, optimizer)
+    second.low_rank.merge_and_redraw_ = plain
+    assert (first.restart, second.restart) == (1, 0)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model(x).detach()
+    norms = relora.restart_(model, optimizer).update_norms
+    assert all(norms.values())
+    for site in (first, second):
+        assert not site.lora_B.any()
+        assert site.low_rank.restarting is None
+    torch.testing.assert_close(model(x), before)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections import deque
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,18 @@ def schedule_free(kind, params):
     return optimizer, copies
 
 
+@dataclass(slots=True)
+class Slotted:
+    slow: object
+
+    def method(self):
+        return self.slow
+
+
+def decorated(function):
+    return functools.wraps(function)(lambda *args: function(*args))
+
+
 class TestCopies:
     def test_a_wrapper_s_own_state_is_refused_by_name(self):
         model = low_rank()
@@ -98,8 +111,12 @@ class TestCopies:
             lambda every: functools.partial(print, every),
             lambda every: lambda: every,
             lambda every: [nn.Parameter(p) for p in itertools.chain(*every)],
-            lambda every: torch.cat([p.flatten() for p in itertools.chain(*every)]),
-            lambda every: nn.Parameter(torch.cat([p.flatten() for p in itertools.chain(*every)])),
+            lambda every: nn.ParameterList(itertools.chain(*every)),
+            lambda every: [p.flatten() for p in itertools.chain(*every)],
+            lambda every: Slotted(every),
+            lambda every: decorated(decorated(lambda: every)),
+            lambda every: lambda slow=every: slow,
+            lambda every: Slotted.method.__get__(Slotted(every)),
         ],
     )
     def test_copies_in_an_attribute_are_refused_by_name(self, keep):
@@ -119,6 +136,62 @@ class TestCopies:
         optimizer.register_step_post_hook(lambda *_: slow[0].add_(1))
         with pytest.raises(ValueError, match=r"AdamW._optimizer_step_post_hooks holds tensors"):
             relora.restart_(model, optimizer)
+
+    @pytest.mark.parametrize("padding", [0, 5, 900])
+    @pytest.mark.parametrize("kind", [torch.Tensor.clone, nn.Parameter])
+    def test_one_vector_of_all_is_refused(self, padding, kind):
+        model = relora.add_low_rank_(
+            nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 70)), "*", rank=4
+        )
+        optimizer = torch.optim.AdamW(trained(model))
+        flat = torch.cat([p.detach().flatten() for p in factors(model)])
+        optimizer.flat = kind(torch.cat([flat, flat.new_zeros(padding)]))
+        with pytest.raises(ValueError, match=r"AdamW.flat holds tensors"):
+            relora.restart_(model, optimizer)
+
+    def test_copies_that_the_parameters_carry_are_refused(self):
+        model = low_rank()
+        optimizer = torch.optim.AdamW(trained(model))
+        for p in trained(model):
+            p.main_grad = torch.zeros_like(p)
+        assert relora.restart_(model, optimizer).sites == 2
+        for p in trained(model):
+            p.main_param = p.detach().clone()
+        with pytest.raises(ValueError, match=r"Parameter.main_param holds tensors"):
+            relora.restart_(model, optimizer)
+
+    def test_what_lies_in_the_parameters_memory_is_none(self):
+        """A redraw reaches views, and buckets that parameters are views of."""
+        model = relora.add_low_rank_(
+            nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 70)), "*", rank=4
+        )
+        params = trained(model)
+        memory = torch.cat([p.detach().flatten() for p in params])
+        for p, part in zip(params, memory.split([p.numel() for p in params]), strict=True):
+            p.data = part.view(p.shape)
+        optimizer = torch.optim.AdamW(params)
+        optimizer.flat, optimizer.views = memory, [p.data for p in params]
+        assert relora.restart_(model, optimizer).sites == 2
+
+    def test_few_tensors_of_a_factor_s_shape_are_none(self):
+        """As a batch that somebody's hook keeps."""
+        model = low_rank()
+        optimizer = torch.optim.AdamW(trained(model))
+        optimizer.batch, optimizer.codes = torch.zeros(2, 6), torch.zeros(256)
+        assert relora.restart_(model, optimizer).sites == 2
+
+    def test_a_wrapper_without_a_dict_is_looked_into(self):
+        class Wrapper:
+            __slots__ = ("__slow", "optimizer", "param_groups", "state")
+
+            def __init__(self, optimizer):
+                self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+                self.state = optimizer.state
+                self.__slow = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+        model = low_rank()
+        with pytest.raises(ValueError, match=r"Wrapper.*slow holds tensors"):
+            relora.restart_(model, Wrapper(torch.optim.AdamW(trained(model))))
 
     def test_copies_in_a_group_are_refused(self):
         model = low_rank()

@@ -102,6 +102,16 @@ class TestGradients:
         with pytest.raises(ValueError, match="no step has used"):
             relora.restart_(model, optimizer)
 
+    def test_that_are_sparse_are_refused_too(self):
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True))
+        relora.add_low_rank_(model, "*", rank=2)
+        optimizer = torch.optim.SGD(trained(model))
+        model(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(ValueError, match="no step has used"):
+            relora.restart_(model, optimizer)
+        optimizer.step()
+        assert relora.restart_(model, optimizer).sites == 1
+
     def test_that_are_zero_are_none(self):
         model = low_rank()
         optimizer = torch.optim.AdamW(trained(model))
@@ -220,6 +230,43 @@ class TestIdleSites:
             with pytest.warns(UserWarning, match="B is still zero at 2 of 2 low-rank sites"):
                 assert relora.restart_(model, optimizer).idle == ("0", "2")
 
+    def test_are_seen_where_the_factors_have_an_optimizer_of_their_own(self):
+        model = nn.Sequential(Detached(6, 8), nn.Tanh(), Detached(8, 4))
+        relora.add_low_rank_(model, "*", rank=2)
+        biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+        several = [torch.optim.SGD(factors(model)), torch.optim.AdamW(biases)]
+        backward(model)
+        for one in several:
+            one.step()
+            one.zero_grad()
+        assert relora.summary(model).idle == ("0", "2")
+        with pytest.warns(UserWarning, match="2 of 2"):
+            relora.restart_(model, several)
+
+    def test_are_none_before_the_optimizer_has_stepped_with_them(self):
+        """The warm start's optimizer goes on, and a restart is tried before the first step."""
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters())
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        relora.add_low_rank_(model, "*", rank=2)
+        optimizer.add_param_group({"params": factors(model)})
+        assert relora.restart_(model, optimizer).idle == relora.summary(model).idle == ()
+
+    def test_are_none_that_are_frozen_on_purpose(self):
+        model = low_rank()
+        for p in factors(model)[:2]:
+            p.requires_grad_(False)
+        optimizer = torch.optim.AdamW(trained(model))
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert relora.restart_(model, optimizer).idle == ()
+        backward(model)
+        optimizer.step()
+        assert relora.summary(model).idle == ()
+
     def test_are_none_of_another_model_s_steps(self):
         other, model = low_rank(), low_rank()
         optimizer = torch.optim.AdamW(trained(other))
@@ -235,6 +282,42 @@ class TestIdleSites:
         optimizer.step()
         assert relora.restart_(model, optimizer).idle == ()
         assert relora.summary(model).idle == ()
+
+
+class TestBases:
+    @pytest.mark.parametrize("make", [relora.add_low_rank_, None])
+    def test_lose_their_gradient_with_the_site(self, make):
+        """An optimizer that holds W still, with a zero gradient, would step it."""
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        if make:
+            make(model, "*", rank=2)
+        else:
+            relora.register_low_rank(model[0], rank=2)
+        before = model[0].parametrizations.weight.original.clone()
+        backward(model)
+        optimizer.step()
+        assert torch.equal(model[0].parametrizations.weight.original, before)
+
+    def test_that_are_trained_are_refused_and_summed_up(self):
+        model = low_rank()
+        optimizer = torch.optim.AdamW(trained(model))
+        model.requires_grad_(True)
+        assert "0.weight" in relora.summary(model).whole
+        assert_untouched(
+            model,
+            optimizer,
+            lambda: relora.restart_(model, optimizer),
+            match="W of 0 requires a gradient",
+        )
+
+    def test_a_model_comes_before_its_optimizer(self):
+        model = low_rank()
+        with pytest.raises(TypeError, match="model must be a Module; got AdamW"):
+            relora.restart_(torch.optim.AdamW(trained(model)), model)
 
 
 class TestWeightsWithoutMemory:

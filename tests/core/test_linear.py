@@ -300,6 +300,9 @@ def test_a_bias_added_to_a_product_is_a_linear_s(compiled, form):
         lambda w, x: torch.addmm(w, ones(24, 5), ones(5, 16)),
         lambda w, x: torch.addmm(ones(24, 2), w, ones(16, 2)),
         lambda w, x: ones(16).addmm(x, w),
+        lambda w, x: x @ torch.transpose(torch.transpose(w, dim0=0, dim1=1), 0, 1),
+        lambda w, x: x @ torch.transpose(input=w.transpose(dim0=0, dim1=1), dim0=0, dim1=1),
+        lambda w, x: torch.stack(torch.unbind(input=w, dim=0)),
     ],
 )
 def test_every_sum_with_a_product_equals_the_dense_one(call):
@@ -307,6 +310,9 @@ def test_every_sum_with_a_product_equals_the_dense_one(call):
     nn.init.normal_(relora.Site(layer, "weight").lora_B)
     x = torch.randn(5, 24, dtype=torch.float64)
     torch.testing.assert_close(call(layer.weight, x), call(layer.weight.materialize(), x))
+    with torch.no_grad():
+        written = torch.addmm(ones(16), x, layer.weight, out=ones(5, 16))
+    torch.testing.assert_close(written, 1 + x @ layer.weight.materialize())
 
 
 def test_activation_checkpointing_changes_no_bit():

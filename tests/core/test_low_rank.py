@@ -355,13 +355,19 @@ class TestNotes:
             lambda weight: weight.register_hook(print),
             lambda weight: weight.register_post_accumulate_grad_hook(print),
             lambda weight: weight.retain_grad(),
-            lambda weight: weight.requires_grad_(True),
         ],
     )
     def test_hooks_are_refused_at_once(self, call):
         layer = relora.register_low_rank(nn.Linear(4, 3), rank=2)
         with pytest.raises(AttributeError, match=r"Write to `parametrizations.weight.original`"):
             call(layer.weight)
+
+    def test_freezing_is_of_the_factors(self):
+        layer = relora.register_low_rank(nn.Linear(4, 3), rank=2)
+        with pytest.raises(AttributeError, match="freeze its factors"):
+            layer.weight.requires_grad_(False)
+        with pytest.raises(AttributeError, match="freeze its factors"):
+            layer.weight.requires_grad = False
 
     def test_facts_need_no_sum(self):
         layer = relora.register_low_rank(nn.Linear(4, 3), rank=2)

@@ -1,7 +1,9 @@
 """Tied weights are refused where a site is made, and before anything writes to them."""
 
 import copy
+import functools
 import gc
+from collections import deque
 
 import pytest
 import torch
@@ -120,7 +122,23 @@ def keep(one, other):
     other.__dict__["kept"] = one.weight
 
 
-@pytest.mark.parametrize("tie", [keep_in_a_list, keep_in_a_dict, keep])
+def keep_deep(one, other):
+    other.kept = [{"params": (deque([one.weight]),)}]
+
+
+def keep_in_a_partial(one, other):
+    other.kept = functools.partial(nn.functional.linear, weight=one.weight)
+
+
+def keep_in_a_closure(one, other):
+    weight = one.weight
+    other.kept = lambda x: x @ weight.t()
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [keep_in_a_list, keep_in_a_dict, keep, keep_deep, keep_in_a_partial, keep_in_a_closure],
+)
 def test_a_weight_that_a_module_keeps_aside_is_refused(tie):
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4)), "head": nn.Linear(4, 4)})
     tie(model["body"][0], model["head"])
@@ -131,9 +149,13 @@ def test_a_weight_that_a_module_keeps_aside_is_refused(tie):
     assert not names(model)
 
 
-def test_lists_that_are_made_of_a_model_with_sites_are_no_ties():
+@pytest.mark.parametrize("before", [False, True])
+def test_lists_of_a_model_s_parameters_are_no_ties(before):
     """As for clipping: nothing in them is used as a weight of its own."""
-    model = relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    model = nn.Sequential(nn.Linear(4, 4))
+    if before:
+        model.kept, model.named = list(model.parameters()), dict(model.named_parameters())
+    relora.add_low_rank_(model, "0", rank=2)
     model.kept = list(model.parameters())
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     assert relora.restart_(model, optimizer).sites == 1
@@ -192,6 +214,93 @@ def test_a_trace_that_computes_with_the_factors_is_no_tie(copied):
     relora.restart_(model, optimizer)
     torch.testing.assert_close(kept(x), before)
     relora.merge_(model)
+
+
+def of_an_ancestor(model, site):
+    model.mine = site.weight
+
+
+def of_an_ancestor_by_memory(model, site):
+    model.mine = nn.Parameter(torch.zeros(4, 4))
+    model.mine.data = site.weight.data
+
+
+def buffer_of_an_ancestor(model, site):
+    model.register_buffer("mine", site.weight.data.t())
+
+
+@pytest.mark.parametrize("tie", [of_an_ancestor, of_an_ancestor_by_memory, buffer_of_an_ancestor])
+def test_a_module_around_the_site_is_an_owner_like_others(tie):
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4)), "0", rank=2)
+    (_, site), *_ = relora.low_rank_sites(model)
+    optimizer = torch.optim.AdamW([site.lora_A, site.lora_B])
+    tie(model, site)
+    with pytest.raises(ValueError, match=r"0.weight is tied to mine of a Sequential"):
+        relora.restart_(model, optimizer)
+
+
+def test_two_sites_of_one_weight_are_told_so():
+    model = relora.add_low_rank_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "*", rank=2)
+    state = model.state_dict()
+    state["1.parametrizations.weight.original"] = state["0.parametrizations.weight.original"]
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(ValueError, match="two low-rank sites have one W"):
+        relora.merged_state_dict(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ValueError, match="tied to the W of another low-rank site"):
+        relora.restart_(model, optimizer)
+
+
+def test_frozen_objects_are_looked_at_too():
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    same_memory(one, other)
+    gc.freeze()
+    try:
+        with pytest.raises(ValueError, match="tied to weight of a Linear"):
+            relora.register_low_rank(one, rank=2)
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
+def test_columns_of_one_matrix_are_not_tied():
+    """As GPT-2's q, k and v in one projection."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    memory = torch.randn(4, 12)
+    for layer, part in zip(model, memory.split(4, dim=1), strict=True):
+        layer.weight.data = part.t()
+    relora.add_low_rank_(model, "*", rank=2)
+    randomize_(model)
+    x = torch.randn(3, 4)
+    before = model(x)
+    relora.merge_(model)
+    torch.testing.assert_close(model(x), before)
+    model[0].parametrizations.weight.original.data = memory[:, 1:5].t()
+    with pytest.raises(ValueError, match="tied"):
+        relora.merge_(model)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_somewhere_is_no_tie():
+    other = nn.Module()
+    other.register_buffer("ragged", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    layer = nn.Linear(4, 4)
+    kept = [layer.weight]  # so that modules are looked at
+    assert relora.is_low_rank(relora.register_low_rank(layer, rank=2))
+    assert kept[0] is layer.parametrizations.weight.original
+
+
+@given(data=st.data())
+def test_memory_is_shared_if_an_entry_is(data):
+    memory = torch.zeros(64)
+    views = []
+    for _ in range(2):
+        size = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+        step = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+        views.append(memory.as_strided(size, step, data.draw(st.integers(0, 10))))
+    one, other = views
+    one.fill_(1)
+    assert share_memory(one, other) == bool(other.any())
 
 
 def test_a_trace_of_the_plain_weight_is_a_tie():

@@ -599,6 +599,50 @@ BREAKAGES = {
         *("relora_core/ties.py", "count, not storage.resizable()", "count, False"),
         "tests/core/test_ties.py",
     ),
+    "columns of one matrix are tied": (
+        *("relora_core/ties.py", "    if dense or size", "    if True or size"),
+        "tests/core/test_ties.py",
+    ),
+    "a module around a site may own its W": (
+        *("relora_core/ties.py", "if any(one is module for one in other.modules()):", "if False:"),
+        "tests/core/test_ties.py",
+    ),
+    "a site keeps the gradient of W": (
+        *("relora_core/register.py", "    base.grad = None", "    pass"),
+        "tests/core/test_derived.py",
+    ),
+    "a W that is trained is restarted": (
+        *(
+            "relora_core/restart.py",
+            "        if site.weight.requires_grad:\n",
+            "        if False:\n",
+        ),
+        "tests/core/test_derived.py",
+    ),
+    "a torn site is mended by factors alone": (
+        *("relora_core/register.py", 'if prefix + "original" in state_dict:', "if True:"),
+        "tests/core/test_broken_off.py",
+    ),
+    "a torn site computes": (
+        *(
+            "relora_core/low_rank.py",
+            "        if self.torn:\n            self.refuse_torn(self.name)\n        dropout",
+            "        dropout",
+        ),
+        "tests/core/test_broken_off.py",
+    ),
+    "a site that was trained in between is passed over": (
+        *("relora_core/restart.py", "numbers[name] or norms[name]:", "numbers[name]:"),
+        "tests/core/test_broken_off.py",
+    ),
+    "an optimizer of factors alone tells nothing": (
+        *("relora_core/stepped.py", "own & seen.held for", "own & seen.held and seen.reached for"),
+        "tests/core/test_derived.py",
+    ),
+    "a tie of an ancestor's buffer": (
+        *("relora_core/ties.py", '("_parameters", "_buffers"):  # not', '("_parameters",):  # not'),
+        "tests/core/test_ties.py",
+    ),
     "tied factors are redrawn together": (
         *("relora_core/restart.py", "if len(owners.of(factor)) > 1:", "if False:"),
         "tests/core/test_ties.py",
@@ -620,11 +664,23 @@ BREAKAGES = {
         "tests/core/test_targets.py",
     ),
     "a flat vector is no copy": (
-        *("relora_core/copies.py", "flat = tensor.ndim == 1 and", "flat = False and"),
+        *("relora_core/copies.py", "        if flat:\n", "        if False:\n"),
+        "tests/core/test_copies.py",
+    ),
+    "a vector for each parameter is no copy": (
+        *("relora_core/copies.py", "and alike >= self.each", "and False"),
+        "tests/core/test_copies.py",
+    ),
+    "any tensor of a factor's shape is a copy": (
+        *("relora_core/copies.py", "if 2 * len(found) >= max(len(self.matrices), 1):", "if found:"),
+        "tests/core/test_copies.py",
+    ),
+    "views of the parameters are copies": (
+        *("relora_core/copies.py", "if not memory.of(t)]", "]"),
         "tests/core/test_copies.py",
     ),
     "copies in closures are passed over": (
-        *("relora_core/copies.py", "for cell in one.__closure__ or ()", "for cell in ()"),
+        *("relora_core/reach.py", "for cell in one.__closure__ or ()", "for cell in ()"),
         "tests/core/test_copies.py",
     ),
     "a wrapper's copies in the state of what is in it are left": (
@@ -640,7 +696,11 @@ BREAKAGES = {
         "tests/core/test_derived.py",
     ),
     "an average from before the sites goes by place": (
-        *("relora_core/averages.py", "            _plain.add(module)\n", "            pass\n"),
+        *(
+            "relora_core/averages.py",
+            "AveragedModel.update_parameters = _update_merged",
+            "_unused = _update_merged",
+        ),
         "tests/core/test_averages.py",
     ),
     "a restart that was broken off does not travel": (
@@ -652,7 +712,11 @@ BREAKAGES = {
         "tests/core/test_broken_off.py",
     ),
     "a torn site is saved": (
-        *("relora_core/low_rank.py", "        self.refuse_torn(self.name)\n", ""),
+        *(
+            "relora_core/low_rank.py",
+            "        self.refuse_torn(self.name)\n        restart = self.restart",
+            "        restart = self.restart",
+        ),
         "tests/core/test_broken_off.py",
     ),
     "a registration draws from the global generator": (
@@ -698,7 +762,7 @@ BREAKAGES = {
     "a restart that is finished begins anew": (
         *(
             "relora_core/restart.py",
-            "        if site.restart == numbers[name]:\n",
+            "        if site.restart == numbers[name] or norms[name]:\n",
             "        if True:\n",
         ),
         "tests/core/test_broken_off.py",

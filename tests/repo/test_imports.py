@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_fsdp embedding files globs local low_bits products randomness schedule state_layouts",
+        "_fsdp embedding files globs local low_bits products randomness reach schedule "
+        "state_layouts",
         "_dtensor",
         "_sharding",
         "peft_format stepped ties two_paths",

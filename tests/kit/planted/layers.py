@@ -3,6 +3,8 @@
 Each is a bug of public ReLoRA or LoRA code as it stood in 2026, in a few lines.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -200,11 +202,10 @@ class Unused(nn.Module):
         super().__init__()
         self.in_features = 3
         self.weight = nn.Parameter(torch.randn(2, 3))
-        weight = self.weight
-        self.cached = lambda: weight
+        self.cached = SimpleNamespace(weight=self.weight)
 
     def forward(self, x):
-        return x @ self.cached().T
+        return x @ self.cached.weight.T
 
 
 class _MatMul(torch.autograd.Function):
