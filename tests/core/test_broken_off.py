@@ -125,12 +125,14 @@ def test_anywhere_it_is_finished_or_refused(kind, dtype, error, rule):
                 for call in CALLS:
                     with pytest.raises(ValueError, match="call restart_ again, which finishes it"):
                         call(broken[0])
-            resumed = _both(copy.deepcopy((model, optimizer)))
-            resumed[0].load_state_dict(broken[0].state_dict())
-            resumed[1].load_state_dict(copy.deepcopy(broken[1].state_dict()))
-            for pair in (broken, resumed):
-                relora.restart_(*pair, **options)
-                assert same(state(*pair), done), at
+                if at % 3 == 0:  # each takes as long as the restart
+                    resumed = _both(copy.deepcopy((model, optimizer)))
+                    resumed[0].load_state_dict(broken[0].state_dict())
+                    resumed[1].load_state_dict(copy.deepcopy(broken[1].state_dict()))
+                    relora.restart_(*resumed, **options)
+                    assert same(state(*resumed), done), at
+            relora.restart_(*broken, **options)
+            assert same(state(*broken), done), at
             finished += 1
     assert finished > 10
     sites = len(sites_of(model))
