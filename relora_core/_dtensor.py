@@ -14,8 +14,8 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from relora_core._torch_private import is_strided_shard
 from relora_core.local import is_sharded, local
 
 _APART = (
@@ -33,8 +33,9 @@ def full(tensor: Tensor) -> Tensor:
         ValueError: where torch would put its parts together in another order.
     """
     assert isinstance(tensor, DTensor)
-    strided = {p.dim for p in tensor.placements if isinstance(p, _StridedShard)}
+    strided = {_dim(p) for p in tensor.placements if is_strided_shard(p)}
     for dim in strided if _MISPLACES else ():
+        assert dim is not None
         sizes = [
             tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if _dim(p) == dim
         ]

@@ -6,21 +6,7 @@ from typing import Any
 
 from torch import nn
 
-
-def _used() -> bool:
-    """Whether anything has imported FSDP; importing it here would take half a second."""
-    return "torch.distributed.fsdp" in sys.modules
-
-
-def _states() -> Iterator[tuple[nn.Module, Any]]:
-    """Iterate over every module that `fully_shard` owns, with its state."""
-    from torch.distributed._composable_state import _module_state_mapping
-    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-
-    for module, reference in list(_module_state_mapping.items()):
-        state = reference()
-        if isinstance(state, FSDPState):
-            yield module, state
+from relora_core._torch_private import fully_sharded_modules, has_unreduced_gradient, owner_of
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
@@ -33,12 +19,7 @@ def fsdp_owns(module: nn.Module) -> bool:
 
     While they are gathered, nothing at `module` tells them from plain ones: FSDP2 has to be asked.
     """
-    return _used() and any(
-        parameter._module_info.module is module
-        for _, state in _states()
-        for group in parameter_groups(state)
-        for parameter in group.fsdp_params
-    )
+    return any(owner_of(parameter) is module for parameter in _parameters())
 
 
 def unreduced_gradients(modules: Iterable[nn.Module]) -> set[int]:
@@ -46,42 +27,24 @@ def unreduced_gradients(modules: Iterable[nn.Module]) -> set[int]:
 
     They are whole, and in no `grad`: `set_requires_gradient_sync(False)` accumulates them so.
     """
-    wanted, found = set(map(id, modules)), set()
-    for _, state in _states() if _used() else ():
-        for group in parameter_groups(state):
-            for parameter in group.fsdp_params:
-                whole = getattr(parameter, "_unsharded_param", None)
-                waits = getattr(parameter, "unsharded_accumulated_grad", None) is not None
-                waits = waits or (whole is not None and whole.grad is not None)
-                if waits and id(parameter._module_info.module) in wanted:
-                    found.add(id(parameter._module_info.module))
-    return found
+    wanted = set(map(id, modules))
+    return wanted & {id(owner_of(p)) for p in _parameters() if has_unreduced_gradient(p)}
 
 
 def is_flat(model: nn.Module) -> bool:
     """Whether FSDP1 keeps parameters of `model` in flat ones."""
-    if not _used():
+    if not _is_used():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
-def parameter_groups(state: Any) -> list[Any]:
-    """Return the groups of parameters of an FSDP2 module's state."""
-    several = getattr(state, "_fsdp_param_groups", None)  # of newer torch
-    if several is not None:
-        return list(several)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-
-
 def reshard_owners_(modules: Iterable[nn.Module]) -> None:
     """Make the FSDP2 modules that own parameters of `modules` hold their shards again."""
     wanted = set(map(id, modules))
-    for owner, state in _states() if wanted and _used() else ():
-        groups = parameter_groups(state)
-        owned = (id(p._module_info.module) for group in groups for p in group.fsdp_params)
-        if not wanted.isdisjoint(owned):
+    for owner, parameters in fully_sharded_modules() if wanted and _is_used() else ():
+        if not wanted.isdisjoint(id(owner_of(p)) for p in parameters):
             _reshard_(owner)
 
 
@@ -96,9 +59,19 @@ def reshard_(model: nn.Module) -> None:
         _reshard_(module)
 
 
+def _is_used() -> bool:
+    """Whether anything has imported FSDP; importing it here would take half a second."""
+    return "torch.distributed.fsdp" in sys.modules
+
+
+def _parameters() -> Iterator[Any]:
+    for _, parameters in fully_sharded_modules() if _is_used() else ():
+        yield from parameters
+
+
 def _owners(model: nn.Module) -> list[nn.Module]:
     """Return the modules of `model` that `fully_shard` was called on."""
-    if not _used():
+    if not _is_used():
         return []
     from torch.distributed.fsdp import FSDPModule
 

@@ -3,16 +3,15 @@
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from relora_core._sharding import split_dim
+from relora_core._torch_private import CONVOLUTION, has_hooks, is_wrapper
 from relora_core.local import is_sharded, is_tensor_parallel, local
 
 # Each computes with a tensor of more than two dimensions as one matrix, `(out, ...)`.
-_WHOLE = (_ConvNd, nn.Bilinear)
+_WHOLE = (CONVOLUTION, nn.Bilinear)
 
 
 def batch_dims_of(module: nn.Module, tensor_name: str, given: int | None = None) -> int:
@@ -61,7 +60,7 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
             f"{kind}.{tensor_name} is split by rows, of which each process knows its own alone: "
             "use ColwiseParallel for an embedding with a low-rank site"
         )
-    if base._backward_hooks or getattr(base, "_post_accumulate_grad_hooks", None):
+    if has_hooks(base):
         raise ValueError(
             f"{kind}.{tensor_name} has hooks, which are called with its gradient, and W has none "
             "once it is frozen: remove them, and set them on lora_A and lora_B afterwards"
@@ -81,7 +80,7 @@ def _refuse_packed(module: nn.Module, tensor_name: str, base: nn.Parameter) -> N
     if without_shape:
         return
     part: Any = local(base.detach())
-    if is_traceable_wrapper_subclass(part):
+    if is_wrapper(part):
         raise TypeError(
             f"{kind} is a {type(part).__name__}, which a merge cannot write to: add sites to the "
             "plain weight, in float32 or bfloat16, and leave quantization out"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core._torch_private import grouped_mm
 from relora_core.bilinear import einsum, in_whole_words, left_product, right_product
 from relora_core.embedding import low_rank_embedding
 from relora_core.factored import Factored, as_stored
@@ -88,10 +89,10 @@ def grouped_product(
     lazy, x = (mat2, input) if right else (input, mat2)
     if holds_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
         a, b, offs, bias = materialized((input, mat2, offs, bias))
-        return torch._grouped_mm(a, b, offs, bias, out_dtype)
+        return grouped_mm(a, b, offs, bias, out_dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        found: Tensor = torch._grouped_mm(a, b, offs, out_dtype=out_dtype)
+        found: Tensor = grouped_mm(a, b, offs, out_dtype=out_dtype)
         return found
 
     A, B = in_whole_words(lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from relora_core._torch_private import grouped_mm
 from relora_core.factored import Factored
 from relora_core.forms import (
     einsum_of,
@@ -186,7 +187,7 @@ class LazyWeight(Factored):
             if func is torch.Tensor.matmul and torch.compiler.is_compiling():
                 return product_of(torch.matmul, *in_order(*args))
             return product_of(func, *args)
-        if func is torch._grouped_mm:
+        if func is grouped_mm:
             return grouped_product(*args, **kwargs)
         if func is torch.addmm and "out" not in kwargs:
             return sum_with_product(*args, **kwargs)

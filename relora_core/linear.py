@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from relora_core._torch_private import is_exporting, is_tracing, is_transforming
 from relora_core.merged import MergedLinear
 from relora_core.one_path import OnePathLinear, following
 from relora_core.two_paths import TwoPathLinear
@@ -37,14 +37,11 @@ def needs_plain() -> bool:
     They see through plain operations: vmap has no rule for a write in place, a `jvp` of the
     Function's own would keep `torch.compile` out, and an exported graph is for every batch.
     """
-    # Not is_exporting(): dynamo of torch 2.11 says that of every compilation.
-    if torch.compiler._is_exporting_flag:
+    if is_exporting():
         return True
     if torch.compiler.is_compiling():
         return False
-    if torch._C._is_tracing():
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_tracing() or is_transforming()
 
 
 def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
+from relora_core._torch_private import is_split_by_hand
+
 if TYPE_CHECKING:  # importing it takes half a second
     from torch.distributed.tensor import DTensor
 
@@ -25,5 +27,5 @@ def mesh_dims(tensor: Tensor) -> int:
 
 def is_tensor_parallel(module: nn.Module) -> bool:
     """Whether `parallelize_module` has split `module`'s own parameters, and nothing has since."""
-    applied = getattr(module, "_distribute_module_applied", False)
-    return bool(applied) and all(mesh_dims(p) <= 1 for p in module.parameters(recurse=False))
+    own = module.parameters(recurse=False)
+    return is_split_by_hand(module) and all(mesh_dims(p) <= 1 for p in own)

@@ -19,6 +19,7 @@ from relora_core._sharding import (
     sharded_like,
     spread_like,
 )
+from relora_core._torch_private import version_of
 from relora_core.lazy_weight import LazyWeight
 from relora_core.local import is_sharded, local, mesh_dims
 from relora_core.low_bits import join, split
@@ -489,7 +490,7 @@ _SHARDED: dict[int, int] = {-1: -1}
 
 def _versions(*tensors: Tensor) -> dict[int, int]:
     """Return how often each tensor has been written to, by its identity."""
-    return {id(tensor): tensor._version for tensor in tensors}
+    return {id(tensor): version_of(tensor) for tensor in tensors}
 
 
 def draw_A(

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from relora_core._fsdp import fsdp_owns, reshard_owners_
 from relora_core._sharding import copy_all_, gathered, sharded_rows
+from relora_core._torch_private import has_post_load_hook
 from relora_core.local import is_sharded
 from relora_core.low_rank import LowRank
 from relora_core.register import low_rank_owner
@@ -91,7 +92,7 @@ def _keep_(site: Site, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
             owner.original = nn.Parameter(sharded_rows(site.weight, mesh), requires_grad=False)
     site.low_rank.followed = True
     _owners[next(_numbers)] = owner
-    if _refresh_loaded not in owner._load_state_dict_post_hooks.values():
+    if not has_post_load_hook(owner, _refresh_loaded):
         # Torch has no types for it.
         owner.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
 

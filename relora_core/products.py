@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from relora_core._torch_private import is_dispatch_watched
+
 
 def sum_of_products(
     u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float = 1.0, bias: Tensor | None = None
@@ -39,7 +41,7 @@ def sum_of_products(
 
 def _is_seen() -> bool:
     """Whether a dispatch mode looks on where nothing is to be differentiated."""
-    return torch._C._len_torch_dispatch_stack() > 0 and not torch.is_grad_enabled()
+    return is_dispatch_watched() and not torch.is_grad_enabled()
 
 
 def _computed(u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from relora_core._sharding import sharers
+from relora_core._torch_private import default_store
 
 _AGREED = "agreed"
 
@@ -63,7 +64,7 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
     ranks = sharers(model)
     if len(ranks) < 2:
         return
-    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    store, mine = default_store(), dist.get_rank()
     key = f"relora/{blake2b(str(ranks).encode(), digest_size=8).hexdigest()}"
     call = f"{key}/{store.add(f'{key}/calls of {mine}', 1)}"
     store.set(f"{call}/{mine}", answer)

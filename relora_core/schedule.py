@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
 
+from relora_core._torch_private import chained
+
 
 @dataclass(frozen=True)
 class Restarts:
@@ -211,7 +213,7 @@ class JaggedLR(LRScheduler):
         self.restarts = restarts
         self.optimizer = inner.optimizer
         while isinstance(inner, ChainedScheduler):  # which does not count
-            inner = inner._schedulers[0]
+            inner = chained(inner)
         self.last_epoch = inner.last_epoch
         self._apply_ramp()
 

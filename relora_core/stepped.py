@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from relora_core._torch_private import version_of
 from relora_core.local import local
 
 # Of each optimizer the gradients of its last step, by identity, and how often each was written to.
@@ -38,7 +39,7 @@ _seen: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
 def was_stepped(grad: Tensor) -> bool:
     """Whether a torch optimizer has stepped by a gradient as it is now."""
     found = (gradients.get(id(grad)) for gradients in _last.values())
-    return any(one and one[0]() is grad and one[1] == local(grad)._version for one in found)
+    return any(one and one[0]() is grad and one[1] == version_of(local(grad)) for one in found)
 
 
 def passed_over(params: Iterable[Tensor]) -> bool:
@@ -57,7 +58,7 @@ def steppers() -> list[Optimizer]:
 def _note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     stepped = [(id(p), p.grad) for p in params if p.grad is not None]
-    _last[optimizer] = {id(grad): (ref(grad), local(grad)._version) for _, grad in stepped}
+    _last[optimizer] = {id(grad): (ref(grad), version_of(local(grad))) for _, grad in stepped}
     seen = _seen.setdefault(optimizer, _Seen(set(), set()))
     seen.held.update(map(id, params))
     seen.reached.update(p for p, _ in stepped)

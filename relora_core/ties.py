@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from relora_core._torch_private import storage_of, users_of_storage
 from relora_core.local import local
 from relora_core.reach import tensors_in
 
@@ -30,7 +31,7 @@ def memory_of(tensor: Tensor) -> Memory:
     span = 1 + sum((size - 1) * stride for size, stride in steps) if part.numel() else 0
     space: object = part.device
     if part.is_meta or type(part) is not Tensor or not part.numel():  # without addresses
-        space = part.untyped_storage()._cdata
+        space = storage_of(part)
         begin = int(part.storage_offset()) * part.element_size()
     else:
         begin = part.data_ptr()
@@ -196,10 +197,10 @@ def _references(module: nn.Module, tensor_name: str) -> tuple[int, int, bool]:
     assert parameter is not None
     if not _has_memory(parameter):
         return 0, 0, False
-    storage = local(parameter.detach()).untyped_storage()
-    count = torch._C._storage_Use_Count(storage._cdata)
+    part = local(parameter.detach())
     # Memory that another library has lent (NumPy, DLPack) may be lent to others.
-    return sys.getrefcount(parameter), count, not storage.resizable()
+    lent = not part.untyped_storage().resizable()
+    return sys.getrefcount(parameter), users_of_storage(part), lent
 
 
 def refuse_ties(tensors: Mapping[str, Owner], *, kept: bool = False) -> None:

@@ -17,7 +17,7 @@ from reference_trainer.bench.memory import local, peak_bytes, state_bytes
 from reference_trainer.config import Reduce
 from reference_trainer.model import Llama
 from reference_trainer.train import forward_backward
-from relora_core._fsdp import parameter_groups
+from relora_core._torch_private import parameter_groups
 
 _BLOCK = re.compile(r"\.layers\.\d+$")
 _LOSS = re.compile(r"\.loss$")

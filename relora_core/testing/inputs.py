@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora_core._torch_private import CONVOLUTION
 from relora_core.testing.subjects import LowRankSite
 
 Inputs = Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
@@ -50,7 +51,7 @@ def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
         return [(5, 2, module.embed_dim)] * 3
     if isinstance(module, nn.RNNBase):
         return [(5, 2, module.input_size)]
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTION):
         return [(2, module.in_channels, *(size + 1 for size in module.kernel_size))]
     return []
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora_core._torch_private import DispatchMode, leaves
 from relora_core.sites import Site, low_rank_sites
 from relora_core.targets import add_low_rank_
 from relora_core.testing.compare import same_state, state_of
@@ -163,7 +163,7 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
 
 
 # Torch has no types for it.
-class _BreakOff(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]
     """Runs out of memory at one operation."""
 
     def __init__(self, at: int) -> None:
@@ -224,5 +224,5 @@ def _refused(restart: Restart, model: nn.Module, optimizer: Any) -> bool:
 
 
 def _copied(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    leaves = torch.utils._pytree.tree_leaves(copy.deepcopy(optimizer.state_dict()))
-    return state_of(model) | {f"the optimizer's {number}": x for number, x in enumerate(leaves)}
+    values = leaves(copy.deepcopy(optimizer.state_dict()))
+    return state_of(model) | {f"the optimizer's {number}": x for number, x in enumerate(values)}

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = {
     "relora_core": [
-        "_fsdp embedding files globs local low_bits products randomness reach schedule "
-        "state_layouts",
+        "_torch_private embedding files globs low_bits randomness reach state_layouts",
+        "_fsdp local products schedule",
         "_dtensor",
         "_sharding",
         "peft_format stepped ties two_paths",
@@ -131,6 +131,23 @@ def test_few_files_of_the_core_name_sharding(module):
     names = imported("relora_core", module)
     assert "torch.distributed.tensor" not in names or module in ("_dtensor", "_sharding", "local")
     assert "torch.distributed.fsdp" not in names or module == "_fsdp"
+
+
+def test_one_file_of_the_core_uses_what_torch_keeps_private():
+    """Modules' own dictionaries and methods aside, which subclasses are meant to know."""
+    allowed = {"_parameters", "_buffers", "_modules"}
+    used = set()
+    for module in (m for p, m in MODULES if p == "relora_core" and m != "_torch_private"):
+        file = (ROOT / "relora_core").joinpath(*module.split(".")).with_suffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("torch"):
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                used |= {(module, name) for name in names if name.startswith("_")}
+            elif isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+                if ast.unparse(node.value) in ("self", "cls", "super()"):
+                    allowed.add(node.attr)  # the core's own, or a method that torch has overridden
+                used.add((module, node.attr))
+    assert not {(module, name) for module, name in used if name not in allowed}
 
 
 def test_the_core_imports_neither_sharding_nor_sympy_before_they_are_used():
