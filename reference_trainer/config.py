@@ -42,22 +42,26 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
-    preset: str = option("3m", f"shape: one of {', '.join(PRESETS)}")
-    hidden_size: int | None = option(None, "width of the residual stream, over the preset's")
-    intermediate_size: int | None = option(None, "width of the SwiGLU, over the preset's")
-    layers: int | None = option(None, "number of blocks, over the preset's")
-    heads: int | None = option(None, "query heads, over the preset's")
-    kv_heads: int | None = option(None, "key-value heads (default: as many as query heads)")
+    preset: str = option("3m", f"model shape: one of {', '.join(PRESETS)}")
+    hidden_size: int | None = option(None, "width of the residual stream (default: the preset's)")
+    intermediate_size: int | None = option(None, "width of the SwiGLU (default: the preset's)")
+    layers: int | None = option(None, "number of blocks (default: the preset's)")
+    heads: int | None = option(None, "number of query heads (default: the preset's)")
+    kv_heads: int | None = option(
+        None, "number of key-value heads (default: as many as query heads)"
+    )
     weights: str | None = option(
-        None, "directory of a Hugging Face Llama (safetensors) to start from, instead of a shape"
+        None, "directory of a Hugging Face Llama (safetensors) to start from, in place of a shape"
     )
 
     def __post_init__(self) -> None:
-        require(self.preset in PRESETS, f"model.preset is one of {list(PRESETS)}", got=self.preset)
+        require(
+            self.preset in PRESETS, f"model.preset must be one of {list(PRESETS)}", got=self.preset
+        )
         given = [size for size in SIZES if getattr(self, size) is not None]
         require(
             self.weights is None or not given,
-            "model.weights has a shape of its own",
+            "model.weights must be alone: the checkpoint has its own shape",
             weights=self.weights,
             **{size: getattr(self, size) for size in given},
         )
@@ -80,23 +84,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from."""
+    """The text to train on."""
 
     __pydantic_config__ = STRICT
 
     files: tuple[str, ...] = option(
         (), "globs of text, .jsonl or .parquet files (default: this Python's standard library)"
     )
-    prepared: str | None = option(None, "a directory written by `prepare`, instead of files")
+    prepared: str | None = option(None, "directory written by `prepare`, in place of data.files")
     tokenizer: str = option("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
-    text_field: str = option("text", "field or column of .jsonl and .parquet that holds the text")
-    held_out: float = option(0.02, "fraction of documents kept for evaluation")
+    text_field: str = option("text", "field of .jsonl, or column of .parquet, that holds the text")
+    held_out: float = option(0.02, "fraction of the documents that is held out for evaluation")
 
     def __post_init__(self) -> None:
-        require(0 < self.held_out < 1, "data.held_out lies between 0 and 1", got=self.held_out)
+        require(
+            0 < self.held_out < 1,
+            "data.held_out must be between 0 and 1, both excluded",
+            got=self.held_out,
+        )
         require(
             not (self.files and self.prepared),
-            "data.files and data.prepared exclude each other",
+            "only one of data.files and data.prepared must be given",
             files=self.files,
             prepared=self.prepared,
         )
@@ -104,17 +112,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How much one optimizer step sees."""
+    """The batch of an optimizer step."""
 
     __pydantic_config__ = STRICT
 
-    sequences: int = option(8, "sequences a step, over all processes")
-    length: int = option(128, "tokens a sequence")
-    micro: int = option(8, "sequences a process computes at once; the rest is accumulated")
+    sequences: int = option(8, "sequences in an optimizer step, over all processes")
+    length: int = option(128, "tokens in a sequence")
+    micro: int = option(
+        8, "sequences that a process computes at once; more of them accumulate gradients"
+    )
 
     def __post_init__(self) -> None:
         for name in ("sequences", "length", "micro"):
-            require(getattr(self, name) >= 1, f"batch.{name} >= 1", got=getattr(self, name))
+            require(
+                getattr(self, name) >= 1, f"batch.{name} must be 1 or more", got=getattr(self, name)
+            )
 
     def micro_steps(self, world_size: int) -> int:
         """Return how many micro-batches each process accumulates in a step."""
@@ -146,26 +158,35 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
-    lr: float = option(2e-3, "peak learning rate of everything but the adapters")
-    warmup: int = option(20, "steps from 0 to the envelope, at the start of each phase")
-    min_ratio: float = option(0.1, "end of the cosine, as a fraction of the peak")
+    lr: float = option(2e-3, "peak learning rate, of the adapters times relora.lr_multiple")
+    warmup: int = option(20, "steps of linear warm-up at the start of each phase")
+    min_ratio: float = option(
+        0.1, "learning rate at the end of the cosine, as a fraction of the peak"
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates")
     eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.0, "AdamW's decay of matrices (norms are never decayed)")
-    clip: float = option(1.0, "largest gradient norm")
+    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices only")
+    clip: float = option(1.0, "gradient norm above which gradients are scaled down")
     most_skips: int = option(
-        10, "steps in a row without a finite loss and gradient, each skipped, that end the run"
+        10,
+        "skipped steps in a row, each for a loss or gradient that is not finite, that end the run",
     )
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr is positive", got=self.lr)
-        require(self.warmup >= 0, "optim.warmup is 0 steps or more", got=self.warmup)
-        require(0 <= self.min_ratio <= 1, "optim.min_ratio is in [0, 1]", got=self.min_ratio)
-        require(all(0 <= b < 1 for b in self.betas), "optim.betas are in [0, 1)", got=self.betas)
-        require(self.eps > 0, "optim.eps is positive", got=self.eps)
-        require(self.weight_decay >= 0, "optim.weight_decay >= 0", got=self.weight_decay)
-        require(self.clip > 0, "optim.clip is positive", got=self.clip)
-        require(self.most_skips >= 1, "optim.most_skips is at least 1", got=self.most_skips)
+        require(self.lr > 0, "optim.lr must be positive", got=self.lr)
+        require(self.warmup >= 0, "optim.warmup must be 0 or more", got=self.warmup)
+        require(0 <= self.min_ratio <= 1, "optim.min_ratio must be from 0 to 1", got=self.min_ratio)
+        require(
+            all(0 <= b < 1 for b in self.betas),
+            "optim.betas must be from 0 to below 1",
+            got=self.betas,
+        )
+        require(self.eps > 0, "optim.eps must be positive", got=self.eps)
+        require(
+            self.weight_decay >= 0, "optim.weight_decay must be 0 or more", got=self.weight_decay
+        )
+        require(self.clip > 0, "optim.clip must be positive", got=self.clip)
+        require(self.most_skips >= 1, "optim.most_skips must be 1 or more", got=self.most_skips)
 
 
 @dataclass(frozen=True)
@@ -174,19 +195,23 @@ class ReLoRAConfig:
 
     __pydantic_config__ = STRICT
 
-    warm_start: int = option(120, "full-rank steps before it; equal to `steps`: no low-rank phase")
-    rank: int = option(16, "r of every B A")
-    alpha: float | None = option(None, "scale is alpha / rank (default: rank, so scale 1)")
+    warm_start: int = option(
+        120, "steps at full rank before the low-rank phase; equal to `steps`: all of them"
+    )
+    rank: int = option(16, "rank r of each update B A")
+    alpha: float | None = option(
+        None, "numerator of the scale s = alpha / rank (default: rank, so that s is 1)"
+    )
     targets: tuple[str, ...] = option(
-        ("*.self_attn.*", "*.mlp.*"), "globs of the modules whose weights become low-rank"
+        ("*.self_attn.*", "*.mlp.*"), "globs of the modules whose weights become low-rank sites"
     )
     every: int = option(48, "steps between restarts")
-    warmup: int = option(10, "steps from learning rate 0 to the envelope after a restart")
-    prune_ratio: float = option(0.99, "fraction of the adapters' moments zeroed at a restart")
+    warmup: int = option(10, "steps from a learning rate of 0, at a restart, back to the cosine")
+    prune_ratio: float = option(0.99, "fraction of the adapters' moments that a restart zeroes")
     masks: Literal["joint", "independent"] = option(
         "joint", "'joint': prune both moments where m is small; 'independent': as the paper's code"
     )
-    lr_multiple: float = option(4.0, "the adapters' learning rate, times optim.lr")
+    lr_multiple: float = option(4.0, "the adapters' learning rate, as a multiple of optim.lr")
     base: Literal["keep", "bf16"] = option(
         "keep",
         "'keep': frozen weights in fp32 and, where the computation is in 16 bits, a 16-bit copy of "
@@ -194,15 +219,21 @@ class ReLoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.warm_start >= 0, "relora.warm_start is 0 or more", got=self.warm_start)
-        require(self.rank >= 1, "relora.rank is at least 1", got=self.rank)
-        require(self.alpha is None or self.alpha > 0, "relora.alpha is positive", got=self.alpha)
-        require(len(self.targets) > 0, "relora.targets names a glob", got=self.targets)
-        require(self.lr_multiple > 0, "relora.lr_multiple is positive", got=self.lr_multiple)
-        require(0 <= self.prune_ratio <= 1, "relora.prune_ratio is in [0, 1]", got=self.prune_ratio)
+        require(self.warm_start >= 0, "relora.warm_start must be 0 or more", got=self.warm_start)
+        require(self.rank >= 1, "relora.rank must be 1 or more", got=self.rank)
+        require(
+            self.alpha is None or self.alpha > 0, "relora.alpha must be positive", got=self.alpha
+        )
+        require(len(self.targets) > 0, "relora.targets must name a glob or more", got=self.targets)
+        require(self.lr_multiple > 0, "relora.lr_multiple must be positive", got=self.lr_multiple)
+        require(
+            0 <= self.prune_ratio <= 1,
+            "relora.prune_ratio must be from 0 to 1",
+            got=self.prune_ratio,
+        )
         require(
             1 <= self.warmup < self.every,
-            "relora.every must be longer than relora.warmup, and that at least 1 step",
+            "relora.warmup must be from 1 to below relora.every",
             every=self.every,
             warmup=self.warmup,
         )
@@ -210,41 +241,45 @@ class ReLoRAConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is laid over processes and memory."""
+    """The layout of the model over processes and memory."""
 
     __pydantic_config__ = STRICT
 
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "'auto': cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "device to compute on ('auto': cuda where there is one)"
+    )
     precision: Precision = option(
         "auto",
-        "of the computation ('auto': bf16 on cuda); weights are kept in fp32, but 'pure-bf16' "
-        "keeps those that are trained, and their moments, in bf16 (half the memory; small steps "
-        "are rounded away)",
+        "precision of the computation ('auto': bf16 on cuda, else fp32). Weights are kept in fp32; "
+        "'pure-bf16' keeps trained ones and their moments in bf16: half the memory, but small "
+        "steps are rounded away",
     )
-    compile: bool | None = option(None, "compile blocks and loss (default: on cuda)")
+    compile: bool | None = option(None, "compile the blocks and the loss (default: on cuda)")
     checkpoint_activations: Checkpointing = option(
         "none",
-        "of each block, for its backward: 'none': keep all; 'selective': keep what costly products "
-        "gave, compute the rest again; 'full': keep the input, compute all again",
+        "activations that each block keeps for its backward: 'none' is checkpointed, all are kept; "
+        "'selective': the outputs of costly products; 'full': the input alone",
     )
     layout: BaseLayout = option(
         "shard",
-        "of the low-rank phase's frozen weights: 'shard' them as the rest (least memory), or keep "
-        "what is computed with whole on every process ('replicate'), gathered once a step at most",
+        "layout of frozen weights: 'shard' them over the processes (least memory), or 'replicate' "
+        "them, so that they are gathered at most once a step (least traffic)",
     )
     reduce: Reduce = option(
         "step",
-        "'step': reduce gradients once a step, each process keeping whole ones until then; "
-        "'micro-step': after every micro-step, keeping shards (less memory, more sent)",
+        "when gradients are reduced: once a 'step', each process holding whole ones until then, or "
+        "in each 'micro-step', holding shards (less memory, more traffic)",
     )
-    replicas: int = option(
-        1, "copies of what is sharded, each over processes / replicas of them (HSDP)"
-    )
-    timeout: float = option(10, "minutes to wait for a process that hangs before giving up")
+    replicas: int = option(1, "number of replicas, each sharded over processes / replicas (HSDP)")
+    timeout: float = option(10, "minutes to wait for a process that does not answer")
 
     def __post_init__(self) -> None:
-        require(self.replicas >= 1, "parallel.replicas is at least 1", got=self.replicas)
-        require(0 < self.timeout <= 1440, "parallel.timeout is in (0, 1440]", got=self.timeout)
+        require(self.replicas >= 1, "parallel.replicas must be 1 or more", got=self.replicas)
+        require(
+            0 < self.timeout <= 1440,
+            "parallel.timeout must be above 0 and at most 1440",
+            got=self.timeout,
+        )
 
     def mesh(self, world_size: int) -> tuple[int, ...]:
         """Return the sizes of the mesh of all processes: (shards,) or (replicas, shards).
@@ -264,40 +299,42 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written down while training."""
+    """Records and evaluations while training."""
 
     __pydantic_config__ = STRICT
 
-    every: int = option(5, "steps between lines of metrics.jsonl")
+    every: int = option(5, "steps between records in metrics.jsonl")
     evaluate_every: int = option(60, "steps between evaluations on held-out tokens")
-    evaluate_sequences: int = option(32, "sequences an evaluation sees")
-    rank_sites: int = option(7, "matrices whose accumulated rank is measured at restarts; 0: none")
-    tensorboard: bool = option(False, "write TensorBoard files too (extra: tensorboard)")
+    evaluate_sequences: int = option(32, "number of held-out sequences in an evaluation")
+    rank_sites: int = option(7, "number of matrices whose accumulated rank is measured at restarts")
+    tensorboard: bool = option(False, "write TensorBoard files too (needs the extra `tensorboard`)")
 
     def __post_init__(self) -> None:
         for name in ("every", "evaluate_every", "evaluate_sequences"):
-            require(getattr(self, name) >= 1, f"log.{name} >= 1", got=getattr(self, name))
-        require(self.rank_sites >= 0, "log.rank_sites is 0 or more", got=self.rank_sites)
+            require(
+                getattr(self, name) >= 1, f"log.{name} must be 1 or more", got=getattr(self, name)
+            )
+        require(self.rank_sites >= 0, "log.rank_sites must be 0 or more", got=self.rank_sites)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What survives a crash."""
+    """Checkpoints."""
 
     __pydantic_config__ = STRICT
 
     every: int = option(100, "steps between checkpoints")
-    keep: int = option(2, "how many of the newest to keep")
-    keep_every: int | None = option(None, "steps: a checkpoint at a multiple of it stays for good")
+    keep: int = option(2, "number of newest checkpoints to keep")
+    keep_every: int | None = option(None, "steps between checkpoints that are kept for good")
     stop_after: float | None = option(
-        None, "minutes after which to save and stop, with exit code 75 (SIGTERM does the same)"
+        None, "minutes after which the run saves and stops, with exit code 75 (as on SIGTERM)"
     )
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "checkpoint.every is at least 1", got=self.every)
-        require(self.keep >= 2, "checkpoint.keep is at least 2", got=self.keep)
+        require(self.every >= 1, "checkpoint.every must be 1 or more", got=self.every)
+        require(self.keep >= 2, "checkpoint.keep must be 2 or more", got=self.keep)
         positive = self.stop_after is None or self.stop_after > 0
-        require(positive, "checkpoint.stop_after is positive", got=self.stop_after)
+        require(positive, "checkpoint.stop_after must be positive", got=self.stop_after)
         require(
             self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
             "checkpoint.keep_every must be a multiple of checkpoint.every",
@@ -312,30 +349,30 @@ class Config:
 
     __pydantic_config__ = STRICT
 
-    name: str = option("first-run", "of the run")
-    runs: str = option("runs", "directory of all runs; this one is RUNS/NAME")
-    steps: int = option(360, "optimizer steps in all")
-    seed: int = option(0, "of weights, adapters and data order")
+    name: str = option("first-run", "run name")
+    runs: str = option("runs", "directory of all runs; this run is RUNS/NAME")
+    steps: int = option(360, "number of optimizer steps")
+    seed: int = option(0, "seed of weights, adapters and data order")
     model: ModelConfig = section(ModelConfig, "the Llama to train")
-    data: DataConfig = section(DataConfig, "where the text comes from")
-    batch: BatchConfig = section(BatchConfig, "how much one step sees")
+    data: DataConfig = section(DataConfig, "text to train on")
+    batch: BatchConfig = section(BatchConfig, "batch of an optimizer step")
     optim: OptimConfig = section(OptimConfig, "AdamW and its schedule")
     relora: ReLoRAConfig = section(ReLoRAConfig, "the low-rank phase")
     parallel: ParallelConfig = section(ParallelConfig, "processes, precision and memory")
-    log: LogConfig = section(LogConfig, "what is written down")
-    checkpoint: CheckpointConfig = section(CheckpointConfig, "what survives a crash")
+    log: LogConfig = section(LogConfig, "records and evaluations")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps is at least 1", got=self.steps)
-        require(0 <= self.seed < 2**63, "seed is between 0 and 2**63 - 1", got=self.seed)
+        require(self.steps >= 1, "steps must be 1 or more", got=self.steps)
+        require(0 <= self.seed < 2**63, "seed must be from 0 to 2**63 - 1", got=self.seed)
         require(
             bool(self.name) and Path(self.name).name == self.name and self.name != "..",
-            "name is one directory's name",
+            "name must be the name of one directory",
             got=repr(self.name),
         )
         require(
             self.relora.warm_start <= self.steps,
-            "relora.warm_start is at most steps",
+            "relora.warm_start must be at most steps",
             warm_start=self.relora.warm_start,
             steps=self.steps,
         )

@@ -163,7 +163,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[LlamaShape, int]:
     for name in ("vocab", "world_size", "length", "rank"):
         if getattr(arguments, name) < 1:
             shown = name.replace("_", "-")
-            raise UserError(f"--{shown} is at least 1; got {getattr(arguments, name)}")
+            raise UserError(f"--{shown} must be 1 or more; got {getattr(arguments, name)}")
     shape, world = preset(arguments.model, vocab_size=arguments.vocab), arguments.world_size
     if arguments.rank > shape.hidden_size:
         raise UserError(

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     scale, plan = SCALES[arguments.model], PLANS[arguments.plan]
     out = arguments.out or Path(f"runs/study/{arguments.model}.jsonl")
     if arguments.threads < 1:
-        raise UserError(f"--threads is at least 1; got {arguments.threads}")
+        raise UserError(f"--threads must be 1 or more; got {arguments.threads}")
     records = read(out)
     if arguments.show:
         yield from _shown(records, out)

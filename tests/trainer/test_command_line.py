@@ -49,7 +49,7 @@ BAD = {
     "a target that matches nothing": (["--relora.targets", "*.attention.*"], "matches no module"),
     "a period as long as its warm-up": (
         ["--relora.every", "10", "--relora.warmup", "10"],
-        "relora.every must be longer than relora.warmup",
+        "relora.warmup must be from 1 to below relora.every",
     ),
     "heads that do not divide": (["--model.heads", "5", "--model.kv_heads", "5"], "multiple of"),
     "a device that is not there": (["--parallel.device", "tpu"], "'auto', 'cpu' or 'cuda'"),

@@ -172,11 +172,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (["--world-size", "0"], "--world-size is at least 1; got 0"),
+            (["--world-size", "0"], "--world-size must be 1 or more; got 0"),
             (["--world-size", "12"], "a whole number of nodes of 8; got 12"),
             (["--sequences", "3"], "--sequences is a multiple of --world-size 2; got 3"),
             (["--rank", "999"], "--rank is at most 128"),
-            (["--length", "0"], "--length is at least 1; got 0"),
+            (["--length", "0"], "--length must be 1 or more; got 0"),
             (["--out", "."], ". exists already"),
         ],
     )

@@ -68,12 +68,12 @@ def test_changed_names_the_fields():
         ("modle: {preset: 9m}", "unknown option modle: the nearest is model"),
         ("- a", "must hold a mapping"),
         ("a: [", "cannot read"),
-        ("relora: {every: 10, warmup: 10}", "relora.every must be longer than relora.warmup"),
-        ("relora: {warm_start: 900}", "warm_start is at most steps"),
-        ("name: ../x", "name is one directory's name"),
-        ("model: {preset: 2b}", "model.preset is one of"),
-        ("data: {held_out: 1.0}", "held_out lies between 0 and 1"),
-        ("checkpoint: {keep: 1}", "checkpoint.keep is at least 2"),
+        ("relora: {every: 10, warmup: 10}", "relora.warmup must be from 1 to below relora.every"),
+        ("relora: {warm_start: 900}", "warm_start must be at most steps"),
+        ("name: ../x", "name must be the name of one directory"),
+        ("model: {preset: 2b}", "model.preset must be one of"),
+        ("data: {held_out: 1.0}", "held_out must be between 0 and 1"),
+        ("checkpoint: {keep: 1}", "checkpoint.keep must be 2 or more"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):

@@ -241,7 +241,7 @@ class TestTheCommand:
     def test_bad_arguments_are_refused(self, command, capsys):
         arguments, out = command
         assert main([*arguments, "--threads", "0"]) == 2
-        assert "--threads is at least 1; got 0" in capsys.readouterr().err
+        assert "--threads must be 1 or more; got 0" in capsys.readouterr().err
         assert main([*arguments, "--plan", "arms"]) == 2
         assert "run the plan 'tune' first" in capsys.readouterr().err
         assert not out.exists()
