@@ -1,4 +1,4 @@
-"""The error that is the user's to mend."""
+"""Errors that the user can fix: one line, without a traceback."""
 
 
 class UserError(ValueError):
@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """A UserError that every process raises; the first one has told it (`World.refuse`)."""
+    """A UserError that every process raises, after the first has printed it (`World.refuse`)."""
 
 
 class DamagedError(UserError):

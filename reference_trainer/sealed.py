@@ -1,4 +1,4 @@
-"""Files that tell whether they are as they were written: by a checksum, beside them or inside."""
+"""Files with a checksum, inside or beside them, so that damage is noticed."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""All processes that share a model say that they are here, or an error names those that are not."""
+"""A roll call of the processes that share a model; an error names those that are absent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,10 @@ _AGREED = "agreed"
 
 
 class OutOfStepError(RuntimeError):
-    """Of the processes that share a model, some did not make a call, or made another, or refused.
+    """A process that shares a model was absent from a call, made another call, or refused.
 
-    Its text names them. Every process that made the call raises it, and nothing is changed on any.
+    The text names it. Every process that made the call raises this error, and none has changed
+    anything.
     """
 
 

@@ -24,12 +24,12 @@ def drop_count(entries: int, ratio: float) -> int:
 
 
 def smallest(tensors: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
-    """Mark in each tensor its `count` entries smallest by magnitude, among equals the first.
+    """Mark the `count` entries of smallest magnitude in each tensor; ties go to the lower index.
 
-    "First" is by the index in the whole tensor, so that a sharded tensor has the mask that it
-    would have on one device. Tensors of one dtype that are sharded over the same processes share
-    their collectives: for each dimension of the mesh at most six (nine for fp64), whatever the
-    number of tensors. The others are taken, and let go, one by one.
+    The index is that in the whole tensor, so that a sharded tensor has the same mask as on one
+    device. Tensors of one dtype that are sharded over the same processes share their collectives:
+    at most six for each dimension of the mesh (nine for fp64), for any number of tensors. All
+    other tensors are read one at a time.
 
     Args:
         tensors: floating point of 16 bits or more, of any shape, without NaN, sharded or not; each

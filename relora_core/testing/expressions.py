@@ -31,10 +31,10 @@ _IMPORTS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A call that is made when it is called, and prints as it is written.
+    """A deferred call, which prints as the code that makes it.
 
-    Arguments that are calls themselves are made first. What it is given when it is called goes
-    before its own arguments, so that a call of an optimizer's class is a factory of optimizers.
+    Arguments that are deferred calls are evaluated first. Arguments given at the call come before
+    its own, so that a deferred call of an optimizer's class is a factory of optimizers.
 
     Args:
         function: a class or a function.

@@ -105,7 +105,7 @@ class Battery:
             self.held.append(Held(promise, count))
 
     def telling(self, promise: str, show: Callable[[Exception], str]) -> "_Telling":
-        """Return a context that says of what is raised in it all that there is to say."""
+        """Return a context that adds the promise and its smallest case to an error raised in it."""
         return _Telling(promise, show, self.held)
 
 
