@@ -61,7 +61,7 @@ class ModelConfig:
         given = [size for size in SIZES if getattr(self, size) is not None]
         require(
             self.weights is None or not given,
-            "model.weights must be alone: the checkpoint has its own shape",
+            "model sizes must not be given with model.weights, which has its own",
             weights=self.weights,
             **{size: getattr(self, size) for size in given},
         )

@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
         own = [string for action in self._actions for string in action.option_strings]
         name = argument.partition("=")[0]
         if not name.startswith("-"):
-            return UserError(f"{name!r} is no option, and no value of one: see --help")
+            return UserError(f"{name!r} is neither an option nor the value of one: see --help")
         return UserError(f"unknown option {argument}{nearest(name, own)} (see --help)")
 
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = given[len(path)]
             if first.startswith("-"):
                 raise UserError(
-                    f"{first} comes before a command: first one of {', '.join(commands)}"
+                    f"{first} must come after a command: give one of {', '.join(commands)} first"
                 )
         known, unknown = parser(*path).parse_known_args(given)
         if unknown:

@@ -86,7 +86,7 @@ def prepare(config: DataConfig, directory: Path) -> Index:
     if not all(writer.documents for writer in writers.values()):
         count = sum(writer.documents for writer in writers.values())
         raise UserError(
-            "one document at least is trained on and one held out, and they must differ; got "
+            "there must be a document to train on and another to hold out; got "
             f"{count} in {len(paths)} files (data.held_out={config.held_out}): a text file of "
             "up to 64 KiB is one document: give more of them, or .jsonl with a document a line"
         )

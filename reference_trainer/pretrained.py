@@ -54,10 +54,10 @@ def read_shape(file: Path) -> LlamaShape:
         UserError: if it is damaged, another model, or has what this Llama does not compute.
     """
     if not file.is_file():
-        raise UserError(f"model.weights is a directory with a config.json; there is no {file}")
+        raise UserError(f"model.weights must be a directory with a config.json; {file} is absent")
     found = read_json(file)
     if found.get("model_type") != "llama":
-        raise UserError(f"{file}: model_type is 'llama'; got {found.get('model_type')!r:.40}")
+        raise UserError(f"{file}: model_type must be 'llama'; got {found.get('model_type')!r:.40}")
     for key, off in _OFF.items():
         if found.get(key, off) not in (off, None):
             raise UserError(f"{file}: {key} must be {off!r} here; got {found[key]!r:.40}")
@@ -142,7 +142,9 @@ class _Weights(ExitStack):
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         known = {name for name in self._where if not name.endswith("rotary_emb.inv_freq")}
         if unknown := sorted(known - expected.keys()):
-            raise UserError(f"{self._directory} has weights that this Llama has not: {unknown[:3]}")
+            raise UserError(
+                f"{self._directory} has weights that are not of this Llama: {unknown[:3]}"
+            )
         for name, shape in expected.items():
             found = self._slice(name)
             if tuple(found.get_shape()) != shape:
@@ -192,6 +194,6 @@ def _scaling(rope: Mapping[str, Any], file: Path) -> dict[str, Any] | None:
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise UserError(f"{file}: rope_type is default, linear or llama3; got {kind!r:.40}")
+        raise UserError(f"{file}: rope_type must be default, linear or llama3; got {kind!r:.40}")
     names = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
     return {"kind": kind, **{name: rope[name] for name in names & rope.keys()}}

@@ -68,7 +68,7 @@ class FromFile:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(
-                f"data.tokenizer is 'bytes' or a tokenizer.json that exists; got {path}"
+                f"data.tokenizer must be 'bytes' or the path of a tokenizer.json; got {path}"
             )
         try:
             self._tokenizer = HuggingFaceTokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -26,22 +26,22 @@ def positive(text: str) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a model's shape."""
     add = parser.add_argument
-    add("--model", default="1.3b", choices=PRESETS, help="shape (default: 1.3b)")
-    add("--layers", type=positive, help="blocks of the model (default: the shape's)")
-    add("--vocab", type=positive, default=32_000, help="tokens of the model (default: 32000)")
+    add("--model", default="1.3b", choices=PRESETS, help="model shape (default: 1.3b)")
+    add("--layers", type=positive, help="number of blocks (default: the shape's)")
+    add("--vocab", type=positive, default=32_000, help="vocabulary size (default: 32000)")
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
     """Add the options of a batch."""
     add = parser.add_argument
     add("--tokens", type=positive, default=4096, help="tokens in the batch (default: 4096)")
-    add("--length", type=positive, default=1024, help="tokens of a sequence (default: 1024)")
+    add("--length", type=positive, default=1024, help="tokens in a sequence (default: 1024)")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Add the options of processes that are pretended."""
     add = parser.add_argument
-    add("--processes", type=positive, default=8, help="how many (default: 8)")
+    add("--processes", type=positive, default=8, help="number of processes (default: 8)")
     add("--node", type=positive, default=8, help="processes on a node (default: 8)")
 
 
@@ -55,7 +55,7 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
 def add_timing(parser: argparse.ArgumentParser) -> None:
     """Add the options of what is timed."""
     add = parser.add_argument
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: auto)")
     few = f"timed rounds (default: {results.FEWEST}; with fewer there are no ratios)"
     add("--repeats", type=positive, default=results.FEWEST, help=few)
     add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")

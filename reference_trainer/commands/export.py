@@ -19,7 +19,7 @@ USAGE = "[--parallel.OPTION VALUE ...] RUN"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("directory", type=Path, help="of the run, such as runs/first-run")
+    parser.add_argument("directory", type=Path, help="run directory, such as runs/first-run")
     options.add_options(parser, only="parallel")
 
 

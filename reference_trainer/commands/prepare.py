@@ -21,8 +21,12 @@ USAGE = "[--config FILE] [--data.OPTION VALUE ...] OUT"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("out", type=Path, help="the directory to make; give it to --data.prepared")
-    add("--config", type=Path, help="a YAML file of options; the command line wins")
+    add("out", type=Path, help="directory to write, for --data.prepared")
+    add(
+        "--config",
+        type=Path,
+        help="YAML file of options; those on the command line take precedence",
+    )
     options.add_options(parser, only="data")
 
 

@@ -36,11 +36,15 @@ _LAUNCHERS = ("TORCHELASTIC", "SLURM")  # which count how often they have starte
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--config", type=Path, help="a YAML file of options; the command line wins")
+    add(
+        "--config",
+        type=Path,
+        help="YAML file of options; those on the command line take precedence",
+    )
     add(
         "--resume",
         action="store_true",
-        help="go on with the run of this name (implied where torchrun or Slurm start it again)",
+        help="resume the run of this name (implied when torchrun or Slurm restarts it)",
     )
     add(
         "--dry-run",
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         const=world_size(),
         metavar="PROCESSES",
-        help="say what the run would do, over so many processes, and stop",
+        help="print what the run would do over this number of processes and stop",
     )
     options.add_options(parser)
 

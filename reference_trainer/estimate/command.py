@@ -52,16 +52,26 @@ lower figure hides all communication behind computation, the upper one none.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--model", default="1.3b", choices=PRESETS, help="shape (default: 1.3b)")
-    add("--vocab", type=int, default=32_000, help="tokens of the model (default: 32000)")
-    add("--world-size", type=int, default=8, help="GPUs (default: 8)")
-    add("--gpu", default="h100", choices=GPUS, help="which (default: h100)")
-    add("--sequences", type=int, help="of a step, over all GPUs (default: 64 a GPU)")
-    add("--length", type=int, default=1024, help="tokens of a sequence (default: 1024)")
-    add("--rank", type=int, default=128, help="of the low-rank phase (default: 128)")
+    add("--model", default="1.3b", choices=PRESETS, help="model shape (default: 1.3b)")
+    add("--vocab", type=int, default=32_000, help="vocabulary size (default: 32000)")
+    add("--world-size", type=int, default=8, help="number of GPUs (default: 8)")
+    add("--gpu", default="h100", choices=GPUS, help="GPU model (default: h100)")
+    add("--sequences", type=int, help="sequences in a step, over all GPUs (default: 64 a GPU)")
+    add("--length", type=int, default=1024, help="tokens in a sequence (default: 1024)")
+    add("--rank", type=int, default=128, help="rank of the low-rank phase (default: 128)")
     precisions = [name for name in get_args(Precision) if name != "auto"]
-    add("--precision", default="bf16", choices=precisions, help="parallel.precision")
-    add("--optimizer", default="adamw", choices=_OPTIMIZERS, help="whose moments (default: adamw)")
+    add(
+        "--precision",
+        default="bf16",
+        choices=precisions,
+        help="precision, as parallel.precision (default: bf16)",
+    )
+    add(
+        "--optimizer",
+        default="adamw",
+        choices=_OPTIMIZERS,
+        help="optimizer, for its moments (default: adamw)",
+    )
     add("--out", type=Path, help="JSON lines to write")
 
 
@@ -167,14 +177,16 @@ def _checked(arguments: argparse.Namespace) -> tuple[LlamaShape, int]:
     shape, world = preset(arguments.model, vocab_size=arguments.vocab), arguments.world_size
     if arguments.rank > shape.hidden_size:
         raise UserError(
-            f"--rank is at most {shape.hidden_size}, the model's width; got {arguments.rank}"
+            f"--rank must be at most {shape.hidden_size}, the model's width; got {arguments.rank}"
         )
     sequences = 64 * world if arguments.sequences is None else arguments.sequences
     if sequences < 1 or sequences % world:
-        raise UserError(f"--sequences is a multiple of --world-size {world}; got {sequences}")
+        raise UserError(f"--sequences must be a multiple of --world-size {world}; got {sequences}")
     _, cluster = GPUS[arguments.gpu]
     if world > cluster.node and world % cluster.node:
-        raise UserError(f"--world-size is a whole number of nodes of {cluster.node}; got {world}")
+        raise UserError(
+            f"--world-size must be a multiple of the GPUs of a node, {cluster.node}; got {world}"
+        )
     if arguments.out and arguments.out.exists():
         raise UserError(f"{arguments.out} exists already: give --out another name")
     return shape, sequences

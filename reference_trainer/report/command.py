@@ -26,9 +26,20 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("directories", type=Path, nargs="+", metavar="RUN", help="directories, as runs/first-run")
-    add("--out", type=Path, help="the page to write (of one run: report.html in it)")
-    add("--watch", type=int, metavar="SECONDS", help="make it again so often, to the runs' end")
+    add(
+        "directories",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run directory, such as runs/first-run",
+    )
+    add("--out", type=Path, help="HTML page to write (default: report.html in the run)")
+    add(
+        "--watch",
+        type=int,
+        metavar="SECONDS",
+        help="write the page again at this interval until the runs end",
+    )
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -39,9 +50,9 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """
     directories: Sequence[Path] = arguments.directories
     if len(directories) > 1 and arguments.out is None:
-        raise UserError("several runs have no directory of their own: say where with --out FILE")
+        raise UserError("--out must be given for several runs, which share no directory")
     if arguments.watch is not None and arguments.watch < 1:
-        raise UserError(f"--watch is in seconds, 1 or more; got {arguments.watch}")
+        raise UserError(f"--watch must be 1 second or more; got {arguments.watch}")
     out = arguments.out or directories[0] / "report.html"
     told = False
     while arguments.watch is not None:

@@ -38,14 +38,19 @@ _BEGINNING = '{"event": "trial"'  # of every line
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
-    add("--model", default="1m", choices=SCALES, help="shape (default: 1m)")
-    add("--plan", default="tune", choices=PLANS, help="which trials (default: tune)")
-    add("--threads", type=int, default=1, help="of the computation (default: 1)")
-    add("--eager", action="store_true", help="do not compile steps (without a C++ compiler)")
-    add("--data", type=Path, default=Path("runs/study/data"), help="prepared bytes, made if absent")
+    add("--model", default="1m", choices=SCALES, help="model shape (default: 1m)")
+    add("--plan", default="tune", choices=PLANS, help="plan of trials (default: tune)")
+    add("--threads", type=int, default=1, help="threads of the computation (default: 1)")
+    add("--eager", action="store_true", help="do not compile (where there is no C++ compiler)")
+    add(
+        "--data",
+        type=Path,
+        default=Path("runs/study/data"),
+        help="prepared bytes, written if absent",
+    )
     add("--out", type=Path, help="JSON lines to add to (default: runs/study/MODEL.jsonl)")
-    add("--dry-run", action="store_true", help="say which trials, and stop")
-    add("--show", action="store_true", help="say what is on file, draw its picture, and stop")
+    add("--dry-run", action="store_true", help="list the trials and stop")
+    add("--show", action="store_true", help="print and draw the recorded trials and stop")
 
 
 def run(arguments: argparse.Namespace) -> Iterator[str]:
@@ -112,7 +117,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {file}: {one_line(error)}") from None
     if any(not isinstance(r, dict) or r.get("event") != "trial" for r in records):
-        raise UserError(f"{file} holds something else than trials: give --out another name")
+        raise UserError(f"{file} must hold trials only: give --out another name")
     return records
 
 

@@ -102,8 +102,11 @@ def test_a_directory_that_holds_another_run(tiny, tmp_path, capsys):
     [
         ([], "required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
-        (["--quiet", "train"], "--quiet comes before a command: first one of train, prepare"),
-        (["bench", "--level", "block"], "--level comes before a command: first one of step, rest"),
+        (["--quiet", "train"], "--quiet must come after a command: give one of train, prepare"),
+        (
+            ["bench", "--level", "block"],
+            "--level must come after a command: give one of step, rest",
+        ),
         (["bench"], "required: COMMAND"),
         (["bench", "block"], "invalid choice: 'block'"),
         (["report", "none"], "none holds no metrics.jsonl"),
@@ -233,7 +236,7 @@ def test_an_interrupt_of_a_command_s_processes_is_one_line(tmp_path):
     [
         (["--rnak", "4"], "the nearest is --relora.rank"),
         (["--colour", "4"], "unknown option --colour (see --help)"),
-        (["foo"], "'foo' is no option"),
+        (["foo"], "'foo' is neither an option nor the value of one"),
     ],
 )
 def test_what_is_unknown_is_named_and_the_nearest_only_if_it_is_near(given, message, capsys):

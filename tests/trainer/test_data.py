@@ -236,8 +236,11 @@ def _missing_column(directory):
         (_write("a.jsonl", b'{"body": "a"}\n'), "a.jsonl:1 has no text under 'text'"),
         (_write("a.parquet", b"not parquet"), "is not a Parquet file"),
         (_missing_column, r"no column 'text'; it has \['body'\]"),
-        (_write("a.txt", b"one document"), "one document at least is trained on.*got 1 in 1 files"),
-        (lambda d: {"tokenizer": str(d / "no.json")}, "tokenizer.json that exists"),
+        (
+            _write("a.txt", b"one document"),
+            "there must be a document to train on .*got 1 in 1 files",
+        ),
+        (lambda d: {"tokenizer": str(d / "no.json")}, "the path of a tokenizer.json"),
     ],
 )
 def test_unusable_input_is_refused(tmp_path, make, message):

@@ -173,9 +173,9 @@ class TestCommand:
         ("given", "message"),
         [
             (["--world-size", "0"], "--world-size must be 1 or more; got 0"),
-            (["--world-size", "12"], "a whole number of nodes of 8; got 12"),
-            (["--sequences", "3"], "--sequences is a multiple of --world-size 2; got 3"),
-            (["--rank", "999"], "--rank is at most 128"),
+            (["--world-size", "12"], "a multiple of the GPUs of a node, 8; got 12"),
+            (["--sequences", "3"], "--sequences must be a multiple of --world-size 2; got 3"),
+            (["--rank", "999"], "--rank must be at most 128"),
             (["--length", "0"], "--length must be 1 or more; got 0"),
             (["--out", "."], ". exists already"),
         ],

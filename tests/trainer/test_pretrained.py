@@ -134,11 +134,17 @@ def pickled(directory: Path) -> None:
 
 NORM = "model.norm.weight"
 WRONG = {
-    "another architecture": (change(model_type="mistral"), "model_type is 'llama'; got 'mistral'"),
+    "another architecture": (
+        change(model_type="mistral"),
+        "model_type must be 'llama'; got 'mistral'",
+    ),
     "biases": (change(attention_bias=True), "attention_bias must be False here; got True"),
     "an activation": (change(hidden_act="gelu"), "hidden_act must be 'silu' here; got 'gelu'"),
     "heads of their own size": (change(head_dim=16), "head_dim must be .* = 8; got 16"),
-    "an unknown rope": (change(rope_parameters={"rope_type": "yarn"}), "rope_type is default, lin"),
+    "an unknown rope": (
+        change(rope_parameters={"rope_type": "yarn"}),
+        "rope_type must be default, lin",
+    ),
     "a rope of no numbers": (change(rope_parameters={"rope_type": "llama3"}), "factor"),
     "a rope that is a list": (change(rope_parameters=[1]), "is damaged"),
     "no size": (change(hidden_size=None), "hidden_size"),
@@ -157,14 +163,14 @@ WRONG = {
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"has no {NORM}"),
     "a weight too many": (
         weights(lambda t: t.update(bias=t[NORM].clone())),
-        "this Llama has not: .'bias'",
+        "not of this Llama: .'bias'",
     ),
     "integers": (weights(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} of .* is I32"),
     "not finite": (weights(lambda t: t[NORM].fill_(torch.nan)), f"{NORM} of .* not finite"),
     "another shape": (weights(lambda t: t.update({NORM: t[NORM][1:].clone()})), "shape .31,."),
     "a file elsewhere": (shards(x="../../secrets.safetensors"), "does not lie beside it"),
     "a file that is absent": (shards(x="absent.safetensors"), "absent.safetensors"),
-    "no directory": (shutil.rmtree, "model.weights is a directory with a config.json"),
+    "no directory": (shutil.rmtree, "model.weights must be a directory with a config.json"),
 }
 
 
@@ -183,6 +189,7 @@ def test_what_does_not_fit_is_refused_before_anything(tiny, tmp_path, capsys, wr
 
 def test_a_shape_beside_it_is_refused(tiny, tmp_path, capsys):
     assert main(["train", *tiny, "--model.weights", "published"]) == 2
-    assert "model.weights has a shape of its own; got weights=published, hidden_size=32" in (
-        capsys.readouterr().err
+    assert (
+        "model sizes must not be given with model.weights, which has its own; got weights=published, hidden_size=32"
+        in (capsys.readouterr().err)
     )

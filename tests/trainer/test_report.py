@@ -198,7 +198,7 @@ class TestRunsBesideEachOther:
 
     def test_they_need_a_place(self, runs, capsys):
         assert main(["report", str(runs / "first-run"), str(runs / "other")]) == 2
-        assert "say where with --out" in capsys.readouterr().err
+        assert "--out must be given for several runs" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ class TestRefusals:
 
     def test_a_watch_of_no_time(self, runs, capsys):
         assert main(["report", str(runs / "first-run"), "--watch", "0"]) == 2
-        assert "1 or more; got 0" in capsys.readouterr().err
+        assert "1 second or more; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt-get install chromium")

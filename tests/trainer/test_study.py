@@ -227,8 +227,8 @@ class TestTheCommand:
         [
             ("{\n", "cannot read"),
             ("a note without an end", "cannot read"),
-            ('{"event": "bench"}\n', "something else than trials"),
-            ("[]\n", "something else than trials"),
+            ('{"event": "bench"}\n', "must hold trials only"),
+            ("[]\n", "must hold trials only"),
         ],
     )
     def test_a_file_of_another_kind_is_refused(self, command, capsys, content, message):

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_batch(parser)
     parser.add_argument(
-        "--every", type=options.positive, default=20, help="steps to a checkpoint (default: 20)"
+        "--every", type=options.positive, default=20, help="steps between checkpoints (default: 20)"
     )
     options.add_timing(parser)
     options.add_files(parser, "checkpoint-MODEL")

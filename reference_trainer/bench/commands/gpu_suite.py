@@ -32,10 +32,14 @@ time is up or every stage has been tried; the table says how each ended.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="for all that is left to do (default: 9)"
+        "--minutes", type=float, default=9.0, help="minutes for all remaining jobs (default: 9)"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="of the results; it may have some"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of results, which may hold some already",
     )
 
 

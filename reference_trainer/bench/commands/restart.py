@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     options.add_model(parser)
     parser.add_argument(
-        "--blocks", type=options.positive, default=1, help="blocks that restart (default: 1)"
+        "--blocks",
+        type=options.positive,
+        default=1,
+        help="number of blocks that restart (default: 1)",
     )
     options.add_rank(parser)
     options.add_timing(parser)

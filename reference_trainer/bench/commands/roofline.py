@@ -45,19 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_rank(parser)
     add = parser.add_argument
-    add("--gpu", default="h100", choices=CEILINGS, help="whose ceilings (default: h100)")
-    add("--micro", type=options.positive, default=8, help="sequences at once (default: 8)")
-    add("--length", type=options.positive, default=1024, help="tokens of each (default: 1024)")
-    add("--accumulate", type=options.positive, default=1, help="micro-steps a step (default: 1)")
-    add("--processes", type=options.positive, default=1, help="GPUs (default: 1)")
+    add("--gpu", default="h100", choices=CEILINGS, help="GPU model (default: h100)")
+    add("--micro", type=options.positive, default=8, help="sequences in a micro-step (default: 8)")
+    add(
+        "--length", type=options.positive, default=1024, help="tokens in a sequence (default: 1024)"
+    )
+    add("--accumulate", type=options.positive, default=1, help="micro-steps in a step (default: 1)")
+    add("--processes", type=options.positive, default=1, help="number of GPUs (default: 1)")
     layouts = "parallel.layout; replicate-bf16: with relora.base=bf16 (default: shard)"
     add("--layout", default="shard", choices=_LAYOUTS, help=layouts)
     precisions = [name for name in get_args(Precision) if name != "auto"]
-    add("--precision", default="bf16", choices=precisions, help="of computation (default: bf16)")
+    add(
+        "--precision",
+        default="bf16",
+        choices=precisions,
+        help="precision of the computation (default: bf16)",
+    )
     names = [*(name for name in usual() if name not in ("full", "dense")), "two-paths"]
     compared = f"compared with full, the baseline (default: {' '.join(names)})"
     add("--arms", nargs="+", default=names, help=compared)
-    add("--json", type=Path, metavar="FILE", help="JSON lines to write: a line each kernel")
+    add("--json", type=Path, metavar="FILE", help="JSON lines to write, one for each kernel")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:

@@ -12,7 +12,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of `bench`")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="file that a bench command wrote"
+    )
     parser.add_argument("--picture", type=Path, help="PNG to write (default: none)")
 
 

@@ -30,10 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add = parser.add_argument
     levels = ("linear", "block", "model")
-    add("--level", default="block", choices=levels, help="what runs (default: block)")
+    add("--level", default="block", choices=levels, help="workload (default: block)")
     options.add_model(parser)
     names = usual()
-    add("--arms", nargs="+", default=names, help=f"the first is the baseline ({' '.join(names)})")
+    add(
+        "--arms",
+        nargs="+",
+        default=names,
+        help=f"arms to compare, the baseline first ({' '.join(names)})",
+    )
     dtypes = "bf16: weights too; mixed: fp32 weights, computed in bf16 (default: fp32)"
     add("--dtype", default="fp32", choices=DTYPES, help=dtypes)
     options.add_batch(parser)
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layouts = "parallel.layout of ours: with --dtype mixed as the trainer lays it (level model)"
     add("--layout", default="shard", choices=("shard", "replicate"), help=layouts)
-    add("--count", action="store_true", help="count operations on meta tensors, and stop")
+    add("--count", action="store_true", help="count operations on meta tensors and stop")
     options.add_timing(parser)
     options.add_files(parser, "LEVEL-MODEL-DTYPE")
 
