@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 
 from reference_trainer.bench import results
 from reference_trainer.bench.computation import of_micro_steps
+from reference_trainer.bench.estimate.command import KEPT_FREE, advice, table
+from reference_trainer.bench.estimate.gpus import GPUS
+from reference_trainer.bench.estimate.row import Row
 from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, communication_seconds
-from reference_trainer.estimate.command import KEPT_FREE, advice, table
-from reference_trainer.estimate.gpus import GPUS
-from reference_trainer.estimate.row import Row
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
 from reference_trainer.main import parser

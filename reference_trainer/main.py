@@ -65,19 +65,18 @@ _COMMANDS = {
     "train": _Command(
         "train a model, export it and draw its picture", "commands.train", verbose=True
     ),
-    "prepare": _Command(
-        "tokenize text into memory-mapped shards, once for many runs", "commands.prepare"
-    ),
+    "prepare": _Command("tokenize text into shards that many runs can share", "commands.prepare"),
     "export": _Command(
         "write a run's newest checkpoint as a merged Hugging Face Llama", "commands.export"
     ),
-    "bench": _Command("measure what a user would pick instead", commands=_BENCHMARKS),
+    "bench": _Command("compare ReLoRA with its alternatives, in ratios", commands=_BENCHMARKS),
     "estimate": _Command(
-        "say what a run would need and how fast it would be, without a GPU", "estimate.command"
+        "say what a run would need and how fast it would be, without a GPU",
+        "bench.estimate.command",
     ),
-    "study": _Command("train the paper's arms side by side at sizes for a CPU", "study.command"),
+    "study": _Command("compare the paper's methods at sizes for a CPU", "study.command"),
     "report": _Command(
-        "make one page of a run, or of several, also while they run", "report.command"
+        "draw one page of a run or of several, also while they run", "report.command"
     ),
 }
 _PROGRAM = "python -m reference_trainer"

@@ -1,4 +1,4 @@
-"""Every use of what torch keeps private, each with the reason why nothing public would do.
+"""Every use of a private name of torch, each with the reason why no public one suffices.
 
 Runs on torch 2.8 to 2.13 are tested; what a later one moves is to be looked for here.
 """

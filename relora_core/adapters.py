@@ -46,10 +46,10 @@ def save_adapters(
 ) -> Path:
     """Write A and B of every site as an adapter of PEFT's, which `PeftModel.from_pretrained` reads.
 
-    It belongs to the model's W as they are now, after so many merges: keep those with it (the state
-    dict). What else is trained, such as biases and norms, is not in it. The seed and restart number
-    of each site are kept beside the tensors, where PEFT does not look. Every rank must call it;
-    sharded factors are gathered one at a time and rank 0 writes.
+    The adapter belongs to the model's current W, after the merges so far: save W (the state dict)
+    with it. Other trained parameters, such as biases and norms, are not in it. The seed and restart
+    number of each site are saved beside the tensors, where PEFT does not look. Every process must
+    call it; sharded factors are gathered one at a time, and process rank 0 writes.
 
     Args:
         model: with low-rank sites on the weights of Linear, Embedding or Conv1d to Conv3d, or on
@@ -110,9 +110,9 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     The sites and the adapter must be the same, of the same rank and scale; a trained scale takes
     the adapter's. Where the adapter was written by `save_adapters`, the sites go on with its seeds
-    and restart numbers, so that the next redraw is the one that would have come. Every rank must
-    call it, and reads the files. Copies of the factors that an optimizer steps from, as
-    schedule-free's `z`, take what is loaded; moments stay.
+    and restart numbers, so that the next redraw is the one that would have come. Every process
+    must call it, and reads the files. An optimizer's own copies of the factors, such as
+    schedule-free's `z`, are set to the loaded values; moments do not change.
 
     Args:
         model: with low-rank sites, sharded or not.

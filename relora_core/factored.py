@@ -1,4 +1,4 @@
-"""W + s B A in its parts: what a lazy weight stands for, and forms when it must."""
+"""W, A, B and s of a lazy weight, kept as factors; the sum is formed only when needed."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Self

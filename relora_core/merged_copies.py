@@ -32,9 +32,9 @@ def keep_merged_(
 ) -> list[nn.Parameter]:
     r"""Keep $V = W + s B A$ of every linear site, rounded once to `dtype`, beside $W$.
 
-    Forward is then one product, and backward one with the factors' gradients: fewer passes over
-    activations than two paths take, which on a GPU cost more than their arithmetic. V is what
-    mixed-precision training at full rank computes with. A restart leaves V as it is, to the bit.
+    Forward is then one product, and backward is one product and the factors' gradients. Two paths
+    take more passes over activations, and on a GPU those passes cost more than their arithmetic.
+    Mixed-precision training at full rank computes with V too. A restart keeps V bit for bit.
 
     V is made anew after each step of a torch optimizer that has its factors, and by `restart_`,
     `merge_`, `reinit_` and `load_state_dict` of `model`. In eager mode a forward also sees any
@@ -50,7 +50,8 @@ def keep_merged_(
     Args:
         model: with low-rank sites; before `fully_shard`.
         dtype: of the computation: bfloat16 or float16.
-        mesh: of FSDP2, over whose last dimension W is sharded by rows; None: W stays whole.
+        mesh: the mesh of FSDP2. W is sharded by rows over its last dimension; if None, W stays
+            unsharded.
 
     Returns:
         Every W that has a copy, for `ignored_params`.

@@ -1,4 +1,4 @@
-"""Prune tensors by magnitude or at random: exact in count, and the same sharded as whole."""
+"""Pruning by magnitude or at random: an exact count, and the same entries sharded or not."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Tensors that an object refers to: in containers, closures and, so far, in other objects."""
+"""Tensors that an object refers to: in containers, closures and, to a set depth, in objects."""
 
 import functools
 from collections import deque

@@ -38,15 +38,16 @@ def register_low_rank(
         rank: $r$, from 1 to `min(out, in)`.
         alpha: $s$ = `alpha / rank`; `rank` if None.
         seed: of every draw of $A$.
-        name: what tells this site's draws from another's of the same seed; if it is empty, the
-            first `restart_`, `reinit_` or `merge_` of a model gives the name that it has there.
+        name: distinguishes this site's draws from those of other sites with the same seed. If it
+            is empty, the first `restart_`, `reinit_` or `merge_` of a model sets it to the site's
+            name in that model.
         dropout: of the low-rank path's input while training; for tensors that only `F.linear`
             uses.
         trainable_scale: whether $s$ is trained, from `alpha / rank` on.
-        batch_dims: how many leading dimensions of the tensor number matrices of their own: 1 for a
-            bank of experts `(E, out, in)`, of which each has its own A and B, `(E, rank, in)` and
-            `(E, out, rank)`. 0 for one matrix, `in` being all dimensions but the first, which is
-            what None means for a matrix, a convolution and nn.Bilinear. Of others it must be given.
+        batch_dims: the number of leading batch dimensions: 1 for a bank of experts `(E, out, in)`,
+            each with its own A and B, `(E, rank, in)` and `(E, out, rank)`; 0 for one matrix, where
+            `in` is all dimensions but the first. None means 0 for a matrix, a convolution and
+            nn.Bilinear; for any other tensor, give a number.
 
     Returns:
         `module`.

@@ -49,8 +49,9 @@ class ResetReport:
     """What a reset did.
 
     Args:
-        entries: entries of all moments looked at; sharded ones count whole, those that
-            ZeroRedundancyOptimizer keeps on another rank not at all.
+        entries: the number of entries of all moments considered. Sharded moments count with
+            all their shards; those that ZeroRedundancyOptimizer keeps on another process are not
+            counted.
         zeroed: how many of them the masks zeroed, exactly.
     """
 
@@ -76,12 +77,12 @@ def reset_optimizer_(
     r"""Prune the optimizer's moments of `params`.
 
     With one joint mask a parameter's moments are zeroed together, where the leading one (for
-    Adam $m$ = `exp_avg`) is smallest. This differs from the authors' code, which prunes each by
-    itself ("independent"): that leaves $m \ne 0$ over $v = 0$, and while $B = 0$ keeps $A$'s
-    gradient at zero, $A$ then moves by `lr * m / eps` in a step. Hyperparameters, all other
-    parameters' states and, unless asked for, step counts stay as they are; what is kept in 8 bits
-    is zeroed by its codes, and all other values keep their bits. Copies of a parameter that steps
-    go on from, such as schedule-free's `z`, are set to the parameter.
+    Adam $m$ = `exp_avg`) is smallest. The authors' code differs: it prunes each moment
+    separately ("independent"). That leaves $m \ne 0$ where $v = 0$. While $B = 0$, the gradient
+    of $A$ is zero, and $A$ then moves by `lr * m / eps` in a step. Hyperparameters, the states of
+    all other parameters and, unless asked for, step counts do not change. 8-bit moments are zeroed
+    through their codes, and all other values keep their bits. Copies of a parameter from which
+    later steps start, such as schedule-free's `z`, are set to the parameter.
 
     Args:
         optimizer: any torch optimizer whose moments are known (see `declare_moments`), or a

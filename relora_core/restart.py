@@ -38,8 +38,8 @@ class RestartReport:
     Args:
         update_norms: for each site's name the Frobenius norm of the s B A that was merged.
         reset: how much of the optimizer's moments was zeroed.
-        idle: names of sites whose B was still zero while that of others was not, or while the
-            optimizer has stepped other parameters only: nothing has trained them.
+        idle: names of sites that nothing has trained: their B was still zero, although another
+            site's B was not, or although the optimizer has stepped, on other parameters only.
     """
 
     update_norms: dict[str, float]
@@ -71,12 +71,12 @@ def restart_(
 
     The function stays; the moments of every $A$ and $B$ are pruned. Call it before the step at
     which `Restarts.at` is true: `JaggedLR` makes that step's learning rate zero, so it only
-    refills the moments. Every rank must call it, after a step and before the next backward; what
-    gradients the step has left of the factors are zeroed.
+    refills the moments. Every process must call it, after a step and before the next backward;
+    gradients that the step leaves on the factors are zeroed.
 
-    One that was broken off after its first write (by Ctrl-C, or out of memory) is finished by the
-    next call, with the same function. Where it was broken off between the two writes of one merge,
-    or otherwise on other processes, every later call refuses, and so do exports.
+    If a restart was interrupted after its first write (by Ctrl-C, or out of memory), the next call
+    finishes it and keeps the function. If it was interrupted between the two writes of one merge,
+    or at different points on different processes, every later call and every export refuses.
 
     Args:
         model: with low-rank sites, sharded or not.
@@ -96,8 +96,8 @@ def restart_(
         ValueError: if there is no site; if a factor is not finite, or has a gradient that no step
             of a torch optimizer has used; if W is tied, trained, or has no memory (meta,
             offloaded); or if the reset refuses. Nothing is changed then.
-        OutOfStepError: if a process does not call it in time, or otherwise than the others, or
-            refuses alone; it names them. Nothing is changed then, on any process.
+        OutOfStepError: if a process does not call it in time, calls it differently from the others,
+            or is alone in refusing; the error names the process. No process changes anything then.
 
     Warns:
         UserWarning: if nothing has trained some sites, which `RestartReport.idle` names.

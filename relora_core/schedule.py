@@ -79,9 +79,9 @@ class Restarts:
         return 0 if step < self._first else (step - self._first) // self.every + 1
 
     def factor(self, step: int) -> float:
-        """Return the ramp in [0, 1] at `step`: 0 at a restart, 1 from `warmup` steps after it on.
+        """Return the ramp in [0, 1] at `step`: 0 at a restart, 1 outside the ramps.
 
-        And 1 until `anneal` steps before the next.
+        It is 1 from `warmup` steps after a restart until `anneal` steps before the next one.
         """
         since, left = self._around(step)
         up = 1.0 if since is None else min(1.0, since / self.warmup)
@@ -116,10 +116,10 @@ class JaggedCosine:
     c(t) = f_{min} + (1 - f_{min}) (1 + \cos(\pi \min(1, (t - w) / (T - w)))) / 2$$
 
     with $w$ = `warmup`, $T$ = `total` and $f_{min}$ = `min_ratio`. $j$ rises from 0 to 1 over the
-    warm-up and is `restarts.factor` after it, and $e(t)$ is the end of the ramp that $t$ is in: it
-    runs straight to the value that the cosine has there. Outside ramps $e(t) = t$. This is the
-    authors' `cosine_restarts`, wherever that is defined (`total` a multiple of the period,
-    `adjust_step` 0). Give it to `LambdaLR`.
+    warm-up and is `restarts.factor` after it. Inside a ramp, $e(t)$ is the full-rate end of that
+    ramp, so the ramp is a straight line between 0 and the cosine's value there. Outside ramps
+    $e(t) = t$. This is the authors' `cosine_restarts` wherever that is defined (`total` a multiple
+    of the period, `adjust_step` 0). Give it to `LambdaLR`.
 
     Args:
         total: $T$, in steps, at least 1.
@@ -220,8 +220,8 @@ class JaggedLR(LRScheduler):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Advance one optimizer step; arguments (a metric, for instance) go to `inner`.
 
-        A rate that somebody has set since is taken for the ramp's: `inner` goes on from that, over
-        the ramp's factor.
+        A learning rate that was changed by hand since the last step is taken as the ramped rate:
+        `inner` continues from that value divided by the ramp's factor.
         """
         factor = self.restarts.factor(self.last_epoch)
         groups = self.optimizer.param_groups

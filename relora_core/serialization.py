@@ -43,9 +43,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return what a checkpoint of the plain module is loaded into: the model's own memory.
+    """Return the plain module's state dict, in the model's own memory, to load a checkpoint into.
 
-    Every site's base W stands under its plain name, without B A. Copy a full-rank warm start into
+    Every site's base W is under its plain name, without B A. Copy a full-rank warm start into
     these tensors and the sites continue from it.
 
     Raises:

@@ -92,7 +92,7 @@ class Site:
         self.refresh_()
 
     def update(self) -> Update:
-        """Return this process's part of s B A, gathering what it lacks of the factors."""
+        """Return this process's shard of s B A; gather the shards of A and B that it needs."""
         return self.low_rank.update(self.weight)
 
     def merge_(self, update: Update | None = None) -> None:

@@ -27,7 +27,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, matrix: Tensor) -> "Spectrum":
-        """Return the spectrum of a whole matrix by its SVD; of a sharded one, which is gathered.
+        """Return the spectrum of a matrix by its SVD; a sharded matrix is gathered first.
 
         Args:
             matrix: `(m, n)`, or `(m, ...)` as a convolution's weight.

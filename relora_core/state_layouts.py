@@ -108,8 +108,9 @@ def declare_moments(
 ) -> None:
     """Tell resets what the state of an optimizer class consists of.
 
-    "Same shape as the parameter" is no rule: it would wipe ASGD's averaged weights, Rprop's step
-    sizes and the uint8 codes of 8-bit optimizers, whose code 0 is not zero.
+    Shape alone does not identify a moment: a reset of all state of the parameter's shape would wipe
+    ASGD's averaged weights, Rprop's step sizes and the uint8 codes of 8-bit optimizers, whose code
+    0 is not zero.
 
     Args:
         optimizer_class: the class; subclasses with the same state follow it.

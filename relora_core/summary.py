@@ -35,14 +35,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Summary:
-    """What of a model is low-rank, and what is trained whole; it prints as a table.
+    """The low-rank sites of a model and its Parameters trained at full rank; prints as a table.
 
     Args:
         sites: by name.
         whole: Parameters that are trained as they are, by qualified name.
-        left: the names of those among them that a site of the same rank would halve or better.
-        idle: names of sites whose B is zero while that of others is not, or while the optimizer
-            has stepped other parameters only: nothing has trained them.
+        left: names of the Parameters in `whole` for which factors of the same rank would have at
+            most half as many entries.
+        idle: names of sites that nothing has trained: their B is zero, although another site's B
+            is not, or although the optimizer has stepped, on other parameters only.
 
     Examples:
         >>> summary(nn.Linear(60, 40)).left
@@ -82,7 +83,7 @@ def _grouped(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return what of `model` became a low-rank site, what is trained whole, what was left out.
+    """Return which tensors of `model` are sites, which are trained at full rank, which were left.
 
     Under FSDP2 every process must call it.
 

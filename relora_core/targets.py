@@ -42,10 +42,10 @@ def add_low_rank_(
 ) -> nn.Module:
     r"""Make the `weight` of every matching module a low-rank site, in place.
 
-    Matching base weights are frozen; all that does not match (biases, norms, embeddings, the
-    head) stays as trainable as it was. Order: build, this, activation checkpointing, compile,
-    `fully_shard`, optimizer. Give it the whole model: draws are keyed by names in `model`, so that
-    blocks that are given one by one, with the same names in each, would draw the same A.
+    Matching base weights are frozen; all other parameters (biases, norms, embeddings, the head)
+    stay trainable or frozen as they were. Order: build, this function, activation checkpointing,
+    compile, `fully_shard`, optimizer. Pass the whole model: draws are keyed by names in `model`, so
+    blocks that are passed one by one, with the same names in each, would draw the same A.
 
     Args:
         model: the model to change. It may be on the meta device; after `to_empty` fill the plain
@@ -53,10 +53,11 @@ def add_low_rank_(
             each site's `low_rank`.
         targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
             if it has a `weight` Parameter of two or more dimensions, which may be named too:
-            `*.mlp.*.weight`. A Parameter of another name counts where a glob matches its qualified
-            name and the glob's last part its own: `*.self_attn.in_proj_weight`,
-            `*.experts.*_proj`, but not `*.self_attn.*`. Those of a ParameterList or ParameterDict
-            need not be named so. A module that has several names is one site, under the first.
+            `*.mlp.*.weight`. A Parameter of another name counts if a glob matches its qualified
+            name and the glob's last part matches its own name: `*.self_attn.in_proj_weight`,
+            `*.experts.*_proj`, but not `*.self_attn.*`. For Parameters of a ParameterList or
+            ParameterDict the first condition suffices. A module with several names is one site,
+            under its first name.
         rank: $r$.
         alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
         seed: of every draw, which is also keyed by the module's name and the restart.

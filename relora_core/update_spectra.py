@@ -33,18 +33,18 @@ class UpdateSpectra:
     \sigma_i^2 = \lambda_i\left((A A^\top)^{1/2} B^\top B \, (A A^\top)^{1/2}\right)$$
 
     with all $B_j$ (times $s_j$) side by side in $B$, and all $A_j$ one below the other in $A$. A
-    site `(m, n)` of rank r keeps r (m + n) numbers a restart, spread over the processes as W is;
-    when that is more directions than there are, their sum. Where FSDP2 keeps W on the CPU, this
-    lies on the GPU. A spectrum costs two sums of (k r) x (k r) numbers over the processes and
-    eigenvalues of matrices as large, in float64: a singular value below 1e-7 of the largest is
-    rounding.
+    site `(m, n)` of rank r keeps r (m + n) numbers per restart, sharded as W is; once k r exceeds
+    min(m, n), it keeps their sum instead. Where FSDP2 offloads W to the CPU, the kept
+    factors are on the GPU. A spectrum costs two sums of (k r) x (k r) numbers over the processes
+    and eigenvalues of matrices of that size, in float64: a singular value below 1e-7 of the largest
+    is rounding error.
 
-    It says what was meant to be merged. What a 16-bit W loses of it is not in the sum, nor is a
-    `merge_` that no `keep_` and `restart_` go with.
+    The sum holds the exact updates. It ignores what a 16-bit W loses by rounding in a merge, and it
+    misses a `merge_` that comes without `keep_` and `restart_`.
 
     Args:
-        model: with low-rank sites, as sharded as it will be. Every process makes it, and calls
-            each method, alike.
+        model: with low-rank sites, sharded already if it is to be. Every process must make this
+            object and call its methods in the same way.
         targets: globs over the names of sites; those that match are followed.
         timeout: how long the processes that share the model wait for each other in `keep_` and
             `measure`.

@@ -6,10 +6,10 @@ from itertools import product
 import pytest
 import torch
 
+from reference_trainer.bench.estimate.peaks import estimate_peak
 from reference_trainer.bench.layouts import LAYOUTS, Step
 from reference_trainer.bench.tracker import measure_peak
 from reference_trainer.config import CHECKPOINTING
-from reference_trainer.estimate.peaks import estimate_peak
 from reference_trainer.model import LlamaShape
 from tests.distributed.processes import on_processes
 

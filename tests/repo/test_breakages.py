@@ -324,7 +324,11 @@ BREAKAGES = {
         "tests/distributed/test_communication.py",
     ),
     "a deep model is tracked as a shallow one": (
-        *("reference_trainer/estimate/depth.py", "few + (layers - FEW) * (more - few)", "more"),
+        *(
+            "reference_trainer/bench/estimate/depth.py",
+            "few + (layers - FEW) * (more - few)",
+            "more",
+        ),
         "tests/trainer/test_estimate.py",
     ),
     "what deep models send is that of shallow ones": (
@@ -768,7 +772,11 @@ BREAKAGES = {
         "tests/core/test_broken_off.py",
     ),
     "an estimate's processes tell of Ctrl-C, each": (
-        *("reference_trainer/estimate/command.py", "initializer=signal.signal", "initializer=None"),
+        *(
+            "reference_trainer/bench/estimate/command.py",
+            "initializer=signal.signal",
+            "initializer=None",
+        ),
         "tests/trainer/test_command_line.py",
     ),
 }

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from reference_trainer.bench.communication import sent_at_depth, sent_in_restart, sent_in_step
+from reference_trainer.bench.estimate import command
+from reference_trainer.bench.estimate import row as rows_of_layouts
+from reference_trainer.bench.estimate.depth import track_at_depth
+from reference_trainer.bench.estimate.gpus import GPUS, GiB
+from reference_trainer.bench.estimate.peaks import Peak, estimate_peak
 from reference_trainer.bench.layouts import LAYOUTS, Step, layouts, pretended
 from reference_trainer.bench.tracker import track
 from reference_trainer.config import CHECKPOINTING
-from reference_trainer.estimate import command
-from reference_trainer.estimate import row as rows_of_layouts
-from reference_trainer.estimate.depth import track_at_depth
-from reference_trainer.estimate.gpus import GPUS, GiB
-from reference_trainer.estimate.peaks import Peak, estimate_peak
 from reference_trainer.main import main
 from reference_trainer.model import LlamaShape
 from tests.trainer.test_command_line import lines_of

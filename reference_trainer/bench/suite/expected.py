@@ -4,11 +4,11 @@ import torch
 
 from reference_trainer.bench.ceilings import Ceilings
 from reference_trainer.bench.computation import computation
+from reference_trainer.bench.estimate.depth import track_at_depth
 from reference_trainer.bench.suite import blocks, steps
 from reference_trainer.bench.suite.records import Report
 from reference_trainer.bench.suite.sizes import Sizes
 from reference_trainer.bench.whole_step import block_kernels
-from reference_trainer.estimate.depth import track_at_depth
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:

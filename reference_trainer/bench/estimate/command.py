@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from reference_trainer.bench import results
+from reference_trainer.bench.estimate.gpus import GPUS, GiB
+from reference_trainer.bench.estimate.row import PHASES, Row, row_of
 from reference_trainer.bench.layouts import (
     FULL,
     LAYOUTS,
@@ -23,8 +25,6 @@ from reference_trainer.bench.layouts import (
 from reference_trainer.config import CHECKPOINTING, Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
-from reference_trainer.estimate.gpus import GPUS, GiB
-from reference_trainer.estimate.row import PHASES, Row, row_of
 from reference_trainer.model import PRESETS, LlamaShape, preset
 from reference_trainer.terminal import hidden
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from reference_trainer.bench.estimate.depth import Deep, track_at_depth
 from reference_trainer.bench.layouts import Step
-from reference_trainer.estimate.depth import Deep, track_at_depth
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from reference_trainer.bench import results
 from reference_trainer.bench.ceilings import CEILINGS
 from reference_trainer.bench.communication import difference, sent_at_depth, sent_in_step
 from reference_trainer.bench.computation import computation, of_micro_steps
+from reference_trainer.bench.estimate.peaks import Peak, estimate_peak
 from reference_trainer.bench.layouts import BF16, FULL, REPLICATE, SHARD, Step, pretended
 from reference_trainer.bench.projection import Cluster, communication_seconds
 from reference_trainer.config import Checkpointing
-from reference_trainer.estimate.peaks import Peak, estimate_peak
 
 PHASES = {
     FULL: "warm start",
