@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from reference_trainer import checkpoint
-from reference_trainer.begin import begun, check, check_same, fixed, open_directory
+from reference_trainer.begin import begun, check, check_same, fixed, goes_on, open_directory
 from reference_trainer.config import Config
 from reference_trainer.data import Batches, Windows, open_windows
 from reference_trainer.environment import environment
+from reference_trainer.errors import Stopped
 from reference_trainer.feed import Feed
 from reference_trainer.files import locked
 from reference_trainer.interruption import Interruption
@@ -51,6 +53,11 @@ class Run:
     interruption: Interruption
     newest: Path | None = None
     step: int = 0
+
+    def stop(self, step: int) -> NoReturn:
+        """Say before which step the run stops, and how it is resumed; raise Stopped."""
+        self.world.tell(f"stopped before step {step}: {goes_on(self.config)}")
+        raise Stopped
 
 
 @contextmanager

@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
-from reference_trainer.begin import goes_on
 from reference_trainer.config import Config, Reduce
-from reference_trainer.errors import Stopped
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export, write_export
 from reference_trainer.journal import Journal
@@ -119,8 +117,7 @@ def train_phase(stage: Stage, start: int, run: Run) -> Path:
                 f"{latest} has the weights from before them; lower optim.lr or relora.lr_multiple"
             )
         if stop and done < config.steps:
-            world.tell(f"stopped before step {done}: {goes_on(config)}")
-            raise Stopped
+            run.stop(done)
     return latest
 
 

@@ -162,23 +162,16 @@ def _has_memory(tensor: Tensor) -> bool:
     return part.layout == torch.strided and type(part) is Tensor
 
 
-def living_modules() -> Iterator[nn.Module]:
-    """Iterate over every module that there is, whatever model it belongs to."""
-    classes: dict[type, bool] = {}
-    frozen = gc.get_freeze_count() > 0  # by gc.freeze, which hides objects
-    if frozen:
-        gc.collect()
-        gc.unfreeze()
-    objects = gc.get_objects()
-    if frozen:
-        gc.freeze()
-    for one in objects:
-        kind = type(one)  # not isinstance: proxies answer for what they stand for
-        is_module = classes.get(kind)
-        if is_module is None:
-            is_module = classes[kind] = issubclass(kind, nn.Module)
-        if is_module:
-            yield one
+def living_modules() -> list[nn.Module]:
+    """Return every module that there is, of whatever model; those that gc.freeze hides aside."""
+    classes = {nn.Module}
+    waiting = [nn.Module]
+    while waiting:
+        new = set(waiting.pop().__subclasses__()) - classes
+        classes |= new
+        waiting += new
+    # Not isinstance: proxies answer for what they stand for.
+    return [one for one in gc.get_objects() if type(one) in classes]
 
 
 def may_be_tied(module: nn.Module, tensor_name: str) -> bool:
@@ -225,7 +218,7 @@ def refuse_ties(tensors: Mapping[str, Owner], *, kept: bool = False) -> None:
 
 
 def _other_owners(tensors: Mapping[str, Owner], kept: bool) -> dict[str, Owner]:
-    modules = list(living_modules())
+    modules = living_modules()
     owners = Owners(chain(owned_by(modules), kept_by(modules) if kept else ()))
     found = {}
     for name, (module, tensor_name) in tensors.items():
