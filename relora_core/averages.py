@@ -39,9 +39,9 @@ class _Merged:
             plain_name(clean_name(name)): p
             for name, p in self.model.named_parameters(remove_duplicate=False)
         }
-        averaged = {id(site.low_rank): site for _, site in low_rank_sites(self.averaged)}
-        zero = {id(site.lora_B) for site in averaged.values()}
-        factors = {id(p) for site in averaged.values() for p in site.low_rank.parameters()}
+        averaged = [site for _, site in low_rank_sites(self.averaged)]
+        zero = {id(site.lora_B) for site in averaged}
+        factors = {id(p) for site in averaged for p in site.low_rank.parameters()}
         for name, p in self.averaged.named_parameters():
             found = given.get(plain_name(clean_name(name)), p if id(p) in factors else None)
             if found is None or found.shape != p.shape:
@@ -80,4 +80,4 @@ def _update_merged(self: AveragedModel, model: nn.Module) -> None:
 
 # In place of torch's own: an average may be a copy, unpickled, or older than the sites, so that no
 # class of ours would be its. Without sites it is torch's.
-AveragedModel.update_parameters = _update_merged  # type: ignore[method-assign]  # on purpose
+AveragedModel.update_parameters = _update_merged  # type: ignore[method-assign]  # as said

@@ -35,7 +35,8 @@ def refuse_copies(optimizers: Iterable[Optimizer], params: Iterable[nn.Parameter
     every = [*params, *(p for group in groups for p in group)]
     sought = _Sought(params, groups)
     known = {id(t) for p in every for t in (p, p.grad)}
-    memory = Owners(((nn.Module(), ""), p) for p in every)
+    nobody = nn.Module(), ""
+    memory = Owners((nobody, p) for p in every)
     owned: set[int] | None = None
     for place, value in _places(optimizers, params):
         held = {id(t): t for t in tensors_in(value, objects=_OBJECTS) if id(t) not in known}

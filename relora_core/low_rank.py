@@ -134,8 +134,7 @@ class LowRank(nn.Module):
         Raises:
             ValueError: if a merge was broken off after its first write.
         """
-        if self.torn:
-            self.refuse_torn(self.name)
+        self.refuse_torn(self.name)
         dropout = self.dropout if self.training else 0.0
         copy = self._fresh_copy(base) if self.merged_copy is not None else None
         return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, copy)

@@ -161,8 +161,7 @@ def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
     A wrapper is one of them where it keeps states beside those of what is in it.
     """
-    several = getattr(optimizer, "optimizers", None)
-    inside = [_inside(optimizer)] if several is None else list(several)
+    inside = _all_inside(optimizer)
     states = [id(one.state) for one in inside if one is not None]
     own = getattr(optimizer, "state", None)
     if None in inside or (own and id(own) not in states):
@@ -174,9 +173,13 @@ def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 def layers_of(optimizer: Optimizer) -> list[Optimizer]:
     """Return an optimizer and those inside of it, from the outermost to the innermost."""
+    inside = (one for one in _all_inside(optimizer) if one is not None)
+    return [optimizer, *(layer for one in inside for layer in layers_of(one))]
+
+
+def _all_inside(optimizer: Optimizer) -> list[Optimizer | None]:
     several = getattr(optimizer, "optimizers", None)
-    inside = [_inside(optimizer)] if several is None else list(several)
-    return [optimizer, *(layer for one in inside if one is not None for layer in layers_of(one))]
+    return [_inside(optimizer)] if several is None else list(several)
 
 
 def _inside(optimizer: Optimizer) -> Optimizer | None:

@@ -27,15 +27,19 @@ def memory_of(tensor: Tensor) -> Memory:
     Addresses and not storages: NumPy and DLPack give one memory several storages.
     """
     part = local(tensor.detach())
-    steps = zip(part.shape, part.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in steps) if part.numel() else 0
     space: object = part.device
     if part.is_meta or type(part) is not Tensor or not part.numel():  # without addresses
         space = storage_of(part)
         begin = int(part.storage_offset()) * part.element_size()
     else:
         begin = part.data_ptr()
-    return space, begin, begin + int(span) * part.element_size()
+    return space, begin, begin + _span(part) * part.element_size()
+
+
+def _span(part: Tensor) -> int:
+    """Return how many entries lie from a tensor's first to its last."""
+    steps = zip(part.shape, part.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) if part.numel() else 0
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -63,10 +67,7 @@ def _interleave(a: Tensor, b: Tensor, ahead: int) -> bool:
     Columns of one matrix span its memory, and need not.
     """
     begin_a, begin_b = max(ahead, 0), max(-ahead, 0)
-    reach = [
-        1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in (a, b)
-    ]
-    taken = torch.zeros(max(begin_a + reach[0], begin_b + reach[1]), dtype=torch.bool)
+    taken = torch.zeros(max(begin_a + _span(a), begin_b + _span(b)), dtype=torch.bool)
     taken.as_strided(a.shape, a.stride(), begin_a).fill_(True)
     return bool(taken.as_strided(b.shape, b.stride(), begin_b).any())
 
@@ -144,11 +145,10 @@ def kept_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
     """
     for module in modules:
         for name, value in module.__dict__.items():
-            if name in _OWN or isinstance(value, nn.Module | str | int | float | type(None)):
-                continue
-            kept = {id(tensor): tensor for tensor in tensors_in(value, objects=0)}
-            if len(kept) == 1:
-                yield (module, name), next(iter(kept.values()))
+            if name not in _OWN:
+                kept = {id(tensor): tensor for tensor in tensors_in(value, objects=0)}
+                if len(kept) == 1:
+                    yield (module, name), next(iter(kept.values()))
 
 
 # Hooks are found as such, and a recurrent layer makes its list of weights at each forward.

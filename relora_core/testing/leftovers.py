@@ -163,7 +163,7 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
 
 
 # Torch has no types for it.
-class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]
+class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Runs out of memory at one operation."""
 
     def __init__(self, at: int) -> None:

@@ -630,7 +630,7 @@ BREAKAGES = {
     "a torn site computes": (
         *(
             "relora_core/low_rank.py",
-            "        if self.torn:\n            self.refuse_torn(self.name)\n        dropout",
+            "        self.refuse_torn(self.name)\n        dropout",
             "        dropout",
         ),
         "tests/core/test_broken_off.py",
