@@ -17,6 +17,10 @@ from tempfile import TemporaryDirectory
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from study import tables
+from study.picture import draw as draw_study
+from study.records import read as read_trials
+from study.tables import Record
 
 from reference_trainer.bench import results
 from reference_trainer.bench.computation import of_micro_steps
@@ -27,18 +31,14 @@ from reference_trainer.bench.picture import draw
 from reference_trainer.bench.projection import CLUSTERS, communication_seconds
 from reference_trainer.files import replaced
 from reference_trainer.flops import step_flops
+from reference_trainer.logging.metrics import read
 from reference_trainer.main import parser
-from reference_trainer.metrics import read
-from reference_trainer.model import PRESETS, Llama, preset
+from reference_trainer.model.llama import PRESETS, Llama, preset
 from reference_trainer.options import leaves
 from reference_trainer.report.page import page
 from reference_trainer.report.picture import draw as draw_run
 from reference_trainer.report.recorded import open_run
-from reference_trainer.study import tables
-from reference_trainer.study.command import read as read_trials
-from reference_trainer.study.picture import draw as draw_study
-from reference_trainer.study.tables import Record
-from relora_core import state_layouts
+from relora_core.optim import layouts as state_layouts
 
 DOCS = Path(__file__).parent
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

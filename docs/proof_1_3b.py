@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from reference_trainer.data import open_windows
+from reference_trainer.data.index import read_index
+from reference_trainer.data.windows import open_windows
 from reference_trainer.environment import environment
-from reference_trainer.metrics import read
+from reference_trainer.logging.metrics import read
 
 EVIDENCE = Path(__file__).parent / "results/1.3b"
 KILLED_AT = 36  # after the first restart, and after a checkpoint
@@ -101,7 +102,8 @@ def loaded(run: Path) -> dict[str, object]:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(run / "export", dtype=torch.float32).eval()
-    held_out = open_windows(run / "data", "held_out", int(OPTIONS["batch.length"]))
+    data, length = run / "data", int(OPTIONS["batch.length"])
+    held_out = open_windows(data, read_index(data), "held_out", length)
     count = int(OPTIONS["log.evaluate_sequences"])
     places = np.arange(count, dtype=np.uint64) * np.uint64(len(held_out)) // np.uint64(count)
     losses = []

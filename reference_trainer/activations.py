@@ -10,7 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from reference_trainer.config import Checkpointing
-from reference_trainer.model import LlamaShape
+from reference_trainer.model.llama import LlamaShape
 
 # Torch warns of operations in place under selective checkpointing: compiled, a block has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(

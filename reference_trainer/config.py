@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from reference_trainer.errors import UserError
-from reference_trainer.model import PRESETS, LlamaShape, preset
+from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
 STRICT = {"extra": "forbid", "allow_inf_nan": False}  # pydantic's, which reads files

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from reference_trainer.logging.records import Environment
 
-def environment(device: torch.device) -> dict[str, object]:
+
+def environment(device: torch.device) -> Environment:
     """Return date, hardware and versions."""
     cuda = device.type == "cuda"
     return {

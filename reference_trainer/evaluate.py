@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from reference_trainer.config import Config
-from reference_trainer.data import Windows
-from reference_trainer.loss import IGNORED
-from reference_trainer.model import Llama
-from reference_trainer.world import World
+from reference_trainer.data.windows import Windows
+from reference_trainer.distributed import World
+from reference_trainer.model.llama import Llama
+from reference_trainer.model.loss import IGNORED
 
 
 @torch.no_grad()

@@ -5,16 +5,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import relora_core as relora
-from reference_trainer import checkpoint
+from reference_trainer.checkpoint.find import find_checkpoint
+from reference_trainer.checkpoint.format import read_position
 from reference_trainer.config import Config
+from reference_trainer.data.index import Index, read_index
+from reference_trainer.data.tokenizer import bytes_as_file
+from reference_trainer.distributed import World
 from reference_trainer.files import write_whole
-from reference_trainer.model import Llama, LlamaShape
+from reference_trainer.model.llama import Llama, LlamaShape
 from reference_trainer.phases import phases
-from reference_trainer.prepare import read_index
 from reference_trainer.pretrained import shape_of
-from reference_trainer.stage import build_stage, fill_
-from reference_trainer.tokenizer import bytes_as_file
-from reference_trainer.world import World
+from reference_trainer.train_state import build_state, fill_
 
 
 def export(config: Config, world: World) -> Path:
@@ -25,11 +26,12 @@ def export(config: Config, world: World) -> Path:
     Raises:
         SharedError: if the run has no complete checkpoint, or a file cannot be written.
     """
-    source = checkpoint.find(config.checkpoints, world)
+    source = find_checkpoint(config.checkpoints, world)
     if source is None:
         world.refuse(f"{config.directory} has no complete checkpoint to export")
-    shape = shape_of(config, read_index(config.data_directory).vocab_size)
-    name = checkpoint.read_position(source).phase
+    index = read_index(config.data_directory)
+    shape = shape_of(config, index.vocab_size)
+    name = read_position(source).phase
     phase = next(phase for phase in phases(config) if phase.name == name)
     # Sharded bases keep fp32, and need the least memory.
     config = replace(
@@ -37,12 +39,12 @@ def export(config: Config, world: World) -> Path:
         parallel=replace(config.parallel, layout="shard"),
         relora=replace(config.relora, base="keep"),
     )
-    stage = build_stage(config, phase, shape, world, merged=False)
-    fill_(stage, config, source, world)
-    return write_export(stage.model, config, world)
+    state = build_state(config, phase, shape, world, merged=False)
+    fill_(state, config, source, world)
+    return write_export(state.model, config, index, world)
 
 
-def write_export(model: Llama, config: Config, world: World) -> Path:
+def write_export(model: Llama, config: Config, index: Index, world: World) -> Path:
     """Write a model's merged weights to the run's `export/` and return that.
 
     Every process calls it.
@@ -51,7 +53,6 @@ def write_export(model: Llama, config: Config, world: World) -> Path:
         SharedError: if a file cannot be written.
     """
     target = config.directory / "export"
-    end = read_index(config.data_directory).end
     failed: OSError | None = None
     try:
         relora.save_merged(model, target)
@@ -61,7 +62,7 @@ def write_export(model: Llama, config: Config, world: World) -> Path:
     def complete() -> None:
         if failed is not None:
             raise failed
-        described = hugging_face_config(model.shape, end, config.batch.length)
+        described = hugging_face_config(model.shape, index.end, config.batch.length)
         write_whole(target / "config.json", json.dumps(described, indent=2))
         own = config.data_directory / "tokenizer.json"
         text = own.read_text(encoding="utf-8") if own.is_file() else bytes_as_file()

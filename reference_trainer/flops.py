@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from reference_trainer.model import LlamaShape
+from reference_trainer.model.llama import LlamaShape
 
 Form = Literal["full rank", "two paths", "merged", "dense"]
 
@@ -68,7 +68,7 @@ def block_matrices(shape: LlamaShape) -> list[tuple[int, int]]:
     """Return (out, in) of the seven matrices of a block.
 
     Examples:
-        >>> from reference_trainer.model import preset
+        >>> from reference_trainer.model.llama import preset
         >>> block_matrices(preset("1.3b", vocab_size=32000))[-1]
         (2048, 5461)
     """

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
+from reference_trainer.logging.console import open_terminal
 from reference_trainer.nearest import nearest
-from reference_trainer.terminal import open_terminal
 
 _EXAMPLES = """examples:
   python -m reference_trainer train
@@ -74,7 +74,6 @@ _COMMANDS = {
         "say what a run would need and how fast it would be, without a GPU",
         "bench.estimate.command",
     ),
-    "study": _Command("compare the paper's methods at sizes for a CPU", "study.command"),
     "report": _Command(
         "draw one page of a run or of several, also while they run", "report.command"
     ),

@@ -5,11 +5,11 @@ from torch import nn
 
 import relora_core as relora
 from reference_trainer.config import Config
+from reference_trainer.distributed import World
 from reference_trainer.errors import UserError
-from reference_trainer.model import Llama, LlamaShape
-from reference_trainer.parallel import build, compute_dtype
+from reference_trainer.model.llama import Llama, LlamaShape
+from reference_trainer.parallelize import build, compute_dtype
 from reference_trainer.phases import Phase
-from reference_trainer.world import World
 
 
 def keeps_merged(config: Config, device: torch.device) -> bool:
@@ -24,7 +24,7 @@ def keeps_merged(config: Config, device: torch.device) -> bool:
 def build_model(
     config: Config, phase: Phase, shape: LlamaShape, world: World, *, merged: bool = True
 ) -> Llama:
-    """Build a phase's model, sharded, on the meta device; see `build_stage`.
+    """Build a phase's model, sharded, on the meta device; see `build_state`.
 
     Raises:
         UserError: if the base is to be narrower than the computation.

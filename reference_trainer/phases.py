@@ -1,9 +1,9 @@
-"""The phases of a run: the full-rank warm start, then ReLoRA, each with its clock."""
+"""The phases of a run, the full-rank warm start and ReLoRA, with their clocks and the cosine."""
 
 from dataclasses import dataclass
 
 from reference_trainer.config import Config
-from relora_core import Restarts
+from relora_core import JaggedCosine, Restarts
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,26 @@ def phases(config: Config) -> list[Phase]:
     clock = Restarts(every=config.relora.every, warmup=config.relora.warmup)
     both = [Phase("warm-start", 0, warm, None), Phase("relora", warm, config.steps, clock)]
     return [phase for phase in both if phase.start < phase.stop]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The run's cosine, with a warm-up at the start of a phase; a factor of the phase's step.
+
+    Args:
+        start: the phase's first step in the run.
+        total: steps in the run.
+        warmup: steps from 0 to the cosine.
+        min_ratio: the cosine's end.
+    """
+
+    start: int
+    total: int
+    warmup: int
+    min_ratio: float
+
+    def __call__(self, step: int) -> float:
+        """Return the factor at the phase's `step`."""
+        ramp = min(1.0, step / self.warmup) if self.warmup else 1.0
+        cosine = JaggedCosine(self.total, min_ratio=self.min_ratio)
+        return ramp * cosine(self.start + step)

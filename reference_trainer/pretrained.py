@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from reference_trainer.checksums import read_json
 from reference_trainer.config import Config
 from reference_trainer.errors import DamagedError, UserError, one_line
-from reference_trainer.model import Llama, LlamaShape
-from reference_trainer.parallel import copy_whole_
-from reference_trainer.sealed import read_json
+from reference_trainer.model.llama import Llama, LlamaShape
+from reference_trainer.parallelize import copy_whole_
 from reference_trainer.validated import MismatchError, validated
 
 _COPY = "pretrained.json"

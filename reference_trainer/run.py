@@ -1,4 +1,4 @@
-"""A run under way: its data, records and checkpoints, each resolved once."""
+"""A run under way: its data, records and checkpoints, each opened once."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from reference_trainer import checkpoint
-from reference_trainer.begin import begun, check, check_same, fixed, goes_on, open_directory
+from reference_trainer.checkpoint.find import find_checkpoint
+from reference_trainer.checkpoint.format import read_position
+from reference_trainer.checkpoint.save import Saver
 from reference_trainer.config import Config
-from reference_trainer.data import Batches, Windows, open_windows
+from reference_trainer.data.batches import Batches
+from reference_trainer.data.feed import Feed
+from reference_trainer.data.index import Index, read_index
+from reference_trainer.data.windows import Windows, open_windows
+from reference_trainer.distributed import World, open_world, world_size
 from reference_trainer.environment import environment
 from reference_trainer.errors import Stopped
-from reference_trainer.feed import Feed
 from reference_trainer.files import locked
-from reference_trainer.interruption import Interruption
-from reference_trainer.metrics import Metrics
-from reference_trainer.model import LlamaShape
-from reference_trainer.plan import plan
-from reference_trainer.prepare import read_index
-from reference_trainer.pretrained import shape_of
-from reference_trainer.saving import Saver
-from reference_trainer.terminal import log
-from reference_trainer.world import World, open_world, world_size
+from reference_trainer.logging.console import log
+from reference_trainer.logging.metrics import Metrics
+from reference_trainer.model.llama import LlamaShape
+from reference_trainer.phases import Phase
+from reference_trainer.preflight import preflight
+from reference_trainer.run_directory import begun, check_same, fixed, goes_on, open_directory
+from reference_trainer.run_summary import summary_of
+from reference_trainer.signals import Interruption
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,23 @@ class Run:
     Args:
         config: its options.
         world: its processes.
+        index: of its tokens.
         shape: of its model.
-        feed: of what is trained on, by step.
-        held_out: what is evaluated on.
-        metrics: where records go.
-        saver: of checkpoints.
-        interruption: what may ask it to stop.
+        phases: in order.
+        feed: the training batches, by step.
+        held_out: the evaluation's windows.
+        metrics: the writer of its records.
+        saver: the writer of its checkpoints.
+        interruption: signals and the clock, which may ask it to stop.
         newest: the checkpoint that it goes on from; None at its beginning.
         step: the next one.
     """
 
     config: Config
     world: World
+    index: Index
     shape: LlamaShape
+    phases: tuple[Phase, ...]
     feed: Feed
     held_out: Windows
     metrics: Metrics
@@ -74,24 +81,31 @@ def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
     resume = resume or (again and begun(config))
-    check(config, processes=world_size(), resume=resume)
+    plan = preflight(config, processes=world_size(), resume=resume)
     with open_world(config.parallel) as world, contextlib.ExitStack() as held:
-        world.on_first(lambda: open_directory(config, resume=resume))
+        world.on_first(lambda: open_directory(config, plan.index, resume=resume))
         lock = locked(config.directory / "config.yaml")
         world.on_first(lambda: held.enter_context(lock))
         data, length = config.data_directory, config.batch.length
-        batches = Batches(open_windows(data, "train", length), config.batch.sequences, config.seed)
-        newest = checkpoint.find(config.checkpoints, world)
-        position = checkpoint.read_position(newest) if newest else None
+        index = plan.index or read_index(data)
+        windows = open_windows(data, index, "train", length)
+        newest = find_checkpoint(config.checkpoints, world)
+        position = read_position(newest) if newest else None
         if position:
-            world.on_first(lambda: check_same(config, position))
+            world.on_first(lambda: check_same(config, index, position))
         step = position.step if position else 0
         run = Run(
             config,
             world,
-            shape_of(config, read_index(data).vocab_size),
-            Feed(batches, world, config.batch.micro_steps(world.size)),
-            open_windows(data, "held_out", length),
+            index,
+            plan.shape,
+            tuple(plan.phases),
+            Feed(
+                Batches(windows, config.batch.sequences, config.seed),
+                world,
+                config.batch.micro_steps(world.size),
+            ),
+            open_windows(data, index, "held_out", length),
             Metrics(
                 config.directory,
                 writes=world.first,
@@ -101,7 +115,7 @@ def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
             Saver(
                 config.checkpoints,
                 world,
-                fixed=fixed(config),
+                fixed=fixed(config, index),
                 keep=config.checkpoint.keep,
                 keep_every=config.checkpoint.keep_every,
             ),
@@ -110,7 +124,7 @@ def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
             step,
         )
         if world.first:
-            for line in plan(config, processes=world.size, resume=resume):
+            for line in summary_of(plan):
                 log.info(line)
             if newest:
                 log.info(f"{'goes on':<12}from step {step}, from {newest}")
@@ -119,6 +133,13 @@ def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
 
 def write_start(run: Run) -> None:
     """Record where the run starts, and on what."""
-    known = {"seed": run.config.seed, "rank": run.config.relora.rank}
-    hardware = environment(run.world.device)
-    run.metrics.write("start", run.step, **hardware, processes=run.world.size, **known)
+    run.metrics.write(
+        {
+            "event": "start",
+            "step": run.step,
+            **environment(run.world.device),
+            "processes": run.world.size,
+            "seed": run.config.seed,
+            "rank": run.config.relora.rank,
+        }
+    )

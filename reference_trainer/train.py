@@ -9,14 +9,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from reference_trainer.config import Config, Reduce
+from reference_trainer.distributed import World
 from reference_trainer.evaluate import evaluate
 from reference_trainer.export import export, write_export
-from reference_trainer.journal import Journal
-from reference_trainer.model import Llama
-from reference_trainer.phases import phases
+from reference_trainer.logging.memory import PeakMemory
+from reference_trainer.logging.progress import Progress
+from reference_trainer.model.llama import Llama
 from reference_trainer.run import Run, open_run, write_start
-from reference_trainer.stage import Stage, build_stage, fill_, save
-from reference_trainer.world import World
+from reference_trainer.train_state import TrainState, build_state, fill_, save
 from relora_core import restart_
 
 
@@ -33,24 +33,24 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
         UserError: if something given is wrong. A new run leaves nothing behind then.
     """
     with open_run(config, resume=resume, again=again) as run:
-        stage, step, newest = None, run.step, run.newest
+        state, step, newest = None, run.step, run.newest
         with run.metrics, run.saver, run.interruption, run.feed:
             write_start(run)
-            for phase in phases(config):
+            for phase in run.phases:
                 if step < phase.stop:
-                    stage = None  # its memory is the next phase's,
+                    state = None  # its memory is the next phase's,
                     gc.collect()  # though FSDP2's hooks and the model refer to each other
-                    stage = build_stage(config, phase, run.shape, run.world)
-                    step = fill_(stage, config, newest, run.world)
-                    newest = train_phase(stage, step, run)
+                    state = build_state(config, phase, run.shape, run.world)
+                    step = fill_(state, config, newest, run.world)
+                    newest = train_phase(state, step, run)
                     step = phase.stop
-        if stage is None:  # the run was done already
+        if state is None:  # the run was done already
             export(config, run.world)
         else:
-            write_export(stage.model, config, run.world)
+            write_export(state.model, config, run.index, run.world)
 
 
-def train_phase(stage: Stage, start: int, run: Run) -> Path:
+def train_phase(state: TrainState, start: int, run: Run) -> Path:
     """Train from the run's step `start` to the end of a phase; return its last checkpoint.
 
     A step without a finite loss and gradient, on whatever process, is skipped on all of them:
@@ -61,16 +61,16 @@ def train_phase(stage: Stage, start: int, run: Run) -> Path:
             cannot be written.
         Stopped: if the run is asked to stop.
     """
-    config, world, phase = run.config, run.world, stage.phase
-    model, optimizer, schedule = stage.model, stage.optimizer, stage.schedule
-    journal = Journal(config, stage, run.metrics, world)
-    latest, skipped = Path(), 0
+    config, world, phase = run.config, run.world, state.phase
+    model, optimizer, schedule = state.model, state.optimizer, state.schedule
+    progress = Progress(config, phase, run.metrics, shown=world.first)
+    peak, latest, skipped = PeakMemory(world.device), Path(), 0
     if start == phase.start:
-        journal.evaluation(start, evaluate(model, run.held_out, config, world))
+        progress.evaluation(start, evaluate(model, run.held_out, config, world))
 
-    for step in journal.steps(start):
+    for step in progress.steps(start):
         if phase.restarts_at(step):
-            stage.follow_()
+            state.follow_()
             try:
                 report = restart_(
                     model,
@@ -81,17 +81,17 @@ def train_phase(stage: Stage, start: int, run: Run) -> Path:
                 )
             except ValueError as error:
                 world.refuse(f"the restart at step {step} was refused: {error}")
-            journal.restart(step, report)
+            progress.restart(step, report, state.rates(), state.measured())
 
         loss = forward_backward(model, run.feed.at(step), world, config.parallel.reduce)
-        norm = clip_grad_norm_(stage.parameters.values(), config.optim.clip)
+        norm = clip_grad_norm_(state.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         broken, stop, save_now, unsaved = world.any(
             ~(loss + norm).isfinite(), *run.interruption.asked(), run.saver.failed
         )
         if broken:
             optimizer.zero_grad()  # and the step changes nothing
-        rates = stage.rates()
+        rates = state.rates()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -99,16 +99,18 @@ def train_phase(stage: Stage, start: int, run: Run) -> Path:
         if unsaved:
             run.saver.wait()  # which raises what has happened
         skipped = skipped + 1 if broken else 0
-        journal.step(step, loss, norm, rates, skipped=broken)
+        progress.step(step, loss, norm, skipped=broken)
+        if (mean := progress.due(step)) is not None:
+            progress.record(step, world.mean(mean), rates, world.largest(peak.bytes()))
         done, last = step + 1, step + 1 == phase.stop
         if done % config.log.evaluate_every == 0 or last:
-            journal.evaluation(done, evaluate(model, run.held_out, config, world))
+            progress.evaluation(done, evaluate(model, run.held_out, config, world))
         if last:
-            journal.end()
+            progress.end(state.measured())
         given_up = skipped == config.optim.most_skips
         ends = last or given_up or stop
         if ends or save_now or done % config.checkpoint.every == 0:
-            save(stage, done, run.saver, world, copied=not ends)
+            save(state, done, run.saver, world, copied=not ends)
         if ends:
             latest = run.saver.wait()
         if given_up:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler
@@ -48,6 +49,11 @@ def is_transforming() -> bool:
 def is_dispatch_watched() -> bool:
     """Whether a `TorchDispatchMode` is active; nothing public tells."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def writes(operation: OpOverload) -> bool:
+    """Whether an operation writes into an argument; nothing public tells."""
+    return operation._schema.is_mutable
 
 
 def version_of(tensor: Tensor) -> int:

@@ -10,12 +10,14 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from relora_core._fsdp import unreduced_gradients
-from relora_core._sharding import shard_max, shard_sum, sharding
-from relora_core.local import local
-from relora_core.moments import Optimizers, held_by, optimizers_of
-from relora_core.pruning import to_floats
-from relora_core.reset import (
+from relora_core.distributed.consensus import agreed
+from relora_core.distributed.fsdp import unreduced_gradients
+from relora_core.distributed.local import local
+from relora_core.distributed.sharding import shard_max, shard_sum, sharding
+from relora_core.low_rank.ties import Owners, owned_by, refuse_ties
+from relora_core.optim.moments import Optimizers, held_by, optimizers_of
+from relora_core.optim.pruning import to_floats
+from relora_core.optim.reset import (
     Masks,
     Reset,
     ResetReport,
@@ -24,11 +26,9 @@ from relora_core.reset import (
     plan_reset,
     refuse_nan,
 )
-from relora_core.roll_call import agreed
-from relora_core.sites import Site, sites_of
-from relora_core.stepped import passed_over, was_stepped
-from relora_core.ties import Owners, owned_by, refuse_ties
-from relora_core.update import Update
+from relora_core.optim.stepped import passed_over, was_stepped
+from relora_core.products.delta import Update
+from relora_core.sites.site import Site, sites_of
 
 
 @dataclass(frozen=True)

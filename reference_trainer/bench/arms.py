@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import relora_core as relora
 from reference_trainer.errors import UserError
-from relora_core.two_paths import TwoPathLinear
+from relora_core.products.two_paths import TwoPathLinear
 
 TARGETS = ("*_proj",)  # every matrix of a Llama but its embedding and its head
 COMPILED = "-compiled"

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from reference_trainer.bench.measure import Timed, interleaved, now
+from reference_trainer.checkpoint.save import Saver
 from reference_trainer.config import (
     BatchConfig,
     Config,
@@ -15,12 +16,11 @@ from reference_trainer.config import (
     OptimConfig,
     ReLoRAConfig,
 )
-from reference_trainer.model import LlamaShape
+from reference_trainer.distributed import World
+from reference_trainer.model.llama import LlamaShape
 from reference_trainer.phases import phases
-from reference_trainer.saving import Saver
-from reference_trainer.stage import build_stage, fill_, save
 from reference_trainer.train import forward_backward
-from reference_trainer.world import World
+from reference_trainer.train_state import build_state, fill_, save
 
 _STEPS = 10**6
 
@@ -48,7 +48,7 @@ def measure_checkpoints(
         relora=ReLoRAConfig(warm_start=_STEPS),
     )
     (phase,) = phases(config)
-    stage = build_stage(config, phase, shape, world)
+    stage = build_state(config, phase, shape, world)
     step = fill_(stage, config, None, world)
     generator = torch.Generator().manual_seed(config.seed)
     size = (1, batch["sequences"], batch["length"] + 1)

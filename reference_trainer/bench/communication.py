@@ -177,16 +177,16 @@ def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     world = world_of(step.layout)
     pretends = dist.get_backend() == "fake"
     memory = FakeTensorMode(allow_non_fake_inputs=True) if pretends else nullcontext()
-    stage = laid_out(step, world, memory=memory)
+    state = laid_out(step, world, memory=memory)
     if not pretends:
-        fill_(stage.model)
+        fill_(state.model)
     with memory:
         parts = step.parts(micro_steps)
 
         def take() -> None:
-            forward_backward(stage.model, parts, world, step.reduce)
-            clip_grad_norm_(stage.parameters.values(), 1.0)
-            stage.optimizer.step()  # after which merged copies are made anew
+            forward_backward(state.model, parts, world, step.reduce)
+            clip_grad_norm_(state.parameters.values(), 1.0)
+            state.optimizer.step()  # after which merged copies are made anew
 
         return sent_by(take)
 
@@ -219,10 +219,10 @@ def sent_at_depth(step: Step, count: Callable[[Step], list[Sent]]) -> list[Sent]
 
 def sent_in_restart(step: Step) -> list[Sent]:
     """Return what a process sends in a restart; its tensors are real, as pruning counts them."""
-    stage = laid_out(step, world_of(step.layout))
-    fill_(stage.model)
-    for p in stage.parameters.values():
+    state = laid_out(step, world_of(step.layout))
+    fill_(state.model)
+    for p in state.parameters.values():
         p.grad = torch.zeros_like(p)
         local(p.grad).normal_()
-    stage.optimizer.step()
-    return sent_by(lambda: relora.restart_(stage.model, stage.optimizer))
+    state.optimizer.step()
+    return sent_by(lambda: relora.restart_(state.model, state.optimizer))

@@ -23,11 +23,11 @@ from reference_trainer.config import (
     Reduce,
     ReLoRAConfig,
 )
-from reference_trainer.model import LlamaShape
+from reference_trainer.distributed import World, lay_world
+from reference_trainer.model.llama import LlamaShape
 from reference_trainer.phase_model import build_model
 from reference_trainer.phases import phases
-from reference_trainer.stage import Stage, staged
-from reference_trainer.world import World, lay_world
+from reference_trainer.train_state import TrainState, with_memory
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def world_of(layout: Layout) -> World:
 
 def laid_out(
     step: Step, world: World, *, memory: AbstractContextManager[object] | None = None
-) -> Stage:
-    """Return a step's stage, without values.
+) -> TrainState:
+    """Return a step's train state, without values.
 
     Args:
         step: which.
@@ -154,7 +154,7 @@ def laid_out(
     with _HostMemory(memory) if memory else nullcontext():
         model = build_model(config, phase, step.shape, world, merged=layout.merged)
     with memory or nullcontext():
-        return staged(model, config, phase, world)
+        return with_memory(model, config, phase, world)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.memory import kept_bytes, peak_bytes, state_bytes
-from reference_trainer.bench.subjects import Subject
+from reference_trainer.bench.workloads import Subject
 from reference_trainer.config import BaseLayout, Checkpointing
+from reference_trainer.distributed import World
 from reference_trainer.flops import counted_flops
-from reference_trainer.terminal import hidden
-from reference_trainer.world import World
+from reference_trainer.logging.console import hidden
 
 WARM_UPS = 2
 

@@ -9,10 +9,10 @@ import torch
 
 from reference_trainer.bench import results
 from reference_trainer.bench.picture import draw
+from reference_trainer.distributed import world_size
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
-from reference_trainer.model import PRESETS, LlamaShape, preset
-from reference_trainer.world import world_size
+from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 
 def positive(text: str) -> int:

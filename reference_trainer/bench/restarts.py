@@ -9,7 +9,7 @@ import relora_core as relora
 from reference_trainer.bench.arms import ours_
 from reference_trainer.bench.measure import Timed, interleaved, now
 from reference_trainer.flops import block_matrices
-from reference_trainer.model import LlamaShape
+from reference_trainer.model.llama import LlamaShape
 
 QUANTILE = 2**24  # the most that torch.quantile takes
 

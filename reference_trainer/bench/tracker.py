@@ -15,7 +15,7 @@ import relora_core as relora
 from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, world_of
 from reference_trainer.bench.memory import local, peak_bytes, state_bytes
 from reference_trainer.config import Reduce
-from reference_trainer.model import Llama
+from reference_trainer.model.llama import Llama
 from reference_trainer.train import forward_backward
 from relora_core._torch_private import parameter_groups
 

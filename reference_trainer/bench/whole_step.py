@@ -15,8 +15,8 @@ from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.kernels import Kernel, repeated
 from reference_trainer.bench.launched import Launched, compiling
 from reference_trainer.bench.layouts import Step, laid_out, pretended, world_of
-from reference_trainer.loss import chunk_loss, chunk_tokens
-from reference_trainer.model import Block, rotary_table
+from reference_trainer.model.llama import Block, rotary_table
+from reference_trainer.model.loss import chunk_loss, chunk_tokens
 from reference_trainer.train import forward_backward
 
 

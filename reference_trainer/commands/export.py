@@ -6,9 +6,9 @@ from pathlib import Path
 
 from reference_trainer import options
 from reference_trainer.config import Config
+from reference_trainer.distributed import open_world
 from reference_trainer.errors import UserError
 from reference_trainer.export import export
-from reference_trainer.world import open_world
 
 EXAMPLES = """examples:
   python -m reference_trainer export runs/first-run

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reference_trainer import options
+from reference_trainer.data.prepare import prepare
+from reference_trainer.distributed import world_size
 from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory
-from reference_trainer.prepare import prepare
-from reference_trainer.world import world_size
 
 EXAMPLES = """examples:
   python -m reference_trainer prepare tokens --data.files 'c4/*.parquet' \\

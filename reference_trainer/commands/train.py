@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from reference_trainer import options
-from reference_trainer.begin import check, check_begun_alike, check_new, goes_on
 from reference_trainer.config import Config
+from reference_trainer.distributed import world_size
 from reference_trainer.errors import UserError
-from reference_trainer.plan import plan
+from reference_trainer.preflight import preflight
 from reference_trainer.report.command import write
 from reference_trainer.report.recorded import learned, open_run
+from reference_trainer.run_directory import check_begun_alike, check_new, goes_on
+from reference_trainer.run_summary import summary_of
 from reference_trainer.train import train
-from reference_trainer.world import world_size
 
 EXAMPLES = """examples:
   python -m reference_trainer train
@@ -95,10 +96,10 @@ def _resolved(arguments: argparse.Namespace, again: bool) -> Config:
 def _planned(config: Config, processes: int, *, resume: bool) -> Iterator[str]:
     if processes < 1:
         raise UserError(f"--dry-run is over 1 process or more; got {processes}")
-    check(config, processes=processes, resume=resume)
+    plan = preflight(config, processes=processes, resume=resume)
     if resume:
         check_begun_alike(config)
     else:
         check_new(config.directory)
-    yield from plan(config, processes=processes, resume=resume)
+    yield from summary_of(plan)
     yield "Nothing has been written."

@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -13,8 +13,9 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from reference_trainer.logging.records import Ranks, Restart
 from reference_trainer.report import panels
-from reference_trainer.report.recorded import Record, Recorded
+from reference_trainer.report.recorded import Recorded, effective_ranks, ranks
 
 Row = tuple[str, list[str]]
 _PANELS = (
@@ -49,7 +50,7 @@ def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> 
         summary=_rows(runs, _SUMMARY),
         figure=Markup(_figure(runs)),
         legend="black: end of the warm start; dotted: restarts" if len(runs) == 1 else "",
-        restarts=[(run.name, *_restarts(run)) for run in runs if run.of("restart")],
+        restarts=[(run.name, *_restarts(run)) for run in runs if run.restarts],
         options=options,
         different=[row for row in options if len(set(row[1]) - {"-"}) > 1],
         environment=_rows(runs, _ENVIRONMENT),
@@ -87,7 +88,7 @@ def _tokens(run: Recorded) -> str:
 
 
 def _held_out(run: Recorded, *, where: str) -> str:
-    points = run.of("evaluation")
+    points = run.evaluations
     if where == "handed over":
         points = [r for r in points if r["phase"] == "warm-start" and run.handed_over is not None]
     if not points:
@@ -95,22 +96,22 @@ def _held_out(run: Recorded, *, where: str) -> str:
     return f"{points[0 if where == 'first' else -1]['held_out_loss']:.4f}"
 
 
-def _rank(run: Recorded, key: str) -> str:
-    if not run.ranks or key not in run.ranks[-1][1]:
+def _rank(run: Recorded, measure: Callable[[Ranks], Mapping[str, float]]) -> str:
+    found = measure(run.ranks[-1][1]).values() if run.ranks else ()
+    if not found:
         return "not measured"
     cycles, record = run.ranks[-1]
-    low, high = min(record[key].values()), max(record[key].values())
-    bound = f", bound {record['bound']}" if key == "ranks" else ""
-    return f"{low:g} to {high:g} after {cycles} cycles{bound}"
+    bound = f", bound {record['bound']}" if measure is ranks else ""
+    return f"{min(found):g} to {max(found):g} after {cycles} cycles{bound}"
 
 
 def _speed(run: Recorded, phase: str) -> str:
-    values = [r["tokens_per_second"] for r in run.of("step") if r["phase"] == phase]
+    values = [r["tokens_per_second"] for r in run.trained if r["phase"] == phase]
     return f"{statistics.median(values):,.0f}" if values else "-"
 
 
 def _memory(run: Recorded) -> str:
-    values = [r["peak_memory"] for r in run.of("step") if r.get("peak_memory") is not None]
+    values = [r["peak_memory"] for r in run.trained if r.get("peak_memory") is not None]
     return f"{max(values) / 2**30:.2f} GiB" if values else "-"
 
 
@@ -120,14 +121,14 @@ _SUMMARY = {
     "held-out loss at first": lambda run: _held_out(run, where="first"),
     "after the warm start": lambda run: _held_out(run, where="handed over"),
     "at last": lambda run: _held_out(run, where="last"),
-    "restarts": lambda run: str(len(run.of("restart"))),
-    "rank of the update": lambda run: _rank(run, "ranks"),
-    "its effective rank": lambda run: _rank(run, "effective_ranks"),
+    "restarts": lambda run: str(len(run.restarts)),
+    "rank of the update": lambda run: _rank(run, ranks),
+    "its effective rank": lambda run: _rank(run, effective_ranks),
     "tokens a second, warm start": lambda run: _speed(run, "warm-start"),
     "tokens a second, ReLoRA": lambda run: _speed(run, "relora"),
     "peak memory of a process": _memory,
-    "steps skipped": lambda run: str(len(run.of("skipped"))),
-    "jumps of the loss": lambda run: str(len(run.of("spike"))),
+    "steps skipped": lambda run: str(len(run.skipped)),
+    "jumps of the loss": lambda run: str(len(run.spikes)),
 }
 _ENVIRONMENT = {
     name: lambda run, name=name: str(run.start.get(name, "-"))
@@ -153,15 +154,15 @@ def _shown(value: Any) -> str:
 
 def _restarts(run: Recorded) -> tuple[list[str], list[Row]]:
     head = ["", "before step", "mean norm of s·BA", "moments zeroed", "seconds", "rank"]
-    return head, [(str(record["restart"]), _restart(record)) for record in run.of("restart")]
+    return head, [(str(record["restart"]), _restart(record)) for record in run.restarts]
 
 
-def _restart(record: Record) -> list[str]:
-    ranks = record["ranks"].values()
+def _restart(record: Restart) -> list[str]:
+    found = record["ranks"].values()
     return [
         f"{record['step']:,}",
         f"{record['mean_update_norm']:.3g}",
         f"{record['zeroed_fraction']:.2%}",
         f"{record['seconds']:.3f}",
-        f"{min(ranks)} to {max(ranks)}" if ranks else "-",
+        f"{min(found)} to {max(found)}" if found else "-",
     ]

@@ -1,13 +1,15 @@
 """The panels of a report, each on axes of its own: one run in detail, or several by colour."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from reference_trainer.report.recorded import Record, Recorded
+from reference_trainer.report.recorded import Recorded, effective_ranks, ranks
 
 _TRAIN, _HELD_OUT, _RESTART, _BOUND = "#9ecae1", "#08519c", "#d94801", "#969696"
+_Record = Mapping[str, Any]  # any event's
 _MOST_NAMED = 10  # matrices; of more, those of a kind share a line of the legend
 
 
@@ -17,8 +19,8 @@ def draw_loss(axes: Axes, runs: Sequence[Recorded]) -> None:
     for number, run in enumerate(runs):
         train, held_out = (_TRAIN, _HELD_OUT) if alone else (f"C{number}", f"C{number}")
         label, alpha = ("training", 1.0) if alone else ("_", 0.3)
-        _plot(axes, run.of("step"), "loss", train, label, alpha)
-        points = run.of("evaluation")
+        _plot(axes, run.trained, "loss", train, label, alpha)
+        points = run.evaluations
         axes.plot(
             [record["step"] for record in points],
             [record["held_out_loss"] for record in points],
@@ -50,11 +52,11 @@ def draw_rank(axes: Axes, runs: Sequence[Recorded]) -> None:
     elif len(runs) == 1:
         _draw_each_rank(axes, runs[0])
     for number, run in enumerate(runs if len(runs) > 1 else []):
-        for key, style, label in (("ranks", "-o", run.name), ("effective_ranks", ":", "_")):
-            points = [(cycle, r[key].values()) for cycle, r in run.ranks if key in r]
+        for measure, style, label in ((ranks, "-o", run.name), (effective_ranks, ":", "_")):
+            points = [(cycle, found) for cycle, r in run.ranks if (found := measure(r).values())]
             axes.plot(
                 [cycle for cycle, _ in points],
-                [statistics.median(ranks) for _, ranks in points],
+                [statistics.median(found) for _, found in points],
                 style,
                 color=f"C{number}",
                 markersize=4,
@@ -67,7 +69,7 @@ def draw_rank(axes: Axes, runs: Sequence[Recorded]) -> None:
 
 def draw_spectrum(axes: Axes, runs: Sequence[Recorded]) -> None:
     """Draw the singular values of the update at the end, of every matrix that was followed."""
-    found = [(run, end["spectra"]) for run in runs for end in run.of("end") if "spectra" in end]
+    found = [(run, end["spectra"]) for run in runs for end in run.ends if "spectra" in end]
     if not found:
         axes.text(0.5, 0.5, "known at the end", ha="center", transform=axes.transAxes, color=_BOUND)
     else:
@@ -87,7 +89,7 @@ def draw_speed(axes: Axes, runs: Sequence[Recorded]) -> None:
     """Draw tokens a second."""
     for number, run in enumerate(runs):
         color, label = (_HELD_OUT, "_") if len(runs) == 1 else (f"C{number}", run.name)
-        _plot(axes, run.of("step"), "tokens_per_second", color, label)
+        _plot(axes, run.trained, "tokens_per_second", color, label)
     _finish(axes, "tokens a second", "optimizer step")
     axes.set_ylim(bottom=0)
 
@@ -96,7 +98,7 @@ def draw_memory(axes: Axes, runs: Sequence[Recorded]) -> None:
     """Draw the peak memory of the process that took most."""
     for number, run in enumerate(runs):
         color, label = (_HELD_OUT, "_") if len(runs) == 1 else (f"C{number}", run.name)
-        points = [r for r in run.of("step") if r.get("peak_memory") is not None]
+        points = [r for r in run.trained if r.get("peak_memory") is not None]
         values = [r["peak_memory"] / 2**30 for r in points]
         axes.plot([r["step"] for r in points], values, color=color, label=label)
     _finish(axes, "peak memory of a process, GiB", "optimizer step")
@@ -105,7 +107,7 @@ def draw_memory(axes: Axes, runs: Sequence[Recorded]) -> None:
 
 def mark_phases(axes: Axes, run: Recorded) -> None:
     """Mark restarts, dotted, and the end of the warm start, black."""
-    for record in run.of("restart"):
+    for record in run.restarts:
         axes.axvline(record["step"], color=_RESTART, linewidth=0.8, linestyle=":")
     if run.handed_over is not None:
         axes.axvline(run.handed_over, color="black", linewidth=0.8)
@@ -118,8 +120,8 @@ def _draw_each_rank(axes: Axes, run: Recorded) -> None:
     kinds = list(dict.fromkeys(labels.values()))
     for name, label in labels.items():
         color = f"C{kinds.index(label)}"
-        for key, style in (("ranks", "-o"), ("effective_ranks", ":")):
-            values = [record[key][name] for _, record in measured if key in record]
+        for measure, style in ((ranks, "-o"), (effective_ranks, ":")):
+            values = [of[name] for _, record in measured if name in (of := measure(record))]
             axes.plot(cycles[: len(values)], values, style, color=color, markersize=4)
     for number, label in enumerate(kinds):
         axes.plot([], [], color=f"C{number}", label=label)
@@ -128,7 +130,7 @@ def _draw_each_rank(axes: Axes, run: Recorded) -> None:
     axes.set_xticks(cycles)
 
 
-def _labels(names: Sequence[str] | dict[str, object]) -> dict[str, str]:
+def _labels(names: Collection[str]) -> dict[str, str]:
     """Return how a legend calls each matrix: by its name or, if they are many, its kind's."""
     if len(names) <= _MOST_NAMED:
         return {name: name.removeprefix("model.") for name in names}
@@ -136,7 +138,12 @@ def _labels(names: Sequence[str] | dict[str, object]) -> dict[str, str]:
 
 
 def _plot(
-    axes: Axes, records: Sequence[Record], key: str, color: str, label: str, alpha: float = 1.0
+    axes: Axes,
+    records: Sequence[_Record],
+    key: str,
+    color: str,
+    label: str,
+    alpha: float = 1.0,
 ) -> None:
     points = [(record["step"], record[key]) for record in records if key in record]
     if points:

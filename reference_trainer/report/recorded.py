@@ -1,7 +1,7 @@
 """A run as its directory tells it: records and options, and what they come to."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +9,18 @@ from typing import Any
 
 from reference_trainer import options
 from reference_trainer.errors import UserError
-from reference_trainer.metrics import read
-
-Record = dict[str, Any]
+from reference_trainer.logging.metrics import read
+from reference_trainer.logging.records import (
+    End,
+    Evaluation,
+    Ranks,
+    Record,
+    Restart,
+    Skipped,
+    Spike,
+    Start,
+    Step,
+)
 
 
 @dataclass(frozen=True)
@@ -28,38 +37,79 @@ class Recorded:
     records: Sequence[Record]
     options: dict[str, Any]
 
-    def of(self, *events: str) -> list[Record]:
-        """Return the records of some events, in their order."""
-        return [record for record in self.records if record["event"] in events]
+    @cached_property
+    def starts(self) -> list[Start]:
+        """Each start: one, and one for each time that the run was resumed."""
+        return [r for r in self.records if r["event"] == "start"]
 
     @cached_property
-    def start(self) -> Record:
+    def trained(self) -> list[Step]:
+        """The records of training steps."""
+        return [r for r in self.records if r["event"] == "step"]
+
+    @cached_property
+    def skipped(self) -> list[Skipped]:
+        """The steps that were skipped."""
+        return [r for r in self.records if r["event"] == "skipped"]
+
+    @cached_property
+    def spikes(self) -> list[Spike]:
+        """The jumps of the loss."""
+        return [r for r in self.records if r["event"] == "spike"]
+
+    @cached_property
+    def restarts(self) -> list[Restart]:
+        """The restarts."""
+        return [r for r in self.records if r["event"] == "restart"]
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The held-out losses."""
+        return [r for r in self.records if r["event"] == "evaluation"]
+
+    @cached_property
+    def ends(self) -> list[End]:
+        """The spectra at the end of a phase."""
+        return [r for r in self.records if r["event"] == "end"]
+
+    @property
+    def start(self) -> Start:
         """The last start: environment, processes, seed and rank."""
-        return self.of("start")[-1]
+        return self.starts[-1]
 
     @property
     def steps(self) -> tuple[int, int | None]:
         """The steps that are done, and how many there are to be, if that is known."""
-        last = max(record["step"] for record in self.of("step", "skipped"))
+        last = max(record["step"] for record in [*self.trained, *self.skipped])
         return last + 1, self.options.get("steps")
 
     @property
     def handed_over(self) -> int | None:
         """The step at which the warm start ended, if there was one and it has."""
-        begun = next((r["step"] for r in self.of("evaluation") if r["phase"] == "relora"), None)
+        begun = next((r["step"] for r in self.evaluations if r["phase"] == "relora"), None)
         return begun or None  # 0: there was none
 
     @property
-    def rates(self) -> list[Record]:
+    def rates(self) -> list[Step | Restart]:
         """The records that hold learning rates; at a restart's step they are zero."""
-        return self.of("step", "restart")
+        return [r for r in self.records if r["event"] == "step" or r["event"] == "restart"]
 
     @property
-    def ranks(self) -> list[tuple[int, Record]]:
+    def ranks(self) -> list[tuple[int, Ranks]]:
         """How many cycles were merged, with the record of the ranks then, where they were taken."""
-        measured = [(r["restart"], r) for r in self.of("restart")]
-        measured += [(r["cycles"], r) for r in self.of("end")]
+        measured: list[tuple[int, Ranks]] = [(r["restart"], r) for r in self.restarts]
+        measured += [(r["cycles"], r) for r in self.ends]
         return [(cycles, record) for cycles, record in measured if record["ranks"]]
+
+
+def ranks(record: Ranks) -> Mapping[str, float]:
+    """Return each matrix's rank."""
+    return record["ranks"]
+
+
+def effective_ranks(record: Ranks) -> Mapping[str, float]:
+    """Return each matrix's effective rank; none in records of older versions."""
+    return record.get("effective_ranks", {})
 
 
 def open_run(directory: Path) -> Recorded:
@@ -76,14 +126,14 @@ def open_run(directory: Path) -> Recorded:
         read(metrics),
         options.values(options.resolve(config, {})) if config.is_file() else {},
     )
-    if not run.of("start") or not run.of("step"):
+    if not run.starts or not run.trained:
         raise UserError(f"{metrics} holds no training step to draw")
     return run
 
 
 def learned(run: Recorded) -> list[str]:
     """Return three lines: loss, restarts and rank reached."""
-    held_out, restarts = run.of("evaluation"), run.of("restart")
+    held_out, restarts = run.evaluations, run.restarts
     first, last = held_out[0], held_out[-1]
     handed_over = next((r for r in reversed(held_out) if r["phase"] == "warm-start"), None)
     lines = [
@@ -99,11 +149,11 @@ def learned(run: Recorded) -> list[str]:
         )
     else:
         lines.append("restarts: none")
-    if run.of("end"):
+    if run.ends:
         cycles, record = run.ranks[-1]
-        ranks, r = record["ranks"].values(), run.start["rank"]
+        found, r = record["ranks"].values(), run.start["rank"]
         lines.append(
-            f"rank of the accumulated update: {min(ranks)} to {max(ranks)} after {cycles} cycles "
+            f"rank of the accumulated update: {min(found)} to {max(found)} after {cycles} cycles "
             f"of rank {r} (bound {record['bound']})"
         )
     else:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core._torch_private import DispatchMode, leaves
-from relora_core.sites import Site, low_rank_sites
-from relora_core.targets import add_low_rank_
+from relora_core._torch_private import DispatchMode, leaves, writes
+from relora_core.sites.site import Site, low_rank_sites
+from relora_core.sites.targets import add_low_rank_
 from relora_core.testing.compare import same_state, state_of
 from relora_core.testing.machine import Restart
 from relora_core.testing.subjects import BrokenPromiseError
@@ -131,7 +131,8 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
 def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
     """Assert that a restart that is broken off is finished by the next call, or refused by it.
 
-    Wherever it is, the function must be the one before, or the next call must raise.
+    Wherever it is, the function must be the one before, or the next call must raise. It is broken
+    off before each operation that writes: between two of those, every tensor is the same.
 
     Args:
         restart: of (model, optimizer, ratio).
@@ -164,7 +165,7 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
 
 # Torch has no types for it.
 class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Runs out of memory at one operation."""
+    """Runs out of memory at one operation of those that write."""
 
     def __init__(self, at: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # nor for this
@@ -173,8 +174,8 @@ class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += 1
-        if self.count == self.at + 1:
+        self.count += writes(func)
+        if writes(func) and self.count == self.at + 1:
             self.broke = True
             raise torch.OutOfMemoryError(f"planted at operation {self.at}")
         return func(*args, **(kwargs or {}))

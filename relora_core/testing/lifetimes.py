@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relora_core.register import low_rank_tensors, register_low_rank, remove_low_rank
-from relora_core.serialization import merged_state_dict
-from relora_core.sites import low_rank_sites
+from relora_core.files.weights import merged_state_dict
+from relora_core.low_rank.register import low_rank_tensors, register_low_rank, remove_low_rank
+from relora_core.sites.site import low_rank_sites
 from relora_core.testing.compare import disturbed, same_outputs, same_state, state_of
 from relora_core.testing.inputs import fitting, outputs
 from relora_core.testing.subjects import BrokenPromiseError, Sites, find_sites, wide_copy

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from relora_core.reset import ResetReport
+from relora_core.optim.reset import ResetReport
 from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedLR, Restarts
-from relora_core.sites import low_rank_sites, merge_, reinit_
-from relora_core.targets import add_low_rank_
+from relora_core.sites.site import low_rank_sites, merge_, reinit_
+from relora_core.sites.targets import add_low_rank_
 from relora_core.testing.algorithm import Algorithm1
 from relora_core.testing.jags import Jagged
 from relora_core.testing.subjects import BrokenPromiseError

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from relora_core.sites import Site
+from relora_core.sites.site import Site
 from relora_core.testing.compare import (
     close,
     gradients_of,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 
-from relora_core.low_rank import LowRank
-from relora_core.sites import low_rank_sites
-from relora_core.targets import add_low_rank_
+from relora_core.low_rank.parametrization import LowRank
+from relora_core.sites.site import low_rank_sites
+from relora_core.sites.targets import add_low_rank_
 from relora_core.testing import lifetimes, merges, redraws
 from relora_core.testing.expressions import Call, as_factory, code, written
 from relora_core.testing.history import Event, lived

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import nn
 
-from relora_core.bases import split_bases_
-from relora_core.register import register_low_rank
-from relora_core.sites import low_rank_sites
-from relora_core.targets import add_low_rank_
+from relora_core.low_rank.register import register_low_rank
+from relora_core.sites.bases import split_bases_
+from relora_core.sites.site import low_rank_sites
+from relora_core.sites.targets import add_low_rank_
 from relora_core.testing.expressions import Call
 from relora_core.testing.history import EVENTS, Event
 from relora_core.testing.small_layers import (

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.moments import find_states, inner_optimizers
+from relora_core.optim.moments import find_states, inner_optimizers
 
 
 def is_known(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:

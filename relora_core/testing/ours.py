@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from relora_core.optimizer import ResettableOptimizer
+from relora_core.optim.optimizer import ResettableOptimizer
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.testing.module_battery import check_low_rank
 from relora_core.testing.modules import low_rank_modules

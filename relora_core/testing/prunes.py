@@ -2,7 +2,7 @@
 
 import torch
 
-from relora_core.reset import ResetReport
+from relora_core.optim.reset import ResetReport
 from relora_core.testing.optimizer_state import (
     first_moments_of,
     is_known,

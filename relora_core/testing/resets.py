@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.moments import inner_optimizers
-from relora_core.reset import ResetReport, reset_optimizer_
+from relora_core.optim.moments import inner_optimizers
+from relora_core.optim.reset import ResetReport, reset_optimizer_
 from relora_core.testing.optimizer_state import (
     copied,
     equal,

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from relora_core.sites import Site, low_rank_sites
+from relora_core.sites.site import Site, low_rank_sites
 
 
 class BrokenPromiseError(AssertionError):

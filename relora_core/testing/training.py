@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora_core.moments import inner_optimizers
+from relora_core.optim.moments import inner_optimizers
 from relora_core.testing.expressions import as_factory
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]

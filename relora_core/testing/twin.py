@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from relora_core.register import remove_low_rank
-from relora_core.sites import Site
+from relora_core.low_rank.register import remove_low_rank
+from relora_core.sites.site import Site
 from relora_core.testing.subjects import Sites, trained_scale
 
 

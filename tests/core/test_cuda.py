@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import relora_core as relora
-from tests.core.test_restart import training
-from tests.core.test_sites import TARGETS, Model
+from tests.core.models import TARGETS, Model, training
 from tests.reference import dense_twin, randomize_
 
 pytestmark = [

@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import relora_core as relora
-from relora_core import selection
-from tests.core.test_sites import TARGETS, Model
+from relora_core.optim import radix_select as selection
+from tests.core.models import RANK, training
 from tests.reference import randomize_, ulp
-
-RANK = 2
-
-
-def training(dtype=torch.float32, **options):
-    model = relora.add_low_rank_(Model().to(dtype), TARGETS, rank=RANK, alpha=1.0, **options)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, relora.ResettableOptimizer(torch.optim.AdamW(trained, lr=1e-2))
 
 
 def step(model, optimizer, seed):

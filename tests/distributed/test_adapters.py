@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import relora_core as relora
-from relora_core._sharding import copy_from_full_
+from relora_core.distributed.sharding import copy_from_full_
+from tests.distributed.nets import Net
 from tests.distributed.processes import full, on_processes
-from tests.distributed.test_sharded_equals_single import Net
 
 
 def low_rank(seed):

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import relora_core as relora
-from tests.core.test_banks import FORMS, Bank
+from tests.core.banks import FORMS, Bank
 from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY = 14, 5

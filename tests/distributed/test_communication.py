@@ -13,7 +13,7 @@ from reference_trainer.bench.communication import (
 from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, Step, layouts, pretended
 from reference_trainer.bench.results import total
 from reference_trainer.flops import block_matrices
-from reference_trainer.model import LlamaShape, preset
+from reference_trainer.model.llama import LlamaShape, preset
 from tests.distributed.processes import on_processes
 
 EVEN = LlamaShape(32, 48, 2, 2, 2, 64)
@@ -41,7 +41,10 @@ def on_pretended(processes, shape):
         return on_real(0, processes, shape)
 
 
-@pytest.mark.parametrize(("processes", "shape"), [(2, UNEVEN), (3, UNEVEN), (4, OTHER)])
+@pytest.mark.parametrize(
+    ("processes", "shape"),
+    [(2, UNEVEN), (3, UNEVEN), pytest.param(4, OTHER, marks=pytest.mark.slow)],
+)
 def test_pretended_processes_send_what_real_ones_do(tmp_path, processes, shape):
     expected = on_pretended(processes, shape)
     assert len(expected) > 6

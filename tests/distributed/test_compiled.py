@@ -8,11 +8,11 @@ from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
 from reference_trainer.config import BatchConfig, Config, ModelConfig, ParallelConfig, ReLoRAConfig
+from reference_trainer.distributed import lay_world
 from reference_trainer.evaluate import evaluate
 from reference_trainer.phases import phases
-from reference_trainer.stage import build_stage, fill_
 from reference_trainer.train import forward_backward
-from reference_trainer.world import lay_world
+from reference_trainer.train_state import build_state, fill_
 from tests.distributed.processes import full, on_processes
 
 BLOCKS, STEPS, VOCAB, LENGTH, SEQUENCES = 24, 10, 50, 8, 12
@@ -54,28 +54,28 @@ def run(rank, world_size, precision, compiled):
     )
     world = lay_world(config.parallel, torch.device("cpu"))
     (phase,) = phases(config)
-    stage = build_stage(config, phase, config.model.shape(VOCAB), world)
-    stage.model.loss.of_chunk = type(stage.model.loss)().of_chunk  # the loss is not what is counted
-    fill_(stage, config, None, world)
+    state = build_state(config, phase, config.model.shape(VOCAB), world)
+    state.model.loss.of_chunk = type(state.model.loss)().of_chunk  # the loss is not what is counted
+    fill_(state, config, None, world)
     torch.rand(rank + 1)
-    evaluate(stage.model, Constant(), config, world)
+    evaluate(state.model, Constant(), config, world)
     losses, graphs = [], []
     for step in range(STEPS):
         if phase.restarts_at(step):
-            relora.restart_(stage.model, stage.optimizer, timeout=world.patience)
+            relora.restart_(state.model, state.optimizer, timeout=world.patience)
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
         loss = forward_backward(
-            stage.model, batch.view(1, world_size, -1, LENGTH + 1)[:, rank], world
+            state.model, batch.view(1, world_size, -1, LENGTH + 1)[:, rank], world
         )
-        clip_grad_norm_(stage.parameters.values(), config.optim.clip)
-        stage.optimizer.step()
-        stage.schedule.step()
-        stage.optimizer.zero_grad()
+        clip_grad_norm_(state.parameters.values(), config.optim.clip)
+        state.optimizer.step()
+        state.schedule.step()
+        state.optimizer.zero_grad()
         losses.append(world.mean(loss))
         graphs.append(counter.frame_count)
     nn.Module.compile = plain
-    weights = {n: full(t) for n, t in relora.merged_state_dict(stage.model).items()}
+    weights = {n: full(t) for n, t in relora.merged_state_dict(state.model).items()}
     counts = torch.tensor([*graphs, calls[0]])
     return {"losses": torch.tensor(losses), "counts": counts, **weights}
 

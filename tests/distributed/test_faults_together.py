@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import relora_core as relora
-from reference_trainer import checkpoint, train
+from reference_trainer import train
+from reference_trainer.checkpoint.find import find_checkpoint
+from reference_trainer.checkpoint.format import read_position
+from reference_trainer.checkpoint.save import Saver
 from reference_trainer.config import (
     BatchConfig,
     CheckpointConfig,
@@ -17,15 +20,15 @@ from reference_trainer.config import (
     ModelConfig,
     ReLoRAConfig,
 )
-from reference_trainer.data import Batches, Windows
+from reference_trainer.data.batches import Batches
+from reference_trainer.data.feed import Feed
+from reference_trainer.data.windows import Windows
+from reference_trainer.distributed import lay_world
 from reference_trainer.errors import Stopped
-from reference_trainer.feed import Feed
-from reference_trainer.interruption import Interruption
-from reference_trainer.metrics import Metrics
+from reference_trainer.logging.metrics import Metrics
 from reference_trainer.phases import phases
-from reference_trainer.saving import Saver
-from reference_trainer.stage import build_stage, fill_
-from reference_trainer.world import lay_world
+from reference_trainer.signals import Interruption
+from reference_trainer.train_state import build_state, fill_
 from tests.distributed.processes import full, on_processes
 
 STEPS, LENGTH, VOCAB, BROKEN, STOPPED = 12, 16, 40, 5, 7
@@ -44,8 +47,8 @@ def run(rank, world_size, directory, *, stops=False):
     )
     world = lay_world(config.parallel, torch.device("cpu"))
     (phase,) = phases(config)
-    stage = build_stage(config, phase, config.model.shape(VOCAB), world)
-    fill_(stage, config, None, world)
+    state = build_state(config, phase, config.model.shape(VOCAB), world)
+    fill_(state, config, None, world)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 40 * LENGTH + 1).astype(np.uint16)
     windows = Windows((tokens,), LENGTH)
     batches = Batches(windows, config.batch.sequences, config.seed)
@@ -67,17 +70,27 @@ def run(rank, world_size, directory, *, stops=False):
         metrics = Metrics(config.directory, writes=False)
         feed = Feed(batches, world, config.batch.micro_steps(world_size))
         with Interruption(None) as interruption, saver, feed:
-            shape = stage.model.shape
-            parts = (config, world, shape, feed, windows, metrics, saver, interruption)
-            train.train_phase(stage, 0, train.Run(*parts))
+            run = train.Run(
+                config,
+                world,
+                None,  # of no directory
+                state.model.shape,
+                (state.phase,),
+                feed,
+                windows,
+                metrics,
+                saver,
+                interruption,
+            )
+            train.train_phase(state, 0, run)
         assert not stops
     except Stopped:
         assert stops
     finally:
         train.forward_backward = sound
-    result = {n: full(t) for n, t in relora.merged_state_dict(stage.model).items()}
-    newest = checkpoint.find(config.checkpoints, world)
-    result["saved"] = torch.tensor(checkpoint.read_position(newest).step)
+    result = {n: full(t) for n, t in relora.merged_state_dict(state.model).items()}
+    newest = find_checkpoint(config.checkpoints, world)
+    result["saved"] = torch.tensor(read_position(newest).step)
     result["steps"] = torch.tensor(len(calls))
     return result
 

@@ -13,10 +13,10 @@ from reference_trainer.config import (
     ParallelConfig,
     ReLoRAConfig,
 )
+from reference_trainer.distributed import lay_world
 from reference_trainer.phases import phases
-from reference_trainer.stage import build_stage, fill_
 from reference_trainer.train import forward_backward
-from reference_trainer.world import lay_world
+from reference_trainer.train_state import build_state, fill_
 from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY, SEQUENCES, LENGTH, VOCAB = 30, 8, 12, 16, 40  # three restarts
@@ -38,32 +38,32 @@ def train(rank, world_size, precision, layout, replicas):
     config = configuration(precision, layout, replicas)
     world = lay_world(config.parallel, torch.device("cpu"))
     (phase,) = phases(config)
-    stage = build_stage(config, phase, config.model.shape(VOCAB), world)
-    fill_(stage, config, None, world)
+    state = build_state(config, phase, config.model.shape(VOCAB), world)
+    fill_(state, config, None, world)
     torch.rand(rank + 1)
     result, losses = {}, []
     for step in range(STEPS):
-        if stage.phase.restarts_at(step):
-            relora.restart_(stage.model, stage.optimizer, prune_ratio=config.relora.prune_ratio)
-            for name, site in relora.low_rank_sites(stage.model):
+        if state.phase.restarts_at(step):
+            relora.restart_(state.model, state.optimizer, prune_ratio=config.relora.prune_ratio)
+            for name, site in relora.low_rank_sites(state.model):
                 for which in ("lora_A", "lora_B"):
                     factor = getattr(site, which)
                     key = f"{step}/{name}/{which}"
                     result[f"redrawn/{key}"] = full(factor)
-                    result[f"mask/{key}"] = full(stage.optimizer.state[factor]["exp_avg"]) != 0
+                    result[f"mask/{key}"] = full(state.optimizer.state[factor]["exp_avg"]) != 0
                 result[f"base/{step}/{name}"] = full(site.exact())
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
         micro_steps = config.batch.micro_steps(world_size)
         parts = batch.view(micro_steps, world_size, -1, LENGTH + 1)[:, rank]
-        loss = forward_backward(stage.model, parts, world)
-        clip_grad_norm_(stage.parameters.values(), config.optim.clip)
-        stage.optimizer.step()
-        stage.schedule.step()
-        stage.optimizer.zero_grad()
+        loss = forward_backward(state.model, parts, world)
+        clip_grad_norm_(state.parameters.values(), config.optim.clip)
+        state.optimizer.step()
+        state.schedule.step()
+        state.optimizer.zero_grad()
         losses.append(torch.tensor(world.mean(loss)))
     result["losses"] = torch.stack(losses)
-    for name, tensor in relora.merged_state_dict(stage.model).items():
+    for name, tensor in relora.merged_state_dict(state.model).items():
         result[f"weight/{name}"] = full(tensor)
     return result
 

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.memory import kept_bytes
-from reference_trainer.model import Decoder, LlamaShape
+from reference_trainer.model.llama import Decoder, LlamaShape
 from tests.distributed.processes import on_processes
 
 # The proportions of 1.3b at an eighth of its width: rank is a sixteenth of it.

@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import relora_core as relora
+from tests.distributed.nets import Net
 from tests.distributed.processes import full, on_processes
-from tests.distributed.test_sharded_equals_single import Net
 from tests.reference import randomize_
 
 STEPS, EVERY = 12, 4

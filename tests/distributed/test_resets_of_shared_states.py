@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import relora_core as relora
-from tests.core.optimizers import ADAM, OPTIMIZERS
+from tests.core.optim.optimizers import ADAM, OPTIMIZERS
 from tests.distributed.processes import full, on_processes
 from tests.reference import dropped, mask_by_sorting
 

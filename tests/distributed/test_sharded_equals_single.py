@@ -13,23 +13,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import relora_core as relora
-from relora_core import selection
+from relora_core.optim import radix_select as selection
+from tests.distributed.nets import Net
 from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY = 30, 8  # three restarts
-
-
-class Net(nn.Module):
-    """Odd widths: 7 and 10 rows over 2 or 3 ranks leave uneven shards, 1 row empty ones."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(5, 7)
-        self.mlp = nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 7))
-        self.last = nn.Linear(7, 1)
-
-    def forward(self, x):
-        return self.last(self.mlp(self.first(x))).squeeze(-1)
 
 
 def train(rank, world_size, wrap):

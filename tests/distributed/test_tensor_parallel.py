@@ -19,12 +19,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 import relora_core as relora
-from relora_core import _dtensor
-from relora_core.bases import split_bases_
+from relora_core.distributed import dtensor
+from relora_core.sites.bases import split_bases_
 from tests.distributed.processes import assert_same_run, full, on_processes
 
 STEPS, EVERY, SEQUENCES = 30, 8, 4
-WIDTH = 12 if _dtensor._MISPLACES else 10  # 10 is uneven over 4, and over 2 x 2
+WIDTH = 12 if dtensor._MISPLACES else 10  # 10 is uneven over 4, and over 2 x 2
 TARGETS = ("embed", "up", "down", "head")
 
 
@@ -170,9 +170,9 @@ def uneven(rank, world_size):
     relora.add_low_rank_(model, "0", rank=2)
     fully_shard(model, mesh=mesh["replicas"])
     weight = relora.merged_state_dict(model)["0.weight"]
-    _dtensor._MISPLACES = True
+    dtensor._MISPLACES = True
     with pytest.raises(ValueError, match=r"even; got 10 rows over 2 x 2 processes"):
-        _dtensor.full(weight)
+        dtensor.full(weight)
     return {"whole": whole}
 
 

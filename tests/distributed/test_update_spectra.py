@@ -14,12 +14,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import relora_core as relora
-from relora_core import _dtensor
-from relora_core._sharding import copy_from_full_
+from relora_core.distributed import dtensor
+from relora_core.distributed.sharding import copy_from_full_
 from tests.distributed.processes import assert_same_run, full, on_processes
 
 RESTARTS, RANK = 4, 3  # more directions than a side of `up` and `down` has
-WIDTH = 12 if _dtensor._MISPLACES else 10  # 10 is uneven over 3, 4 and 2 x 2
+WIDTH = 12 if dtensor._MISPLACES else 10  # 10 is uneven over 3, 4 and 2 x 2
 
 
 class Net(nn.Module):

@@ -8,8 +8,8 @@ import torch
 
 import relora_core as relora
 from reference_trainer.config import ParallelConfig
+from reference_trainer.distributed import choose_device, lay_world, open_world
 from reference_trainer.errors import UserError
-from reference_trainer.world import choose_device, lay_world, open_world
 from tests.distributed.processes import on_processes
 
 

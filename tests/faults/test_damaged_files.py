@@ -20,17 +20,16 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from reference_trainer import checkpoint, options
-from reference_trainer.begin import is_fixed
+from reference_trainer import options
+from reference_trainer.checkpoint.find import complete_checkpoints
 from reference_trainer.config import DataConfig
+from reference_trainer.data.prepare import prepare
 from reference_trainer.errors import UserError
-from reference_trainer.prepare import prepare
+from reference_trainer.run_directory import is_fixed
 from tests.faults.damages import CANARY, DAMAGES, REMOVALS, damage_
 from tests.faults.victims import NO_FAULT, attempt, command, output
-from tests.trainer.conftest import TINY
-from tests.trainer.test_command_line import lines_of
-from tests.trainer.test_pretrained import publish, tiny_arguments
-from tests.trainer.test_run import EVERY_CHECKPOINT
+from tests.trainer.published import publish, tiny_arguments
+from tests.trainer.runs import EVERY_CHECKPOINT, TINY, lines_of
 
 NOT_FINITE = "1 steps in a row, to step 0, had no finite loss and gradient"
 MEMORY = 2**32  # bytes that a process may allocate
@@ -175,7 +174,7 @@ def sound(tmp_path_factory):
     codes = attempt([*TINY, *EVERY_CHECKPOINT], directory, 1, NO_FAULT)
     assert codes == [0], output(directory)
     run = directory / "runs/first-run"
-    for step in checkpoint.complete(run / "checkpoints"):
+    for step in complete_checkpoints(run / "checkpoints"):
         if step.name != "step-00000016":
             shutil.rmtree(step)
     publish(directory / "published", "plain")

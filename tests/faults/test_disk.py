@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from reference_trainer import checkpoint
 from reference_trainer import train as training
+from reference_trainer.checkpoint.find import complete_checkpoints
 from reference_trainer.errors import UserError
+from reference_trainer.logging.metrics import Metrics
 from reference_trainer.main import main
-from reference_trainer.metrics import Metrics
-from tests.faults.test_kills import trained
 from tests.faults.victims import NO_FAULT, Fault, attempt, output
-from tests.trainer.conftest import TINY, losses
-from tests.trainer.test_run import EVERY_CHECKPOINT, RUN, rewound, train
+from tests.trainer.runs import EVERY_CHECKPOINT, RUN, TINY, losses, rewound, train, trained
 
 CHECKPOINTS = RUN / "checkpoints"
 
@@ -113,7 +111,7 @@ def test_a_log_that_finds_no_space_is_named(tmp_path):
         metrics._file.close()
         metrics._file = Path("/dev/full").open("a")  # noqa: SIM115 - which metrics close
         with pytest.raises(UserError, match=error):
-            metrics.write("step", 1)
+            metrics.write({"event": "compiled", "step": 1, "phase": "relora", "graphs": 2})
 
 
 def test_a_directory_that_is_removed_is_not_made_again(tiny, monkeypatch, capsys):
@@ -164,7 +162,7 @@ class TestAHang:
         assert "error on rank 0" in said
         assert "1 of 2 processes (rank 1) ended" in said
         assert "did not answer for 0.05 minutes (parallel.timeout)" in said
-        newest = checkpoint.complete(tmp_path / CHECKPOINTS)[-1]
+        newest = complete_checkpoints(tmp_path / CHECKPOINTS)[-1]
         assert newest.name in ("step-00000006", "step-00000008")  # which is written meanwhile
         assert attempt(["--resume"], tmp_path, 2, NO_FAULT, number=1) == [0, 0]
 

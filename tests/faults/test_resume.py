@@ -6,13 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reference_trainer import checkpoint
 from reference_trainer import train as training
+from reference_trainer.checkpoint.find import complete_checkpoints
 from reference_trainer.options import resolve
-from tests.faults.test_kills import trained
 from tests.faults.victims import NO_FAULT, attempt, output
-from tests.trainer.conftest import TINY, losses, records
-from tests.trainer.test_run import rewound, train
+from tests.trainer.runs import TINY, losses, records, rewound, train, trained
 
 SHORT = ("--steps", "14", "--relora.warm_start", "3", "--relora.every", "3", "--optim.warmup", "1")
 EVERY_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "99")
@@ -40,7 +38,7 @@ def test_every_step_is_one_to_resume_from(tiny, option):
     restarts, hand_off = [6, 9, 12], 3
     assert [record["step"] for record in records(whole, "restart")] == restarts
     expected = trained(whole)
-    steps = [int(one.name[-8:]) for one in checkpoint.complete(whole / "checkpoints")]
+    steps = [int(one.name[-8:]) for one in complete_checkpoints(whole / "checkpoints")]
     assert steps == list(range(1, 15))
     if "--parallel.compile" in option:  # which takes half a minute each
         steps = [hand_off, 5, restarts[1], restarts[2]]

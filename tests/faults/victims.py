@@ -20,7 +20,7 @@ import torch
 from reference_trainer import train as training
 from reference_trainer.main import main
 from tests.distributed.processes import FORKED
-from tests.trainer.conftest import leave_undrawn
+from tests.trainer.runs import leave_undrawn
 
 
 def die() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 import relora_core as relora
 from relora_core import testing
-from relora_core.register import remove_low_rank
+from relora_core.low_rank.register import remove_low_rank
 from relora_core.testing import lifetimes
 from tests.kit.planted import layers
 

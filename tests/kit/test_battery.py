@@ -12,8 +12,8 @@ import relora_core as relora
 from relora_core import testing
 from relora_core.testing.__main__ import main
 from relora_core.testing.ours import BATTERIES
-from tests.core.optimizers import OPTIMIZERS, quiet_and_eager
-from tests.core.test_low_rank import ByOperators
+from tests.core.models import ByOperators
+from tests.core.optim.optimizers import OPTIMIZERS, quiet_and_eager
 
 
 @pytest.mark.parametrize("name", BATTERIES)

@@ -3,7 +3,6 @@
 import importlib
 import re
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from relora_core import testing
 from relora_core.testing import lifetimes
 from relora_core.testing.restart_battery import _ALGORITHM, _LEFTOVERS
+from tests.kit.findings import adamw, assert_code_repeats_it, found
 from tests.kit.planted import layers, resets, restarts, schedules
 
 SIZES = {
@@ -20,35 +20,6 @@ SIZES = {
     "out": st.integers(1, 7),
     "alpha": st.sampled_from([1.0, 2.0, 0.5]),
 }
-
-
-def found(check, *arguments, **options):
-    """Return the report of the promise that is broken."""
-    with pytest.raises(testing.BrokenPromiseError) as caught:
-        check(*arguments, **options)
-    return str(caught.value)
-
-
-def program(report):
-    """Return the code in a report."""
-    _, _, rest = report.partition("as code:\n\n")
-    lines = rest.partition("\n\n  held:")[0].splitlines()
-    return "\n".join(line[4:] for line in lines)
-
-
-def assert_code_repeats_it(report, *, figures=True):
-    """Assert that the code in a report, run by itself, raises what the report says.
-
-    To the last figure, unless the bug itself depends on torch's global generator.
-    """
-    said = report.splitlines()[1].strip()
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever the bug raises
-        exec(compile(program(report), "counterexample", "exec"), {"__name__": "counterexample"})
-    again = "".join(traceback.format_exception_only(caught.value))
-    if not figures:
-        said, again = (re.sub(r"\d[\d.e+-]*", "#", text) for text in (said, again))
-    assert said
-    assert said.rstrip(": ") in again
 
 
 def drawn(planted_layer):
@@ -110,10 +81,6 @@ def test_a_layer_that_caches_its_weight_is_found():
     report = found(testing.check_low_rank, layers.Unused)
     assert "relora.register_low_rank(Unused(), rank=1)" in report
     assert_code_repeats_it(report)
-
-
-def adamw(params):
-    return torch.optim.AdamW(params, lr=0.01)
 
 
 RESETS = {

@@ -13,8 +13,8 @@ from torch import nn
 
 import relora_core as relora
 from relora_core import testing
+from tests.kit.findings import adamw, assert_code_repeats_it, found
 from tests.kit.planted import layers, resets, restarts, schedules
-from tests.kit.test_planted_bugs import adamw, assert_code_repeats_it, found
 
 FEW = hypothesis.settings(testing.CI, max_examples=5)
 

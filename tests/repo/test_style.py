@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LONGER = {
-    "relora_core/low_rank.py": "one class, the parametrization, half of it docstrings",
+    "relora_core/low_rank/parametrization.py": "one class, half of it docstrings",
     "relora_core/testing/machine.py": "one class, as hypothesis wants all rules of a machine",
     "reference_trainer/config.py": "every option in one place",
 }

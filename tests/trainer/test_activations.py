@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 import relora_core as relora
 from reference_trainer.activations import checkpointed
 from reference_trainer.config import CHECKPOINTING
-from reference_trainer.model import Block, LlamaShape, rotary_table
+from reference_trainer.model.llama import Block, LlamaShape, rotary_table
 
 SHAPE = LlamaShape(64, 172, 1, 4, 2, 100)
 ARMS = ["full rank", "two paths", "merged", "merged copies"]

@@ -12,7 +12,7 @@ import pytest
 
 from reference_trainer.main import _BENCHMARKS, _COMMANDS, main
 from reference_trainer.options import write
-from tests.trainer.conftest import SOURCES
+from tests.trainer.runs import SOURCES, lines_of
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -58,11 +58,6 @@ BAD = {
     "a file as the directory of runs": (["--runs", __file__], "File exists"),
     "a missing configuration": (["--config", "no.yaml"], "cannot read no.yaml"),
 }
-
-
-def lines_of(text):
-    """Return the lines of standard error; gloo of torch 2.8 writes there that it has connected."""
-    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -8,11 +8,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from reference_trainer import train as training
-from reference_trainer.model import Block
+from reference_trainer.model.llama import Block
 from reference_trainer.options import resolve
-from tests.faults.test_kills import trained
-from tests.trainer.conftest import losses, records
-from tests.trainer.test_run import EVERY_CHECKPOINT, rewound, train
+from tests.trainer.runs import EVERY_CHECKPOINT, losses, records, rewound, train, trained
 
 # Dynamo looks at .grad of what FSDP2 has gathered, and torch warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference_trainer import checkpoint, saving
 from reference_trainer import export as exporting
 from reference_trainer import train as training
-from reference_trainer.journal import is_spike
+from reference_trainer.checkpoint import save as saving
+from reference_trainer.checkpoint.find import complete_checkpoints, newest_sound
+from reference_trainer.logging.progress import is_spike
 from reference_trainer.main import main
-from tests.trainer.conftest import losses, records
-from tests.trainer.test_run import RUN, start, train
+from tests.trainer.runs import RUN, losses, records, start, train
 
 BATCH = training.forward_backward
 
@@ -87,7 +87,7 @@ class TestNonFinite:
         assert main(["train", *tiny, "--optim.most_skips", "4"]) == 2
         error = capsys.readouterr().err
         assert "4 steps in a row, to step 11, had no finite loss and gradient" in error
-        newest, _ = checkpoint.newest_sound(RUN / "checkpoints")
+        newest, _ = newest_sound(RUN / "checkpoints")
         assert f"{newest} has the weights from before them" in error
         assert newest.name == "step-00000012"
         assert [r["step"] for r in records(RUN, "skipped")] == [3, 8, 9, 10, 11]
@@ -141,7 +141,7 @@ class TestStops:
         self.stop(process, run, signal.SIGTERM, 8)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == os.EX_TEMPFAIL, output
-        newest = checkpoint.complete(run / "checkpoints")[-1]
+        newest = complete_checkpoints(run / "checkpoints")[-1]
         assert newest.name > "step-00000006"  # not only the hand-off
         assert f"goes on from {newest}: python -m reference_trainer train --resume" in output
         assert not (run / "export").exists()
@@ -157,7 +157,7 @@ class TestStops:
         self.stop(process, run, signal.SIGUSR1, 8)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        saved = [found.name for found in checkpoint.complete(run / "checkpoints")]
+        saved = [found.name for found in complete_checkpoints(run / "checkpoints")]
         assert len(saved) == 3
         assert saved[0] == "step-00000006"
         assert saved[2] == "step-00000020"
@@ -193,15 +193,15 @@ def test_a_checkpoint_that_cannot_be_removed_stays_until_it_can(tiny, monkeypatc
 
 
 def test_what_is_over_leaves_no_model_in_memory(tiny, monkeypatch):
-    build, models = training.build_stage, []
+    build, models = training.build_state, []
 
     def watched(*arguments, **options):
         assert [model() for model in models] == [None] * len(models)
-        stage = build(*arguments, **options)
-        models.append(weakref.ref(stage.model))
-        return stage
+        state = build(*arguments, **options)
+        models.append(weakref.ref(state.model))
+        return state
 
-    monkeypatch.setattr(training, "build_stage", watched)
+    monkeypatch.setattr(training, "build_state", watched)
     gc.disable()  # which may run at any time, or too late
     try:
         train(*tiny)
@@ -222,6 +222,6 @@ def test_an_export_that_cannot_be_written_is_said_by_all(tiny, monkeypatch, caps
 
 def test_checkpoints_at_multiples_stay(tiny):
     train(*tiny, "--checkpoint.every", "2", "--checkpoint.keep_every", "8")
-    assert [c.name[-2:] for c in checkpoint.complete(RUN / "checkpoints")] == [
+    assert [c.name[-2:] for c in complete_checkpoints(RUN / "checkpoints")] == [
         *("08", "16", "18", "20")
     ]

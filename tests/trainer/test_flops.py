@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference_trainer.bench.arms import ARMS
-from reference_trainer.bench.subjects import subjects
+from reference_trainer.bench.workloads import subjects
 from reference_trainer.flops import counted_flops, linear_flops, step_flops
-from reference_trainer.model import PRESETS, LlamaShape, preset
+from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 FORMS = {
     "full rank": "full",

@@ -7,15 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.processes import full
-from tests.trainer.conftest import records
-from tests.trainer.test_run import (
-    EVERY_CHECKPOINT,
-    RUN,
-    rewound,
-    spectra_of,
-    stage_at,
-    train,
-)
+from tests.trainer.runs import EVERY_CHECKPOINT, RUN, records, rewound, spectra_of, state_at, train
 
 
 @pytest.mark.parametrize("layout", ["shard", "replicate"])
@@ -28,12 +20,12 @@ def test_pure_bf16_keeps_what_is_trained_in_16_bits_and_no_more(tiny, layout):
     at_hand_off = {n: t for n, t in load_file(file).items() if not n.endswith(".step")}
     assert {value.dtype for value in at_hand_off.values()} == {torch.bfloat16}
     exported = load_file(RUN / "export/model.safetensors")
-    for stage, _ in stage_at("relora"):
-        for name, p in stage.parameters.items():
-            kept = (p, *(t for t in stage.optimizer.state[p].values() if t.ndim))
+    for state, _ in state_at("relora"):
+        for name, p in state.parameters.items():
+            kept = (p, *(t for t in state.optimizer.state[p].values() if t.ndim))
             assert {t.dtype for t in kept} == {torch.bfloat16}, name
             assert torch.isfinite(p.full_tensor()).all()
-        for name, site in relora.low_rank_sites(stage.model):
+        for name, site in relora.low_rank_sites(state.model):
             exact, first = full(site.exact()), at_hand_off[f"model.{name}.weight"].float()
             assert exact.dtype == exported[f"{name}.weight"].dtype == torch.float32
             assert 0 < (exact - first).abs().max() < 0.1  # merges have added to what it was

@@ -8,60 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from reference_trainer import options
+from reference_trainer.distributed import open_world
 from reference_trainer.main import main
-from reference_trainer.model import Llama
+from reference_trainer.model.llama import Llama
 from reference_trainer.phases import phases
 from reference_trainer.pretrained import fill_from_, read_shape
-from reference_trainer.stage import build_stage, fill_
-from reference_trainer.world import open_world
-from tests.trainer.conftest import TINY, records
-from tests.trainer.test_run import RUN, train
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 64,
-}
-LONG = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-KINDS = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "llama3": {"rope_parameters": LONG},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    "bf16 in shards": {},
-}
-
-
-def tiny_arguments() -> list[str]:
-    """Return the arguments of the tiny run without those of its shape."""
-    pairs = zip(TINY[::2], TINY[1::2], strict=True)
-    return [part for pair in pairs if not pair[0].startswith("--model.") for part in pair]
-
-
-def publish(directory: Path, kind: str) -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **KINDS[kind]})).eval()
-    if kind == "bf16 in shards":
-        model = model.bfloat16()
-        model.save_pretrained(directory, max_shard_size="20KB")
-        assert len(list(directory.glob("*.safetensors"))) > 2
-        return model.float()
-    model.save_pretrained(directory)
-    return model
+from reference_trainer.train_state import build_state, fill_
+from tests.trainer.published import KINDS, publish, tiny_arguments
+from tests.trainer.runs import RUN, records, train
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,11 +41,11 @@ def test_a_run_starts_from_it_and_then_does_without(tiny, tmp_path, kind, warm_s
     first = records(RUN, "evaluation")[0]
     config = options.resolve(RUN / "config.yaml", {})
     with open_world(config.parallel) as world:
-        stage = build_stage(config, phases(config)[0], read_shape(RUN / "pretrained.json"), world)
-        fill_(stage, config, None, world)
+        state = build_state(config, phases(config)[0], read_shape(RUN / "pretrained.json"), world)
+        fill_(state, config, None, world)
         tokens = torch.randint(0, 256, (2, 64))
         with torch.no_grad():
-            found = stage.model(tokens)
+            found = state.model(tokens)
             torch.testing.assert_close(found, published(tokens).logits, atol=2e-5, rtol=1e-5)
     assert first["step"] == 0
 

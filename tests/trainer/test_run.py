@@ -1,11 +1,8 @@
 """A whole run: phases, restarts, resume after a kill, export, the same on two processes."""
 
 import glob
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,58 +10,34 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reference_trainer import checkpoint, options, saving
-from reference_trainer.data import open_windows
+from reference_trainer.checkpoint import save as saving
+from reference_trainer.checkpoint.find import complete_checkpoints
+from reference_trainer.data.windows import open_windows
 from reference_trainer.files import locked
+from reference_trainer.logging.metrics import read
 from reference_trainer.main import main
-from reference_trainer.metrics import read
-from reference_trainer.model import Llama
-from reference_trainer.phases import phases
-from reference_trainer.stage import build_stage, fill_
-from reference_trainer.world import open_world
-from tests.trainer.conftest import SOURCES, TINY, losses, records
-from tests.trainer.test_command_line import lines_of
+from reference_trainer.model.llama import Llama
+from tests.trainer.runs import (
+    EVERY_CHECKPOINT,
+    RUN,
+    SOURCES,
+    TINY,
+    lines_of,
+    losses,
+    records,
+    rewound,
+    start,
+    state_at,
+    train,
+)
 
-RUN = Path("runs/first-run")
 EXPORTING = Path(__file__).parents[2] / "docs/how-to/export.md"
-WARNINGS = "error,ignore:TypedStorage is deprecated"  # DCP's own, in torch 2.8
-
-
-def train(*arguments):
-    assert main(["train", *arguments]) == 0
-
-
-def start(arguments, *, processes=None, cwd=None):
-    """Start a run as a user would; every process has two threads less to fight over."""
-    launcher = ["-m", "reference_trainer"]
-    if processes:
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        launcher = [*run, *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    if processes:
-        del environment["PYTHONWARNINGS"]  # the launcher itself warns
-    return subprocess.Popen(
-        [sys.executable, *launcher, "train", *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def finish(process):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
-
-
-def spectra_of(run):
-    """Return what is known of the updates at every restart and at the end."""
-    known = ("ranks", "effective_ranks", "stable_ranks", "spectra")
-    found = [*records(run, "restart"), *records(run, "end")]
-    return [{name: record[name] for name in known if name in record} for record in found]
 
 
 def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
@@ -83,7 +56,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert (RUN / "export/model.safetensors").stat().st_mode == (RUN / "config.yaml").stat().st_mode
-    assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
+    assert [p.name for p in complete_checkpoints(RUN / "checkpoints")] == [
         "step-00000016",
         "step-00000020",
     ]
@@ -113,27 +86,18 @@ def test_the_loss_falls(tiny):
     assert found[-1]["held_out_loss"] < found[1]["held_out_loss"] < found[0]["held_out_loss"]
 
 
-def stage_at(phase_name):
-    config = options.resolve(RUN / "config.yaml", {})
-    with open_world(config.parallel) as world:
-        phase = next(p for p in phases(config) if p.name == phase_name)
-        stage = build_stage(config, phase, config.model.shape(256), world)
-        newest, _ = checkpoint.newest_sound(config.checkpoints)
-        assert fill_(stage, config, newest, world) == checkpoint.read_position(newest).step
-        yield stage, config
-
-
 def test_what_stays_trainable_keeps_its_optimizer_state_across_the_hand_off(tiny):
     train(*tiny, "--steps", "6")  # the warm start alone
     before, after = ({}, {})
     for name, into in (("warm-start", before), ("relora", after)):
         file = (RUN / "config.yaml").read_text()
         (RUN / "config.yaml").write_text(file.replace("steps: 6", "steps: 20"))
-        for stage, _ in stage_at(name):
-            for parameter_name, p in stage.parameters.items():
-                state = stage.optimizer.state.get(p, {})
+        for state, _ in state_at(name):
+            for parameter_name, p in state.parameters.items():
+                moments = state.optimizer.state.get(p, {})
                 into[parameter_name] = {
-                    k: getattr(v, "full_tensor", lambda v=v: v)().clone() for k, v in state.items()
+                    k: getattr(v, "full_tensor", lambda v=v: v)().clone()
+                    for k, v in moments.items()
                 }
     carried = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
     assert carried < set(after)
@@ -152,16 +116,16 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
     from tests.reference import ulp
 
     train(*tiny, "--parallel.precision", precision, "--optim.lr", "1e-2")
-    for stage, config in stage_at("relora"):  # the last cycle is not merged yet
+    for state, config in state_at("relora"):  # the last cycle is not merged yet
         assert all(
-            site.lora_B.full_tensor().any() for _, site in relora.low_rank_sites(stage.model)
+            site.lora_B.full_tensor().any() for _, site in relora.low_rank_sites(state.model)
         )
         windows = open_windows(RUN / "data", "held_out", config.batch.length)
         tokens = windows.read(torch.arange(8).numpy())[:, :-1]
         with torch.no_grad():
-            before = stage.model(tokens)
-            relora.restart_(stage.model, stage.optimizer)
-            after = stage.model(tokens)
+            before = state.model(tokens)
+            relora.restart_(state.model, state.optimizer)
+            after = state.model(tokens)
         assert before.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
         # Which outputs round to another side depends on the text; without the merge it is 11.
         apart = (after - before).abs().max() / ulp(before.abs().max())
@@ -183,11 +147,11 @@ def test_the_export_is_transformers_llama_with_the_same_logits(finished, monkeyp
     capsys.readouterr()
     exec(block, {})  # docs/how-to/export.md
     assert capsys.readouterr().out.startswith("def __init__(self")
-    for stage, config in stage_at("relora"):
+    for state, config in state_at("relora"):
         windows = open_windows(RUN / "data", "held_out", config.batch.length)
         tokens = windows.read(torch.arange(4).numpy())[:, :-1]
         with torch.no_grad():
-            assert (theirs(tokens).logits - stage.model(tokens)).abs().max() <= 1e-4
+            assert (theirs(tokens).logits - state.model(tokens)).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -227,22 +191,10 @@ def test_compiled_blocks_compute_the_same(finished):
     assert losses(Path("runs/other")) == pytest.approx(losses(RUN), abs=1e-4)
 
 
-def rewound(name, step):
-    """Return a copy of a run, as it was after its checkpoint at `step`."""
-    shutil.copytree(f"runs/{name}", f"runs/{name}-{step}")
-    for later in checkpoint.complete(Path(f"runs/{name}-{step}/checkpoints")):
-        if later.name > f"step-{step:08d}":
-            shutil.rmtree(later)
-    return Path(f"runs/{name}-{step}")
-
-
-EVERY_CHECKPOINT = ("--checkpoint.keep", "9")
-
-
 def test_a_checkpoint_that_the_run_waits_for_is_not_copied(tiny, monkeypatch):
-    monkeypatch.setattr("reference_trainer.saving._on_host", None)
+    monkeypatch.setattr("reference_trainer.checkpoint.save._on_host", None)
     train(*tiny, "--checkpoint.every", "1000")
-    assert [p.name for p in checkpoint.complete(RUN / "checkpoints")] == [
+    assert [p.name for p in complete_checkpoints(RUN / "checkpoints")] == [
         "step-00000006",
         "step-00000020",
     ]
@@ -267,7 +219,7 @@ def test_a_record_at_the_step_of_a_checkpoint_is_kept_once(tiny, at):
     """A run stopped right after that checkpoint, at the hand-off and elsewhere."""
     train(*tiny, "--log.evaluate_every", "7", "--checkpoint.every", "7", "--checkpoint.keep", "9")
     whole = [r for r in read(RUN / "metrics.jsonl") if r["event"] != "start"]
-    for later in checkpoint.complete(RUN / "checkpoints"):
+    for later in complete_checkpoints(RUN / "checkpoints"):
         if later.name > f"step-{at:08d}":
             shutil.rmtree(later)
     train("--resume")
@@ -305,7 +257,7 @@ def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys
         (tmp_path / "runs" / "neighbour").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reference_trainer.begin.prepare", fail)
+    monkeypatch.setattr("reference_trainer.preflight.prepare", fail)
     assert main(["train", *tiny]) == 130
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["neighbour"]
 
@@ -339,7 +291,7 @@ def damage(file):
 def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(tiny, capsys):
     train(*tiny, *EVERY_CHECKPOINT, "--name", "whole")
     again = rewound("whole", 16)
-    *_, older, newest = checkpoint.complete(again / "checkpoints")
+    *_, older, newest = complete_checkpoints(again / "checkpoints")
     shard = next(newest.glob("*.safetensors"))
     damage(shard)
     capsys.readouterr()
@@ -367,7 +319,7 @@ def test_a_damaged_checkpoint_is_none_of_those_that_are_kept(finished, monkeypat
 
 
 def test_only_damaged_checkpoints_are_refused_by_name(finished, capsys):
-    found = checkpoint.complete(RUN / "checkpoints")
+    found = complete_checkpoints(RUN / "checkpoints")
     shards = [next(one.glob("*.safetensors")) for one in found]
     for shard in shards:
         damage(shard)
@@ -381,7 +333,7 @@ def test_only_damaged_checkpoints_are_refused_by_name(finished, capsys):
     "text", ["{", "[]", '{"format": 3, "checksums": {}}', "[" * 100_000, "\udcff"]
 )
 def test_a_damaged_manifest_is_passed_over_by_name(finished, capsys, text):
-    older, newest = checkpoint.complete(RUN / "checkpoints")
+    older, newest = complete_checkpoints(RUN / "checkpoints")
     (newest / "manifest.json").write_text(text, errors="surrogateescape")
     capsys.readouterr()
     assert main(["export", str(RUN)]) == 0

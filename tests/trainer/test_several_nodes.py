@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.trainer.conftest import losses, records
-from tests.trainer.test_run import train
+from tests.trainer.runs import losses, records, train
 
 ROOT = Path(__file__).parents[2]
 SCONTROL = """#!/bin/bash

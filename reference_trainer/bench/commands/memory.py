@@ -12,8 +12,8 @@ from reference_trainer.bench.layouts import Step
 from reference_trainer.bench.tracker import measure_peak, track_peak
 from reference_trainer.bench.whole_step import block_kernels
 from reference_trainer.config import CHECKPOINTING, ParallelConfig
-from reference_trainer.terminal import hidden
-from reference_trainer.world import open_world, world_size
+from reference_trainer.distributed import open_world, world_size
+from reference_trainer.logging.console import hidden
 
 EXAMPLES = """examples:
   python -m reference_trainer bench memory --model 7b --processes 8

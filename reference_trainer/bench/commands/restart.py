@@ -5,7 +5,7 @@ import argparse
 from reference_trainer.bench import options
 from reference_trainer.bench.restarts import measure_restart
 from reference_trainer.config import ParallelConfig
-from reference_trainer.world import open_world
+from reference_trainer.distributed import open_world
 
 EXAMPLES = """examples:
   python -m reference_trainer bench restart --model 1.3b --blocks 2

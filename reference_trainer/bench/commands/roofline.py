@@ -19,8 +19,8 @@ from reference_trainer.bench.whole_step import Part, block_kernels, linear_kerne
 from reference_trainer.config import Precision
 from reference_trainer.errors import UserError
 from reference_trainer.flops import block_matrices
-from reference_trainer.model import LlamaShape
-from reference_trainer.terminal import hidden
+from reference_trainer.logging.console import hidden
+from reference_trainer.model.llama import LlamaShape
 
 _LAYOUTS = {"shard": SHARD, "replicate": REPLICATE, "replicate-bf16": BF16}
 _SHOWN = 12  # kernels of a block in the table

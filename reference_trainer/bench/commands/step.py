@@ -6,10 +6,10 @@ from typing import Any
 from reference_trainer.bench import options, results
 from reference_trainer.bench.arms import ARMS, COMPILED, parse_arms, usual
 from reference_trainer.bench.measure import count, measure
-from reference_trainer.bench.subjects import DTYPES, subjects
+from reference_trainer.bench.workloads import DTYPES, subjects
 from reference_trainer.config import CHECKPOINTING, ParallelConfig
+from reference_trainer.distributed import open_world
 from reference_trainer.errors import UserError
-from reference_trainer.world import open_world
 
 EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
 

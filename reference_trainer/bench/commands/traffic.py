@@ -12,9 +12,9 @@ from reference_trainer.bench.computation import computation
 from reference_trainer.bench.layouts import Step, layouts, pretended
 from reference_trainer.bench.projection import CLUSTERS
 from reference_trainer.config import ParallelConfig
+from reference_trainer.distributed import open_world, world_size
 from reference_trainer.errors import UserError
-from reference_trainer.terminal import hidden
-from reference_trainer.world import open_world, world_size
+from reference_trainer.logging.console import hidden
 
 EXAMPLES = """examples:
   python -m reference_trainer bench traffic --model 1.3b --processes 4

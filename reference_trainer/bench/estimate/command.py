@@ -25,8 +25,8 @@ from reference_trainer.bench.layouts import (
 from reference_trainer.config import CHECKPOINTING, Precision
 from reference_trainer.environment import environment
 from reference_trainer.errors import UserError
-from reference_trainer.model import PRESETS, LlamaShape, preset
-from reference_trainer.terminal import hidden
+from reference_trainer.logging.console import hidden
+from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
 _ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and of its moments

@@ -7,12 +7,12 @@ from torch import nn
 
 import relora_core as relora
 from reference_trainer.bench.layouts import FULL, SHARD, Layout
-from reference_trainer.bench.subjects import draw_weights_
 from reference_trainer.bench.suite.records import Report
 from reference_trainer.bench.suite.sizes import Sizes
 from reference_trainer.bench.suite.timing import medians
 from reference_trainer.bench.whole_step import as_arm_
-from reference_trainer.model import Block, rotary_table
+from reference_trainer.bench.workloads import draw_weights_
+from reference_trainer.model.llama import Block, rotary_table
 
 ARMS = {"full": FULL, "ours": SHARD, "two-paths": SHARD}
 

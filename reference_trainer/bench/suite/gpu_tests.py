@@ -12,7 +12,7 @@ from reference_trainer.bench.suite.records import Report
 from reference_trainer.bench.suite.sizes import Sizes
 
 _ROOT = Path(__file__).parents[3]
-_FILES = ("tests/core/test_cuda.py", "tests/core/test_optimizer_table.py")
+_FILES = ("tests/core/test_cuda.py", "tests/core/optim/test_optimizer_table.py")
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from reference_trainer.bench.suite.jobs import Job
 from reference_trainer.bench.suite.records import Report, read
-from reference_trainer.terminal import log
+from reference_trainer.logging.console import log
 
 _LOG = "log.txt"
 _OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError")

@@ -6,7 +6,7 @@ import torch
 
 from reference_trainer.bench.ceilings import CEILINGS, Ceilings
 from reference_trainer.bench.layouts import Layout, Step
-from reference_trainer.model import LlamaShape, preset
+from reference_trainer.model.llama import LlamaShape, preset
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import torch
 
 from reference_trainer.bench.layouts import FULL, laid_out
 from reference_trainer.bench.measure import now
-from reference_trainer.bench.subjects import draw_weights_
 from reference_trainer.bench.suite.records import Report
 from reference_trainer.bench.suite.sizes import Sizes
+from reference_trainer.bench.workloads import draw_weights_
+from reference_trainer.checkpoint.save import Saver
 from reference_trainer.config import ParallelConfig
-from reference_trainer.saving import Saver
-from reference_trainer.stage import save
+from reference_trainer.distributed import open_world
 from reference_trainer.train import forward_backward
-from reference_trainer.world import open_world
+from reference_trainer.train_state import save
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:

@@ -14,13 +14,13 @@ import relora_core as relora
 from reference_trainer.bench.layouts import FULL, REPLICATE, SHARD, Step, laid_out
 from reference_trainer.bench.measure import now
 from reference_trainer.bench.memory import peak_bytes, state_bytes
-from reference_trainer.bench.subjects import draw_weights_
 from reference_trainer.bench.suite.records import Report
 from reference_trainer.bench.suite.sizes import Sizes
+from reference_trainer.bench.workloads import draw_weights_
 from reference_trainer.config import ParallelConfig
-from reference_trainer.journal import graphs
+from reference_trainer.distributed import World, open_world
+from reference_trainer.logging.progress import graphs
 from reference_trainer.train import forward_backward
-from reference_trainer.world import World, open_world
 
 LAYOUTS = {"full": FULL, "shard": SHARD, "replicate": REPLICATE}
 _SHOWN = 20  # kernels of a profile

@@ -1,0 +1,1 @@
+"""The paper's comparison at sizes for a CPU, by the trainer's own loop."""

@@ -1,0 +1,183 @@
+"""Markdown tables of a study's trials."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from relora_core import Spectrum
+from study.plans import TUNING_SEED
+from study.trial import FULL, LORA, RELORA
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step after the warm start costs, of one in full rank.
+
+    Args:
+        operations: share of the floating-point operations; None if full rank was not run.
+        time: share of the time, measured interleaved; None if it was not.
+    """
+
+    operations: float | None
+    time: float | None
+
+
+def rates(records: Iterable[Record]) -> str:
+    """Return the table of tuning trials: each arm's held-out loss by its rate, the best in bold."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["seed"] == TUNING_SEED:
+            found.setdefault(record["arm"], []).append(record)
+    lines = ["| arm | held-out loss, by its rate |", "| --- | --- |"]
+    for arm, trials in found.items():
+        rate = "lr_multiple" if trials[0]["rank"] else "lr"
+        best = min(map(_end, trials))
+        shown = []
+        for trial in sorted(trials, key=lambda trial: float(trial[rate])):
+            loss = f"**{_end(trial):.4f}**" if _end(trial) == best else f"{_end(trial):.4f}"
+            of = f"{trial['lr']:g}"
+            shown.append(f"{of}: {loss}" if rate == "lr" else f"{trial[rate]:g} x {of}: {loss}")
+        lines.append(f"| {arm} | {', '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None) -> str:
+    """Return the table of some arms: loss at the end over seeds, and what each costs.
+
+    Args:
+        records: of one size.
+        names: of the arms to show; those without a trial are left out.
+        time: of a step with low-rank sites, of one in full rank, if it was measured.
+    """
+    arms = by_arm(records)
+    target = _ends(arms.get(LORA, []))
+    lines = [
+        "| arm | held-out loss: mean ± deviation (lowest to highest) | seeds "
+        f"| less {LORA} from the same seed | operations | time | of these until its loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, trials in arms.items():
+        if name not in names:
+            continue
+        ends = _ends(trials)
+        if not ends:
+            lines.append(f"| {name} | diverged | {len(trials)} | - | - | - | - |")
+            continue
+        shown = (
+            f"{statistics.mean(ends):.4f}{_deviation(ends)} ({min(ends):.4f} to {max(ends):.4f})"
+        )
+        if len(ends) < len(trials):
+            shown += f", {len(trials) - len(ends)} diverged"
+        apart = "-" if name == LORA else _apart(trials, arms.get(LORA, []))
+        sound = next(trial for trial in trials if not trial["diverged"])
+        cost = Cost(_operations(sound, records), time if trials[0]["rank"] else 1.0)
+        reached = [_reached(t, statistics.mean(target)) for t in trials] if target else []
+        lines.append(
+            f"| {name} | {shown} | {len(trials)} | {apart} | {_share(trials[0], cost.operations)} "
+            f"| {_share(trials[0], cost.time)} | {_until(trials[0], reached, cost)} |"
+        )
+    return "\n".join(lines)
+
+
+def spectra(records: Sequence[Record]) -> str:
+    """Return the table of the change since the warm start: its ranks, medians over matrices."""
+    lines = [
+        "| arm | rank | effective rank | stable rank | each a median over |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, trials in by_arm(records).items():
+        found = [spectrum for trial in trials for spectrum in spectra_of(trial)]
+        if name not in (FULL, LORA, RELORA) or not found:
+            continue
+        matrices = len(found) // sum(bool(trial["spectra"]) for trial in trials)
+        ranks = statistics.median(len(spectrum.values) for spectrum in found)
+        effective = statistics.median(spectrum.effective_rank for spectrum in found)
+        stable = statistics.median(spectrum.stable_rank for spectrum in found)
+        seeds = len(found) // matrices
+        lines.append(
+            f"| {name} | {ranks:g} | {effective:.1f} | {stable:.1f} "
+            f"| {matrices} matrices, {seeds} seed{'s' if seeds > 1 else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the trials of every arm, but for those that tuned it."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["seed"] != TUNING_SEED:
+            found.setdefault(record["arm"], []).append(record)
+    return found
+
+
+def spectra_of(trial: Record) -> list[Spectrum]:
+    """Return the spectrum of each matrix's change since the warm start."""
+    values = trial["spectra"].values()
+    return [Spectrum(torch.tensor(v, dtype=torch.float64), (len(v), len(v))) for v in values]
+
+
+def _end(trial: Record) -> float:
+    return float("inf") if trial["diverged"] else float(trial["curve"][-1][1])
+
+
+def _ends(trials: Iterable[Record]) -> list[float]:
+    return [_end(trial) for trial in trials if not trial["diverged"]]
+
+
+def _deviation(values: Sequence[float]) -> str:
+    return f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+
+
+def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
+    """Return the mean of the differences of trials from the same seed, and their deviation."""
+    of_seed = {trial["seed"]: _end(trial) for trial in others if not trial["diverged"]}
+    compared = [t for t in trials if t["seed"] in of_seed and not t["diverged"]]
+    found = [_end(trial) - of_seed[trial["seed"]] for trial in compared]
+    if not found:
+        return "-"
+    return f"{statistics.mean(found):+.4f}{_deviation(found)}"
+
+
+def _operations(trial: Record, records: Iterable[Record]) -> float | None:
+    """Return a step's operations after the warm start, of one's in full rank."""
+    whole = (r for r in records if r["arm"] == FULL and not r["diverged"])
+    full = next((r["flops"] / r["steps"] for r in whole), None)
+    warm = round(trial["warm_start"] * trial["steps"])
+    if full is None:
+        return None
+    return float((trial["flops"] - warm * full) / (trial["steps"] - warm) / full)
+
+
+def _until(trial: Record, reached: Sequence[float | None], cost: Cost) -> str:
+    steps = [step for step in reached if step is not None]
+    if trial["arm"] == LORA or not reached:
+        return "-"
+    if len(steps) < len(reached):
+        return "not reached"
+    mean = statistics.mean(steps)
+    both = (_share(trial, ratio, mean) for ratio in (cost.operations, cost.time))
+    return ", ".join(both)
+
+
+def _share(trial: Record, ratio: float | None, step: float | None = None) -> str:
+    """Return the cost of a trial up to a step, of that of all steps in full rank."""
+    if ratio is None:
+        return "-"
+    warm, step = round(trial["warm_start"] * trial["steps"]), step or trial["steps"]
+    cost = min(step, warm) + max(0.0, step - warm) * ratio
+    return f"{cost / trial['steps']:.2f}"
+
+
+def _reached(trial: Record, loss: float) -> float | None:
+    """Return the step at which the held-out loss falls to `loss`, between evaluations."""
+    points = [(step, held_out) for step, held_out, _ in trial["curve"]]
+    for (before, high), (step, low) in pairwise(points):
+        if low <= loss < high:
+            return float(before + (step - before) * (high - loss) / (high - low))
+    return None

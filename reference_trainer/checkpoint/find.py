@@ -1,0 +1,73 @@
+"""The newest checkpoint of a run that is complete and undamaged."""
+
+from pathlib import Path
+
+from reference_trainer.checkpoint.format import FORMAT, MANIFEST
+from reference_trainer.checksums import read_sealed, verify
+from reference_trainer.distributed import World
+from reference_trainer.errors import DamagedError, UserError
+from reference_trainer.logging.console import log
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, oldest first."""
+    return sorted(path.parent for path in directory.glob(f"step-*/{MANIFEST}"))
+
+
+def find_checkpoint(directory: Path, world: World) -> Path | None:
+    """Return `newest_sound` of the first process on every one; damages become warnings.
+
+    Raises:
+        SharedError: if there are complete checkpoints and all are damaged.
+    """
+
+    def sound() -> tuple[str | None, list[str]]:
+        newest, damages = newest_sound(directory)
+        return str(newest) if newest else None, damages
+
+    newest, damages = world.on_first(sound)
+    if world.first:
+        for damage in damages:
+            goes_on = f"going on from {Path(newest).name}" if newest else "beginning again"
+            log.warning(f"{damage}: {goes_on}")
+    return Path(newest) if newest else None
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest complete checkpoint whose files are as they were written.
+
+    Returns:
+        It, or None if there is no complete one at all; and what is wrong with newer ones, a line
+        for each: incomplete, as one that a crash cut short, or damaged.
+
+    Raises:
+        UserError: if there are complete ones, and each is damaged.
+    """
+    troubles, damaged = [], False
+    for found in sorted(directory.glob("step-*"), reverse=True):
+        if not (found / MANIFEST).exists():
+            troubles.append(f"{found} is incomplete")
+            continue
+        try:
+            check_files(found)
+        except DamagedError as error:
+            troubles.append(str(error))
+            damaged = True
+        else:
+            return found, troubles
+    if damaged:
+        raise UserError("; ".join(troubles))
+    return None, troubles
+
+
+def check_files(checkpoint: Path) -> None:
+    """Check that a complete checkpoint's files are as they were written.
+
+    Raises:
+        DamagedError: if a file is absent, damaged, of another version or not its own; it names it.
+    """
+    checksums = read_sealed(checkpoint / MANIFEST, format=FORMAT)["checksums"]
+    verify(checkpoint, checksums)
+    for file in checkpoint.glob("*.safetensors"):  # all of which are read
+        if file.name not in checksums:
+            raise DamagedError(f"{file} does not belong to its checkpoint")

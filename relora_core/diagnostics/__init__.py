@@ -1,0 +1,1 @@
+"""Ranks, spectra and summaries."""

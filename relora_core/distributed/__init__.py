@@ -1,0 +1,1 @@
+"""Processes: parts of tensors, DTensors, FSDP2 and consensus."""

@@ -1,0 +1,1 @@
+"""One low-rank site: its parametrization, made and unmade."""

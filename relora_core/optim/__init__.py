@@ -1,0 +1,1 @@
+"""The reset of an optimizer's state."""

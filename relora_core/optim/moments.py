@@ -1,0 +1,235 @@
+"""The moments of an optimizer's state, as values to rank and entries to zero."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora_core.distributed.local import local
+from relora_core.optim.copies import refuse_copies
+from relora_core.optim.layouts import (
+    StateLayout,
+    copies_beside,
+    copies_of_wrappers,
+    known_layout,
+    layout_of,
+    refuse_unfit,
+)
+from relora_core.optim.pruning import check_prunable, zero_where_
+from relora_core.optim.quantized import QuantizedMoment, TableMoment, is_quantized
+
+
+class Moment(Protocol):
+    """A running average, whatever it is kept as."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """What it is kept as, of the parameter's shape and sharded as it is."""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether every entry can be made zero by itself."""
+
+    def values(self) -> Tensor:
+        """Return what it stands for, floating point and sharded as `tensor`."""
+
+    def zero_where_(self, mask: Tensor) -> None:
+        """Zero the entries of this rank's part that `mask` marks; the others keep their bits."""
+
+
+@dataclass(frozen=True)
+class PlainMoment:
+    """A moment that is what it stands for."""
+
+    tensor: Tensor
+    has_zero: bool = True
+
+    def values(self) -> Tensor:
+        """Return the tensor."""
+        return self.tensor
+
+    def zero_where_(self, mask: Tensor) -> None:
+        """Zero the entries that `mask` marks."""
+        zero_where_(self.tensor, mask)
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """What a reset works on of one parameter.
+
+    Args:
+        index: of the parameter among those asked for.
+        parameter: itself.
+        moments: of its shape, the leading one first.
+        shared: statistics of other shapes.
+        copies: of its values.
+        state: the optimizer's own dict of it.
+        clock: keys of `state` that count steps, and where they begin.
+    """
+
+    index: int
+    parameter: nn.Parameter
+    moments: list[Moment]
+    shared: list[Tensor]
+    copies: list[Tensor]
+    state: dict[str, Any]
+    clock: Mapping[str, float]
+
+
+# One, or all that step a model.
+Optimizers = Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer]
+
+
+def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[ParameterState]:
+    """Return what there is to reset of each parameter.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper that keeps it as `optim`
+            (ZeroRedundancyOptimizer), `optimizer` (accelerate, Lightning) or in `optimizers`
+            (torchtitan); or several, in a list, tuple or dict.
+        params: some of their parameters. One that has no state yet, or whose state lies on another
+            rank, is passed over.
+
+    Raises:
+        ValueError: if a parameter is not the optimizer's, the optimizer cannot be reset, or its
+            state has undeclared keys.
+        TypeError: if it is no optimizer, or a moment is neither floating point nor in codes that
+            are known.
+    """
+    params, several = list(params), optimizers_of(optimizer)
+    inner = [one for outer in several for one in inner_optimizers(outer)]
+    for one in inner:
+        refuse_unfit(one)
+    for outer in several:
+        refuse_copies(layers_of(outer), params)
+    missing = len(params) - len(held_by(several, params))
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(params)} parameters are not in the optimizer: build it after "
+            "add_low_rank_ and fully_shard, from the parameters that require gradients, and give "
+            "all of several as a list. An engine that steps copies of its own (DeepSpeed's fp32 "
+            "masters) cannot restart: a redraw would not reach them"
+        )
+    found = []
+    for outer in several:
+        beside = {key for one in layers_of(outer) for key in copies_beside(type(one))}
+        for one in inner_optimizers(outer):
+            for index, p in enumerate(params):
+                # Never state[p]: it is a defaultdict, and an entry made by looking breaks others.
+                state = one.state.get(p)
+                if state:
+                    found.append(_state_of(one, index, p, state, beside))
+    return found
+
+
+def held_by(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return those of `params` that one of the optimizers steps."""
+    every = [one for outer in optimizers_of(optimizer) for one in layers_of(outer)]
+    held = {id(p) for one in every for group in one.param_groups for p in group["params"]}
+    return [p for p in params if id(p) in held]
+
+
+def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
+    """Return the optimizers that were given as one, in a list, tuple or dict.
+
+    Raises:
+        TypeError: if one is no optimizer.
+        ValueError: if there is none.
+    """
+    if isinstance(optimizer, Mapping):
+        several = list(optimizer.values())
+    elif hasattr(optimizer, "param_groups") or not isinstance(optimizer, Iterable):
+        several = [optimizer]
+    else:
+        several = list(optimizer)
+    for one in several:
+        if not hasattr(one, "param_groups"):
+            raise TypeError(
+                "optimizer must be a torch optimizer, a wrapper around one, or a list, tuple or "
+                f"dict of them; got {type(one).__name__}"
+            )
+    if not several:
+        raise ValueError("there is no optimizer: give those that step the factors")
+    return list({id(one): one for one in several}.values())
+
+
+def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yield the torch optimizers that hold the state behind `optimizer`.
+
+    A wrapper is one of them where it keeps states beside those of what is in it.
+    """
+    inside = _all_inside(optimizer)
+    states = [id(one.state) for one in inside if one is not None]
+    own = getattr(optimizer, "state", None)
+    if None in inside or (own and id(own) not in states):
+        yield optimizer
+    for one in inside:
+        if one is not None:
+            yield from inner_optimizers(one)
+
+
+def layers_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those inside of it, from the outermost to the innermost."""
+    inside = (one for one in _all_inside(optimizer) if one is not None)
+    return [optimizer, *(layer for one in inside for layer in layers_of(one))]
+
+
+def _all_inside(optimizer: Optimizer) -> list[Optimizer | None]:
+    several = getattr(optimizer, "optimizers", None)
+    return [_inside(optimizer)] if several is None else list(several)
+
+
+def _inside(optimizer: Optimizer) -> Optimizer | None:
+    for attribute in ("inner", "optim", "optimizer", "base", "base_optimizer", "_base_optimizer"):
+        one = getattr(optimizer, attribute, None)
+        if isinstance(one, Optimizer) and one is not optimizer:
+            return one
+    return None
+
+
+@torch.no_grad()
+def renew_copies_(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
+    """Set an optimizer's copies of `params`, which steps go on from, to what they are now."""
+    layout = known_layout(type(optimizer))
+    if layout is None:
+        return
+    for p in params:
+        for key in (*layout.copies, *(copies_of_wrappers() - layout.keys)):
+            copy = optimizer.state.get(p, {}).get(key)
+            if copy is not None:
+                local(copy).copy_(local(p))
+
+
+def _state_of(
+    optimizer: Optimizer, index: int, p: nn.Parameter, state: dict[str, Any], beside: set[str]
+) -> ParameterState:
+    layout = layout_of(optimizer, state, beside)
+
+    def present(keys: tuple[str, ...]) -> dict[str, Any]:
+        return {key: state[key] for key in keys if state.get(key) is not None}
+
+    leading, shared, copies = map(present, (layout.moments, layout.shared, layout.copies))
+    for what, found in (("moment", leading), ("copy", copies)):
+        for one in found.values():
+            if not isinstance(one, Tensor) or one.shape != p.shape:
+                raise ValueError(
+                    f"{type(optimizer).__name__}: a {what} must be a tensor of its parameter's "
+                    f"shape {tuple(p.shape)}; got {getattr(one, 'shape', type(one))}"
+                )
+    moments = [_moment(layout, key, state) for key in leading]
+    others = list(shared.values()), list(copies.values())
+    return ParameterState(index, p, moments, *others, state, layout.clock)
+
+
+def _moment(layout: StateLayout, key: str, state: dict[str, Any]) -> Moment:
+    tensor: Tensor = state[key]
+    table, scales = (state.get(k) for k in layout.codes.get(key, ("", "")))
+    if table is not None and scales is not None:
+        return TableMoment(tensor, table, scales)
+    if is_quantized(tensor):
+        return QuantizedMoment(tensor)
+    check_prunable(tensor)
+    return PlainMoment(tensor)

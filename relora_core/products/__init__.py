@@ -1,0 +1,1 @@
+"""Products with W + s·BA that is not formed."""

@@ -1,0 +1,1 @@
+"""The low-rank sites of a model."""

@@ -1,0 +1,1 @@
+"""A bank of experts, read in each way that a model may."""
