@@ -31,7 +31,7 @@ def on_site(text: str) -> str:
 class RepositoryLinks(Extension):
     """The extension."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - Markdown's name for it
+    def extendMarkdown(self, md: Markdown) -> None:
         """Have each page pass through `on_site` before anything else."""
         md.preprocessors.register(_Links(md), "repository-links", 1000)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import hypothesis
 import torch
 
-from relora_core.testing.ours import BATTERIES
-from relora_core.testing.runner import CI, DEEP
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.checks.runner import CI, DEEP
+from relora_core.testing.self_check import BATTERIES
+from relora_core.testing.subjects import PropertyError
 
 _EXAMPLES = """examples:
   python -m relora_core.testing
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         begun = time.monotonic()
         try:
             held = BATTERIES[name](profile)
-        except BrokenPromiseError as error:
+        except PropertyError as error:
             sys.stdout.write(f"{error}\n")
             return 1
         seconds = round(time.monotonic() - begun, 1)

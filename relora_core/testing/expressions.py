@@ -19,6 +19,8 @@ _SHORT = {
     "torch.optim": "torch.optim",
     "relora_core": "relora",
     "relora_core.testing": "testing",
+    "relora_core.testing.examples": "testing.examples",
+    "relora_core.testing.strategies": "testing.strategies",
 }
 _IMPORTS = {
     "nn": "from torch import nn",

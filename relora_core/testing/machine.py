@@ -19,8 +19,8 @@ from relora_core.schedule import JaggedLR, Restarts
 from relora_core.sites.site import low_rank_sites, merge_, reinit_
 from relora_core.sites.targets import add_low_rank_
 from relora_core.testing.algorithm import Algorithm1
-from relora_core.testing.jags import Jagged
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.properties.schedules import Jagged
+from relora_core.testing.subjects import PropertyError
 
 Restart = Callable[[nn.Module, Optimizer, float], object]
 
@@ -201,7 +201,7 @@ class RestartMachine(RuleBasedStateMachine):
         except ValueError:
             pass
         else:
-            raise BrokenPromiseError("a restart with NaN in A must raise a ValueError")
+            raise PropertyError("a restart with NaN in A must raise a ValueError")
         with torch.no_grad():
             site.lora_A.copy_(kept)
 
@@ -252,7 +252,7 @@ class RestartMachine(RuleBasedStateMachine):
             if reset.entries != entries or not (
                 share * entries - 8 <= reset.zeroed <= share * entries + 8
             ):
-                raise BrokenPromiseError(f"the report is untrue: {reset}")
+                raise PropertyError(f"the report is untrue: {reset}")
 
     def _made(self) -> _Run:
         model = self._model()
@@ -322,7 +322,7 @@ class RestartMachine(RuleBasedStateMachine):
     def _expect(what: str, actual: Tensor, expected: Tensor) -> None:
         error = (actual.detach() - expected.detach()).abs().max()
         if not error <= 1e-8 * (1 + expected.detach().abs().max()):
-            raise BrokenPromiseError(f"{what} differs from Algorithm 1 by {float(error):.3g}")
+            raise PropertyError(f"{what} differs from Algorithm 1 by {float(error):.3g}")
 
 
 def _smooth(step: int) -> float:

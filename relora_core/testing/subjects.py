@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from relora_core.sites.site import Site, low_rank_sites
 
 
-class BrokenPromiseError(AssertionError):
+class PropertyError(AssertionError):
     """A promise that does not hold: which, by how much, and the smallest case that shows it."""
 
 

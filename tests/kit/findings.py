@@ -11,7 +11,7 @@ from relora_core import testing
 
 def found(check, *arguments, **options):
     """Return the report of the promise that is broken."""
-    with pytest.raises(testing.BrokenPromiseError) as caught:
+    with pytest.raises(testing.PropertyError) as caught:
         check(*arguments, **options)
     return str(caught.value)
 

@@ -10,7 +10,7 @@ from torch import nn
 import relora_core as relora
 from relora_core import testing
 from relora_core.low_rank.register import remove_low_rank
-from relora_core.testing import lifetimes
+from relora_core.testing.properties import roundtrips as lifetimes
 from tests.kit.planted import layers
 
 
@@ -81,17 +81,17 @@ def test_it_tells_sound_from_broken(assertion, layer, message):
     events = [] if layer is layers.ZeroFactors else ["fill"]
     assertion(testing.lived(functools.partial(layers.Layer, **options), events), *x)
     model = testing.lived(functools.partial(layer, **options), events)
-    with pytest.raises(testing.BrokenPromiseError, match=message):
+    with pytest.raises(testing.PropertyError, match=message):
         assertion(model, *x)
 
 
 def test_a_copy_that_is_the_model_is_no_copy():
-    with pytest.raises(testing.BrokenPromiseError, match="a merge of a deep copy changed"):
+    with pytest.raises(testing.PropertyError, match="a merge of a deep copy changed"):
         testing.assert_copies_are_independent(Shared(inner=7), X)
 
 
 def test_a_state_dict_that_lacks_the_count_is_not_all():
-    with pytest.raises(testing.BrokenPromiseError, match="restart 1 after saving and loading"):
+    with pytest.raises(testing.PropertyError, match="restart 1 after saving and loading"):
         testing.assert_saves_and_loads(layers.CountIsNotSaved(), layers.CountIsNotSaved, X[:, :3])
 
 
@@ -108,7 +108,7 @@ def test_a_removal_that_does_not_cancel_is_none(breaks, message):
     testing.assert_removal_cancels(model, X)
     with (
         mock.patch.object(lifetimes, "remove_low_rank", lambda m, n, merge=True: breaks(m, n)),
-        pytest.raises(testing.BrokenPromiseError, match=message),
+        pytest.raises(testing.PropertyError, match=message),
     ):
         testing.assert_removal_cancels(model, X)
 

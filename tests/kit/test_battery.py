@@ -11,7 +11,7 @@ from torch import nn
 import relora_core as relora
 from relora_core import testing
 from relora_core.testing.__main__ import main
-from relora_core.testing.ours import BATTERIES
+from relora_core.testing.self_check import BATTERIES
 from tests.core.models import ByOperators
 from tests.core.optim.optimizers import OPTIMIZERS, quiet_and_eager
 
@@ -38,10 +38,10 @@ def test_every_optimizer_of_the_table_can_be_reset(name):
     if function is None:
         pytest.skip(f"torch {torch.__version__} has no {kind}")
     options = {key: st.just(value) for key, value in {"lr": 0.01, **row.options}.items()}
-    ratios = st.just(1.0) if "prune" in row.refused else testing.ratios()
+    ratios = st.just(1.0) if "prune" in row.refused else testing.strategies.ratios()
     with quiet_and_eager():
         held = testing.check_resettable(
-            testing.calls(function, **options),
+            testing.strategies.calls(function, **options),
             prune_ratios=ratios,
             sizes=st.just(row.shapes),
             profile=FEW,
@@ -83,7 +83,7 @@ def peft_sites(model):
 
 def test_layers_of_another_library_can_be_checked():
     """PEFT's merge is right; its draws come from the global generator, and the kit says so."""
-    with pytest.raises(testing.BrokenPromiseError) as caught:
+    with pytest.raises(testing.PropertyError) as caught:
         testing.check_low_rank(peft_model, sites=peft_sites, inputs=lambda model: torch.randn(3, 5))
     report = str(caught.value)
     assert report.startswith("broken: a redraw depends on its key alone")
@@ -97,7 +97,7 @@ class TestPlainModules:
             ByOperators, inputs=lambda model: torch.randn(3, 4), profile=FEW
         )
         assert len(held) == 13
-        block = testing.Call(nn.TransformerEncoderLayer, (4, 2, 5))
+        block = testing.strategies.Call(nn.TransformerEncoderLayer, (4, 2, 5))
         held = testing.check_low_rank(
             block,
             targets=["*linear*"],

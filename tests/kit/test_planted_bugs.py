@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 
 from relora_core import testing
-from relora_core.testing import lifetimes
-from relora_core.testing.restart_battery import _ALGORITHM, _LEFTOVERS
+from relora_core.testing.checks.restarts import _ALGORITHM, _LEFTOVERS
+from relora_core.testing.properties import roundtrips as lifetimes
 from tests.kit.findings import adamw, assert_code_repeats_it, found
 from tests.kit.planted import layers, resets, restarts, schedules
 
@@ -23,7 +23,7 @@ SIZES = {
 
 
 def drawn(planted_layer):
-    return testing.calls(planted_layer, **SIZES)
+    return testing.strategies.calls(planted_layer, **SIZES)
 
 
 LAYERS = {
@@ -105,7 +105,7 @@ def test_a_bug_of_a_reset_is_found(reset):
 
 def test_a_reset_of_8_bit_codes_is_found():
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    make = testing.calls(bnb.optim.AdamW8bit, lr=st.just(0.01))
+    make = testing.strategies.calls(bnb.optim.AdamW8bit, lr=st.just(0.01))
     sizes = st.just(((64, 80), (9,)))
     report = found(testing.check_resettable, make, reset=resets.of_codes, sizes=sizes)
     assert report.startswith("broken: a full reset leaves nothing")
@@ -114,7 +114,7 @@ def test_a_reset_of_8_bit_codes_is_found():
 
 def test_a_reset_of_all_that_has_the_parameter_s_shape_is_found():
     free = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
-    make = testing.calls(free.AdamWScheduleFree, lr=st.just(0.01))
+    make = testing.strategies.calls(free.AdamWScheduleFree, lr=st.just(0.01))
     report = found(testing.check_resettable, make, reset=resets.of_the_same_shape)
     assert report.startswith("broken: a full reset leaves nothing")
 
@@ -135,17 +135,21 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("jagged", SCHEDULES, ids=lambda jagged: jagged.__name__)
 def test_a_bug_of_a_schedule_is_found(jagged):
-    exponential = testing.calls(torch.optim.lr_scheduler.ExponentialLR, gamma=st.just(0.9))
+    exponential = testing.strategies.calls(
+        torch.optim.lr_scheduler.ExponentialLR, gamma=st.just(0.9)
+    )
     report = found(testing.check_schedule, jagged, inner=exponential)
     assert report.startswith(f"broken: {SCHEDULES[jagged]}")
     assert_code_repeats_it(report)
 
 
 def test_a_schedule_that_fails_over_one_of_torch_s_is_found():
-    sequences = testing.calls(testing.warmup_then_cosine, milestone=st.integers(1, 9))
+    sequences = testing.strategies.calls(
+        testing.examples.warmup_then_cosine, milestone=st.integers(1, 9)
+    )
     report = found(testing.check_schedule, schedules.Recursive, inner=sequences)
     assert "NotImplementedError" in report
-    assert "testing.warmup_then_cosine(optimizer, milestone=1)" in report
+    assert "testing.examples.warmup_then_cosine(optimizer, milestone=1)" in report
     assert_code_repeats_it(report)
 
 

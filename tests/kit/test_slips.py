@@ -61,7 +61,7 @@ class TestOfTheEnvironment:
 
     def test_a_profile_that_prints_blobs_leaves_the_program_alone(self):
         blobs = hypothesis.settings(testing.CI, print_blob=True)
-        with pytest.raises(testing.BrokenPromiseError) as caught:
+        with pytest.raises(testing.PropertyError) as caught:
             testing.check_restart(restarts.unpruned, profile=blobs)
         assert_code_repeats_it(str(caught.value))
 
@@ -82,7 +82,7 @@ class TestOfTheCaller:
     def test_a_wrong_factory_is_refused(self, make, error, message):
         with pytest.raises(error, match=message) as caught:
             testing.check_low_rank(make)
-        assert not isinstance(caught.value, testing.BrokenPromiseError)
+        assert not isinstance(caught.value, testing.PropertyError)
 
     def test_inputs_that_are_no_tensors_are_refused(self):
         with pytest.raises(TypeError, match=r"a tensor or a tuple of tensors.* got dict"):
@@ -278,14 +278,14 @@ class BufferCleared(layers.Layer):
 
 class TestOfAReset:
     def test_wiping_at_any_ratio_is_found_without_a_declaration(self):
-        make = testing.calls(Undeclared, lr=st.just(0.1), momentum=st.just(0.9))
+        make = testing.strategies.calls(Undeclared, lr=st.just(0.1), momentum=st.just(0.9))
         report = found(testing.check_resettable, make, reset=wiping)
         assert report.startswith("broken: a ratio zeroes its share")
         assert_code_repeats_it(report)
 
     def test_a_count_by_another_name_must_stay(self):
         relora.declare_moments(Counting, ["momentum_buffer"], clock={"t": 0})
-        make = testing.calls(Counting, lr=st.just(0.1), momentum=st.just(0.9))
+        make = testing.strategies.calls(Counting, lr=st.just(0.1), momentum=st.just(0.9))
         testing.check_resettable(make, profile=FEW)
         report = found(testing.check_resettable, make, reset=forgetting_the_count)
         assert report.startswith("broken: a reset leaves all else")

@@ -23,7 +23,7 @@ PUBLIC = pytest.mark.parametrize(
 )
 # What calls return, raise or are given: shown by them.
 PLAIN_DATA = {"ResetReport", "RestartReport", "Site", "Held", "LowRankSite"}
-ERRORS = {"BrokenPromiseError", "OutOfStepError"}
+ERRORS = {"PropertyError", "OutOfStepError"}
 NO_ARGUMENTS = {*ERRORS, "LowRankSite"}  # errors, and a protocol
 
 

@@ -5,10 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from relora_core.testing.compare import disturbed, gradients_of, only_sites_change
 from relora_core.testing.inputs import fitting
 from relora_core.testing.subjects import (
-    BrokenPromiseError,
+    PropertyError,
     Sites,
     exact_update,
     exact_weight,
@@ -17,7 +16,7 @@ from relora_core.testing.subjects import (
     trained_scale,
     wide_copy,
 )
-from relora_core.testing.twin import DenseTwin
+from relora_core.testing.twin import DenseTwin, disturbed, gradients_of, only_sites_change
 
 
 def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> None:
@@ -32,7 +31,7 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -55,10 +54,10 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
                         site.redraw_()
                     A = site.lora_A.detach()
                     if site.lora_B.any() or not torch.equal(exact_weight(site), bases[name]):
-                        raise BrokenPromiseError(f"a redraw must zero B and leave W: {name!r}")
+                        raise PropertyError(f"a redraw must zero B and leave W: {name!r}")
                     again = any(A.shape == B.shape and torch.equal(A, B) for B in taken)
                     if again and A.numel() > 1:  # one entry may have two values only
-                        raise BrokenPromiseError(
+                        raise PropertyError(
                             f"redraw {number} of {name!r} gave an A that there was already: key it "
                             "by the site's name and by the number of the restart"
                         )
@@ -66,7 +65,7 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
                     draws[-1][f"{name} at redraw {number}"] = taken[-1]
     for which, A in draws[0].items():
         if not torch.equal(A, draws[1][which]):
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"two processes that had used torch's global generator differently drew another A "
                 f"of {which}: draw from a generator of its own, seeded by (seed, name, restart)"
             )
@@ -84,7 +83,7 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if a factor has none.
+        PropertyError: if a factor has none.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -102,7 +101,7 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
             for name, gradient in gradients_of(wide(*x), factors).items():
                 if not gradient.any() and dense[name].any():
                     when = f"after {cycle} restarts" if cycle else "at first"
-                    raise BrokenPromiseError(f"{which} of {name!r} has no gradient {when}")
+                    raise PropertyError(f"{which} of {name!r} has no gradient {when}")
                 if gradient.any():
                     with torch.no_grad():
                         factors[name].sub_(gradient * (0.1 / gradient.norm()))
@@ -121,7 +120,7 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -143,11 +142,11 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
             change = (exact_weight(site) - first).flatten(bank + 1)
             found = int(torch.linalg.matrix_rank(change, rtol=1e-6).max())
             if found > k * rank:
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}"
                 )
             if k > 1 and found <= before < most:
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}, "
                     f"and by {before} after one less: A must be drawn anew"
                 )

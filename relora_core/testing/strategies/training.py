@@ -10,7 +10,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch.optim import lr_scheduler
 
 from relora_core.schedule import Restarts
-from relora_core.testing.curves import (
+from relora_core.testing.examples import (
     constant_times_exponential,
     inverse_time,
     nineteen_twentieths,

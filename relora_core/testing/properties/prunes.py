@@ -3,15 +3,17 @@
 import torch
 
 from relora_core.optim.reset import ResetReport
-from relora_core.testing.optimizer_state import (
+from relora_core.testing.properties.resets import ResetFunction, reset_by_relora
+from relora_core.testing.subjects import PropertyError
+from relora_core.testing.training import (
+    OptimizerFactory,
+    Trained,
     first_moments_of,
     is_known,
     moments_of,
+    moved_without_gradient,
     shared_of,
 )
-from relora_core.testing.resets import ResetFunction, reset_by_relora
-from relora_core.testing.subjects import BrokenPromiseError
-from relora_core.testing.training import OptimizerFactory, Trained, moved_without_gradient
 
 
 def assert_full_reset_stands_still(
@@ -28,7 +30,7 @@ def assert_full_reset_stands_still(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if an entry moves.
+        PropertyError: if an entry moves.
 
     Examples:
         >>> assert_full_reset_stands_still(Trained(torch.optim.AdamW))
@@ -42,14 +44,14 @@ def assert_full_reset_stands_still(
     shared = shared_of(optimizer, params) if is_known(optimizer, params) else []
     moved = [int(mask.sum()) for mask in moved_without_gradient(optimizer, params)]
     if any(moved):
-        raise BrokenPromiseError(
+        raise PropertyError(
             f"after a full reset, a step with zero gradients moved {sum(moved)} of "
             f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
             "parameters, which a redraw did not reach; or it decays what has no gradient: then "
             "make it without)"
         )
     if any(bool(statistic.any()) for statistic in shared):
-        raise BrokenPromiseError("a full reset left statistics that entries of a moment share")
+        raise PropertyError("a full reset left statistics that entries of a moment share")
 
 
 def assert_prune_keeps_its_share(
@@ -73,7 +75,7 @@ def assert_prune_keeps_its_share(
         by_magnitude: whether the smallest must go; False for a reset that chooses otherwise.
 
     Raises:
-        BrokenPromiseError: if more or fewer are zeroed, others change, or the report is untrue.
+        PropertyError: if more or fewer are zeroed, others change, or the report is untrue.
 
     Examples:
         >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
@@ -87,22 +89,22 @@ def assert_prune_keeps_its_share(
     after = moments_of(optimizer, params)
     leading = list(zip(first, first_moments_of(optimizer, params), strict=False))
     if len(before) != len(after):
-        raise BrokenPromiseError(
+        raise PropertyError(
             f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
         )
     for old, new in zip(before, after, strict=True):
         count, zeros = old.numel(), int((new == 0).sum())
         most = ratio * count + 1 + int((old == 0).sum())
         if not ratio * count - 1 <= zeros <= most:
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"a reset of ratio {ratio:g} left {zeros} of a moment's {count} entries zero"
             )
         if bool(((new != old) & (new != 0)).any()):
-            raise BrokenPromiseError("a reset changed a moment's entry that it did not zero")
+            raise PropertyError("a reset changed a moment's entry that it did not zero")
     for old, new in leading if by_magnitude else []:
         gone, kept = old[new == 0].abs(), old[new != 0].abs()
         if gone.numel() and kept.numel() and gone.max() > kept.min():
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"a reset zeroed an entry of the first moment of magnitude {gone.max():.3g}, and "
                 f"kept one of {kept.min():.3g}"
             )
@@ -110,7 +112,7 @@ def assert_prune_keeps_its_share(
         counts = sum(int((new == 0).sum()) for new in after)
         already = sum(int((old == 0).sum()) for old in before)
         if not counts - already <= report.zeroed <= counts:
-            raise BrokenPromiseError(f"the report says {report.zeroed} zeroed; {counts} are zero")
+            raise PropertyError(f"the report says {report.zeroed} zeroed; {counts} are zero")
 
 
 def assert_any_size_is_pruned(
@@ -127,7 +129,7 @@ def assert_any_size_is_pruned(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if the share is another.
+        PropertyError: if the share is another.
 
     Examples:
         >>> from functools import partial
@@ -146,7 +148,7 @@ def _count_moving(case: Trained, ratio: float, reset: ResetFunction) -> None:
     for p, now, before in zip(params, moved, usual, strict=True):
         most, least = p.numel() * (1 - ratio) + 1, int(before.sum()) - p.numel() * ratio - 1
         if not least <= int(now.sum()) <= most:
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"after a reset of ratio {ratio:g}, a step with zero gradients moved "
                 f"{int(now.sum())} of {p.numel()} entries; without it, {int(before.sum())}"
             )

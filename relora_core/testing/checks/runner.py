@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase
 from hypothesis.strategies import SearchStrategy
 
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.subjects import PropertyError
 
 # Each is said, or hypothesis takes it from its own profile, another one where CI is set.
 _COMMON: dict[str, Any] = {
@@ -84,7 +84,7 @@ class Battery:
             show: returns the code that repeats that.
 
         Raises:
-            BrokenPromiseError: if it does not hold, of the smallest case that was found.
+            PropertyError: if it does not hold, of the smallest case that was found.
         """
         if promise in self.skip:
             return
@@ -126,11 +126,11 @@ class _Telling:
     ) -> None:
         if not isinstance(error, Exception):
             return
-        own = isinstance(error, BrokenPromiseError)
+        own = isinstance(error, PropertyError)
         said = str(error) if own else f"{type(error).__name__}: {error}"
         shown = "\n".join(f"    {line}".rstrip() for line in self.show(error).splitlines())
         before = "".join(f"\n  held: {one.promise} ({one.examples} examples)" for one in self.held)
-        raise BrokenPromiseError(
+        raise PropertyError(
             f"broken: {self.promise}\n  {said}\n\nThe smallest case that was found, as code:\n\n"
             f"{shown}\n{before}"
         ) from error

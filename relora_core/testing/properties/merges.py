@@ -7,18 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from relora_core.sites.site import Site
-from relora_core.testing.compare import (
-    close,
-    gradients_of,
-    only_sites_change,
-    same_outputs,
-    same_state,
-    state_of,
-)
 from relora_core.testing.inputs import fitting
 from relora_core.testing.subjects import (
-    BrokenPromiseError,
     LowRankSite,
+    PropertyError,
     Sites,
     exact_update,
     exact_weight,
@@ -28,7 +20,15 @@ from relora_core.testing.subjects import (
     trained_scale,
     wide_copy,
 )
-from relora_core.testing.twin import DenseTwin
+from relora_core.testing.twin import (
+    DenseTwin,
+    close,
+    gradients_of,
+    only_sites_change,
+    same_outputs,
+    same_state,
+    state_of,
+)
 
 
 def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) -> None:
@@ -40,7 +40,7 @@ def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if an output is another than the dense twin's.
+        PropertyError: if an output is another than the dense twin's.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -65,7 +65,7 @@ def assert_gradients_are_dense(
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if one is another, or W is trained.
+        PropertyError: if one is another, or W is trained.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -75,7 +75,7 @@ def assert_gradients_are_dense(
     found = sites(wide)
     for name, site in found.items():
         if site.weight.requires_grad:
-            raise BrokenPromiseError(f"W of {name!r} is trained: freeze it (requires_grad_(False))")
+            raise PropertyError(f"W of {name!r} is trained: freeze it (requires_grad_(False))")
     x = [t.detach().clone() for t in fitting(inputs, wide)]
     twin = DenseTwin(wide, sites)
     own: dict[str, Tensor] = {n: p for n, p in wide.named_parameters() if p.requires_grad}
@@ -104,7 +104,7 @@ def assert_merge_keeps_function(
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if an output moves.
+        PropertyError: if an output moves.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -130,7 +130,7 @@ def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> 
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -147,18 +147,18 @@ def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> 
     for name, site in found.items():
         W, dtype = bases[name]
         if site.weight is not W or W.dtype != dtype or W.requires_grad or W.grad_fn:
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"a merge must write into W, which stays a frozen Parameter: {name!r}"
             )
         error = (exact_weight(site) - expected[name]).abs()
         if not bool((error <= allowed[name]).all()):
             worst = int((error / allowed[name].clamp(min=1e-300)).argmax())
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"a merge left W of {name!r} {error.flatten()[worst].item():.3g} away from "
                 f"W + s B A; rounding explains {allowed[name].flatten()[worst].item():.3g}"
             )
         if exact_update(site).any():
-            raise BrokenPromiseError(f"a merge must zero B, or s B A counts twice: {name!r}")
+            raise PropertyError(f"a merge must zero B, or s B A counts twice: {name!r}")
 
 
 def assert_merge_is_idempotent(model: nn.Module, *, sites: Sites = find_sites) -> None:
@@ -169,7 +169,7 @@ def assert_merge_is_idempotent(model: nn.Module, *, sites: Sites = find_sites) -
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if the second merge changes anything.
+        PropertyError: if the second merge changes anything.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -198,7 +198,7 @@ def assert_merges_add_up(
         may_lose: the fraction that may be lost.
 
     Raises:
-        BrokenPromiseError: if more is lost.
+        PropertyError: if more is lost.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -222,7 +222,7 @@ def assert_merges_add_up(
         added = 1e-3 * norm * math.sqrt(10)
         lost = float((exact_weight(site) - first - total).norm()) / added
         if not lost <= may_lose:
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"ten small merges into W of {name!r} ({site.weight.dtype}) lost {lost:.0%} of "
                 "what they added: keep its fp32 value (split_bases_, or W in float32)"
             )

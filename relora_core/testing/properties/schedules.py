@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from relora_core.schedule import Restarts
 from relora_core.testing.expressions import as_factory, written
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.subjects import PropertyError
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 Jagged = Callable[[LRScheduler, Restarts], LRScheduler]
@@ -101,7 +101,7 @@ def assert_zero_at_restarts(case: Rates) -> None:
         case: the run.
 
     Raises:
-        BrokenPromiseError: if it is not, so that the merge meets a step of full size.
+        PropertyError: if it is not, so that the merge meets a step of full size.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -111,9 +111,7 @@ def assert_zero_at_restarts(case: Rates) -> None:
     for rates in case.of_jagged():
         for step, rate in enumerate(rates):
             if case.restarts.at(step) and rate != 0:
-                raise BrokenPromiseError(
-                    f"the rate at the restart of step {step} is {rate:g}, not 0"
-                )
+                raise PropertyError(f"the rate at the restart of step {step} is {rate:g}, not 0")
 
 
 def assert_smooth_outside_ramps(case: Rates) -> None:
@@ -123,7 +121,7 @@ def assert_smooth_outside_ramps(case: Rates) -> None:
         case: the run.
 
     Raises:
-        BrokenPromiseError: if the ramps have fed on themselves, or touched what they should not.
+        PropertyError: if the ramps have fed on themselves, or touched what they should not.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -133,7 +131,7 @@ def assert_smooth_outside_ramps(case: Rates) -> None:
     for rates, smooth in zip(case.of_jagged(), case.of_inner(), strict=True):
         for step, (rate, plain) in enumerate(zip(rates, smooth, strict=True)):
             if case.restarts.factor(step) == 1 and not math.isclose(rate, plain, rel_tol=1e-12):
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"the rate at step {step}, outside the ramps, is {rate:g}; the smooth "
                     f"schedule's is {plain:g}"
                 )
@@ -149,7 +147,7 @@ def assert_ramps_rise(case: Rates) -> None:
         case: the run.
 
     Raises:
-        BrokenPromiseError: if it is negative, larger than the smooth schedule is anywhere in the
+        PropertyError: if it is negative, larger than the smooth schedule is anywhere in the
             ramp, or does not rise.
 
     Examples:
@@ -163,7 +161,7 @@ def assert_ramps_rise(case: Rates) -> None:
             reach = clock.warmup + clock.anneal
             largest = max(smooth[max(0, step - reach) : step + reach + 1])
             if not 0 <= rate <= largest * (1 + 1e-12):
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"the rate at step {step} is {rate:g}; around it the smooth schedule's is "
                     f"{largest:g} at most"
                 )
@@ -171,7 +169,7 @@ def assert_ramps_rise(case: Rates) -> None:
             if warming and smooth[step - 1] > 0 and smooth[step] > 0:
                 before, share = rates[step - 1] / smooth[step - 1], rate / smooth[step]
                 if not before < share:
-                    raise BrokenPromiseError(
+                    raise PropertyError(
                         f"after the restart, the rate's share of the smooth one goes from "
                         f"{before:g} to {share:g} at step {step}: it must rise until the end of "
                         "the warm-up"
@@ -185,7 +183,7 @@ def assert_rate_is_told(case: Rates) -> None:
         case: the run.
 
     Raises:
-        BrokenPromiseError: if it is another.
+        PropertyError: if it is another.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -196,7 +194,7 @@ def assert_rate_is_told(case: Rates) -> None:
     for rates, own in zip(case.of_jagged(), told, strict=True):
         for step, (rate, said) in enumerate(zip(rates, own, strict=True)):
             if rate != said:
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"at step {step} get_last_lr() says {said:g}, and the rate is {rate:g}"
                 )
 
@@ -209,7 +207,7 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
         at: the step at which schedule and optimizer are saved and loaded.
 
     Raises:
-        BrokenPromiseError: if a later rate is another.
+        PropertyError: if a later rate is another.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -219,7 +217,7 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
     for rates, resumed in zip(case.of_jagged(), case.of_jagged(saved_at=at), strict=True):
         for step, (rate, again) in enumerate(zip(rates, resumed, strict=True)):
             if rate != again:
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"saved and loaded at step {at}, the schedule gives {again:g} at step {step}; "
                     f"never saved, {rate:g}"
                 )
@@ -233,7 +231,7 @@ def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
         at: the step before which the rates are halved by hand, outside the ramps.
 
     Raises:
-        BrokenPromiseError: if a later rate outside the ramps is another than the smooth one's.
+        PropertyError: if a later rate outside the ramps is another than the smooth one's.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -246,7 +244,7 @@ def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
         for step in range(at, case.steps):
             full = case.restarts.factor(step) == 1
             if full and not math.isclose(rates[step], smooth[step], rel_tol=1e-12):
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"halved by hand before step {at}, the rate at step {step} is "
                     f"{rates[step]:g}; the smooth schedule's is {smooth[step]:g}"
                 )

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from relora_core._torch_private import DispatchMode, leaves, writes
 from relora_core.sites.site import Site, low_rank_sites
 from relora_core.sites.targets import add_low_rank_
-from relora_core.testing.compare import same_state, state_of
 from relora_core.testing.machine import Restart
-from relora_core.testing.subjects import BrokenPromiseError
+from relora_core.testing.subjects import PropertyError
+from relora_core.testing.twin import same_state, state_of
 
 
 def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
@@ -24,7 +24,7 @@ def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
         seed: of the weights and of the data.
 
     Raises:
-        BrokenPromiseError: if the next step would use it.
+        PropertyError: if the next step would use it.
 
     Examples:
         >>> from relora_core import restart_
@@ -41,7 +41,7 @@ def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
     for name, site in low_rank_sites(model):
         for which, p in (("lora_A", site.lora_A), ("lora_B", site.lora_B)):
             if p.grad is not None and p.grad.any():
-                raise BrokenPromiseError(
+                raise PropertyError(
                     f"{which} of {name!r} still has a gradient of the factor that it was"
                 )
 
@@ -54,7 +54,7 @@ def assert_frozen_moments_are_reset(restart: Restart, *, seed: int = 0) -> None:
         seed: of the weights and of the data.
 
     Raises:
-        BrokenPromiseError: if a full reset leaves some.
+        PropertyError: if a full reset leaves some.
 
     Examples:
         >>> from relora_core import restart_
@@ -64,7 +64,7 @@ def assert_frozen_moments_are_reset(restart: Restart, *, seed: int = 0) -> None:
     frozen = _sites(model)[0].lora_A.requires_grad_(False)
     restart(model, optimizer, 1.0)
     if optimizer.state[frozen]["exp_avg"].any():
-        raise BrokenPromiseError("a frozen A was redrawn, and the moments of the old one are kept")
+        raise PropertyError("a frozen A was redrawn, and the moments of the old one are kept")
 
 
 def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
@@ -75,7 +75,7 @@ def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
         seed: of the weights and of the data.
 
     Raises:
-        BrokenPromiseError: if a merge has changed it.
+        PropertyError: if a merge has changed it.
 
     Examples:
         >>> from relora_core import restart_
@@ -90,7 +90,7 @@ def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
     if _refused(restart, whole, optimizer):
         same_state(_copied(whole, optimizer), before, "a restart that refuses a tie has changed")
     elif not torch.equal(owner.W, kept):
-        raise BrokenPromiseError("a merge has changed a module that shares W with a site")
+        raise PropertyError("a merge has changed a module that shares W with a site")
 
 
 def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> None:
@@ -101,7 +101,7 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
         seed: of the weights and of the data.
 
     Raises:
-        BrokenPromiseError: if one has kept its moments, or a refusal has changed something.
+        PropertyError: if one has kept its moments, or a refusal has changed something.
 
     Examples:
         >>> from relora_core import restart_
@@ -125,7 +125,7 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
         return
     for one, params in zip(several, factors, strict=True):
         if any(one.state[p]["exp_avg"].any() for p in params):
-            raise BrokenPromiseError("of two optimizers one has kept its moments")
+            raise PropertyError("of two optimizers one has kept its moments")
 
 
 def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
@@ -139,7 +139,7 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
         seed: of the weights and of the data.
 
     Raises:
-        BrokenPromiseError: if the next call goes on from another function.
+        PropertyError: if the next call goes on from another function.
 
     Examples:
         >>> from relora_core import restart_
@@ -156,7 +156,7 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
         if not breaks.broke:
             return
         if not _refused(restart, one, its) and (one(x) - expected).abs().max() > 1e-8:
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"broken off at operation {operation}, a restart has changed the function, and the "
                 "next one goes on from there"
             )

@@ -8,11 +8,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from relora_core.testing import leftovers
+from relora_core.testing.checks.runner import CI, Battery, Held
 from relora_core.testing.expressions import code, written
-from relora_core.testing.jags import Jagged
 from relora_core.testing.machine import Restart, RestartMachine, restart_by_relora
-from relora_core.testing.runner import CI, Battery, Held
+from relora_core.testing.properties import restarts as leftovers
+from relora_core.testing.properties.schedules import Jagged
 
 _BEGIN = "state = Machine()"  # of the steps of a machine's run, which are notes of the error
 
@@ -50,7 +50,7 @@ def check_restart(
         What held, and on how many examples.
 
     Raises:
-        BrokenPromiseError: if it is another algorithm, with the shortest run of it that was found.
+        PropertyError: if it is another algorithm, with the shortest run of it that was found.
 
     Examples:
         >>> held = check_restart(profile=hypothesis.settings(CI, max_examples=2))

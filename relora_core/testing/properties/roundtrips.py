@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from relora_core.files.weights import merged_state_dict
 from relora_core.low_rank.register import low_rank_tensors, register_low_rank, remove_low_rank
 from relora_core.sites.site import low_rank_sites
-from relora_core.testing.compare import disturbed, same_outputs, same_state, state_of
 from relora_core.testing.inputs import fitting, outputs
-from relora_core.testing.subjects import BrokenPromiseError, Sites, find_sites, wide_copy
+from relora_core.testing.subjects import PropertyError, Sites, find_sites, wide_copy
+from relora_core.testing.twin import disturbed, same_outputs, same_state, state_of
 
 
 def assert_saves_and_loads(
@@ -30,7 +30,7 @@ def assert_saves_and_loads(
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -47,9 +47,7 @@ def assert_saves_and_loads(
         with torch.no_grad():
             for y, again in zip(outputs(one(*x)), outputs(other(*x)), strict=True):
                 if not torch.equal(y, again):
-                    raise BrokenPromiseError(
-                        "a model that loaded the state dict computes otherwise"
-                    )
+                    raise PropertyError("a model that loaded the state dict computes otherwise")
     for number in (1, 2):
         for process, which in enumerate((one, other)):
             with disturbed(process):
@@ -73,7 +71,7 @@ def assert_copies_are_independent(
         sites: finds the sites of layers of your own.
 
     Raises:
-        BrokenPromiseError: if one does.
+        PropertyError: if one does.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -104,7 +102,7 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
         inputs: of one call of it.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -122,10 +120,10 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
         remove_low_rank(site.module, site.tensor_name)
     again = list(plain.named_parameters())
     if [name for name, *_ in first] != [name for name, _ in again]:
-        raise BrokenPromiseError("register and remove changed the Parameters' names or their order")
+        raise PropertyError("register and remove changed the Parameters' names or their order")
     for (name, p, value), (_, same) in zip(first, again, strict=True):
         if p is not same or not torch.equal(value, same.detach()):
-            raise BrokenPromiseError(
+            raise PropertyError(
                 f"register and remove changed {name!r}, or put another in its place"
             )
 
@@ -147,7 +145,7 @@ def assert_export_is_merged(model: nn.Module) -> None:
         model: with low-rank sites.
 
     Raises:
-        BrokenPromiseError: if not.
+        PropertyError: if not.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -162,11 +160,11 @@ def assert_export_is_merged(model: nn.Module) -> None:
         found = merged_state_dict(wrapped)
         if found.keys() != plain.keys():
             other = sorted(found.keys() ^ plain.keys())
-            raise BrokenPromiseError(f"an export has other names than the plain module: {other}")
+            raise PropertyError(f"an export has other names than the plain module: {other}")
         for name, value in plain.items():
             tensors = isinstance(value, Tensor)
             if not (torch.equal(found[name], value) if tensors else found[name] == value):
-                raise BrokenPromiseError(f"{name} of an export is not what a merge makes of it")
+                raise PropertyError(f"{name} of an export is not what a merge makes of it")
 
 
 class _Delegating(nn.Module):

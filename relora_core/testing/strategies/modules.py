@@ -12,9 +12,7 @@ from relora_core.low_rank.register import register_low_rank
 from relora_core.sites.bases import split_bases_
 from relora_core.sites.site import low_rank_sites
 from relora_core.sites.targets import add_low_rank_
-from relora_core.testing.expressions import Call
-from relora_core.testing.history import EVENTS, Event
-from relora_core.testing.small_layers import (
+from relora_core.testing.examples import (
     Experts,
     NormalizedLinear,
     Residual,
@@ -23,6 +21,8 @@ from relora_core.testing.small_layers import (
     TiedHead,
     TransposedLinear,
 )
+from relora_core.testing.expressions import Call
+from relora_core.testing.history import EVENTS, Event
 
 # Small, prime, one, and far apart: a matrix of 1 x 31, say.
 _SIZES = st.sampled_from([1, 2, 3, 5, 7, 31])
@@ -85,7 +85,7 @@ def low_rank_modules(
     Examples:
         >>> from hypothesis import find
         >>> find(low_rank_modules(), lambda call: "TiedHead" in repr(call))
-        relora.add_low_rank_(testing.TiedHead(2, 1), 'mix', rank=1)
+        relora.add_low_rank_(testing.examples.TiedHead(2, 1), 'mix', rank=1)
     """
     dtype = draw(st.sampled_from(list(dtypes)))
     targets: Any = "*"

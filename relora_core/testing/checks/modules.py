@@ -14,12 +14,13 @@ from torch import nn
 from relora_core.low_rank.parametrization import LowRank
 from relora_core.sites.site import low_rank_sites
 from relora_core.sites.targets import add_low_rank_
-from relora_core.testing import lifetimes, merges, redraws
+from relora_core.testing.checks.runner import CI, Battery, Held
 from relora_core.testing.expressions import Call, as_factory, code, written
 from relora_core.testing.history import Event, lived
 from relora_core.testing.inputs import Inputs, given_inputs, outputs
-from relora_core.testing.modules import histories, is_layer, with_sites
-from relora_core.testing.runner import CI, Battery, Held
+from relora_core.testing.properties import merges, redraws
+from relora_core.testing.properties import roundtrips as lifetimes
+from relora_core.testing.strategies.modules import histories, is_layer, with_sites
 from relora_core.testing.subjects import LowRankSite, Sites, find_sites, has_sites
 
 
@@ -108,7 +109,7 @@ def check_low_rank(
         What held, and on how many examples.
 
     Raises:
-        BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
         TypeError: if `make` makes no module, or one that is a site but for a name.
         ValueError: if `make` makes one module only, the model has no place for a site, or its

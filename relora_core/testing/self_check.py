@@ -11,13 +11,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_core.optim.optimizer import ResettableOptimizer
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
-from relora_core.testing.module_battery import check_low_rank
-from relora_core.testing.modules import low_rank_modules
-from relora_core.testing.reset_battery import check_resettable
-from relora_core.testing.restart_battery import check_restart
-from relora_core.testing.runner import Held
-from relora_core.testing.schedule_battery import check_schedule
-from relora_core.testing.strategies import calls, optimizers
+from relora_core.testing.checks.modules import check_low_rank
+from relora_core.testing.checks.resets import check_resettable
+from relora_core.testing.checks.restarts import check_restart
+from relora_core.testing.checks.runner import Held
+from relora_core.testing.checks.schedules import check_schedule
+from relora_core.testing.strategies.modules import low_rank_modules
+from relora_core.testing.strategies.training import calls, optimizers
 
 _HORIZON = 61  # steps, after which no schedule of the kit is looked at
 

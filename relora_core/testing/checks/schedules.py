@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from relora_core.schedule import Restarts
-from relora_core.testing import jags
+from relora_core.testing.checks.runner import CI, Battery, Held
 from relora_core.testing.expressions import Call, code
-from relora_core.testing.jags import Jagged, Rates, Schedule
-from relora_core.testing.runner import CI, Battery, Held
-from relora_core.testing.strategies import clocks, schedules
+from relora_core.testing.properties import schedules as jags
+from relora_core.testing.properties.schedules import Jagged, Rates, Schedule
+from relora_core.testing.strategies.training import clocks, schedules
 
 _MORE = 12  # steps past the second restart
 _PROMISES: list[tuple[str, Callable[..., None]]] = [
@@ -53,7 +53,7 @@ def check_schedule(
         What held, and on how many examples.
 
     Raises:
-        BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
 
     Examples:

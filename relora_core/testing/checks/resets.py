@@ -8,11 +8,11 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from relora_core.testing import prunes, resets
+from relora_core.testing.checks.runner import CI, Battery, Held
 from relora_core.testing.expressions import Call, as_factory, code, written
-from relora_core.testing.resets import ResetFunction, reset_by_relora
-from relora_core.testing.runner import CI, Battery, Held
-from relora_core.testing.strategies import ratios, trained
+from relora_core.testing.properties import prunes, resets
+from relora_core.testing.properties.resets import ResetFunction, reset_by_relora
+from relora_core.testing.strategies.training import ratios, trained
 from relora_core.testing.training import OptimizerFactory, Trained
 
 _ANY_SIZE = "a ratio zeroes its share of more than 2**24 entries"
@@ -70,7 +70,7 @@ def check_resettable(
         What held, and on how many examples.
 
     Raises:
-        BrokenPromiseError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first promise that does not hold, with the smallest case that was
             found, as code that runs.
 
     Examples:

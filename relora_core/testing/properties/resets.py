@@ -9,18 +9,19 @@ from torch.optim import Optimizer
 
 from relora_core.optim.moments import inner_optimizers
 from relora_core.optim.reset import ResetReport, reset_optimizer_
-from relora_core.testing.optimizer_state import (
+from relora_core.testing.subjects import PropertyError
+from relora_core.testing.training import (
+    Trained,
     copied,
     equal,
     groups_of,
     is_known,
     is_plain,
     moments_of,
+    moved_without_gradient,
     scalars_of,
     states_of,
 )
-from relora_core.testing.subjects import BrokenPromiseError
-from relora_core.testing.training import Trained, moved_without_gradient
 
 ResetFunction = Callable[[Optimizer, list[nn.Parameter], float], object]
 
@@ -49,7 +50,7 @@ def assert_reset_leaves_the_rest(
         keeps_counts: whether the Parameter's own counts must stay.
 
     Raises:
-        BrokenPromiseError: if one changes.
+        PropertyError: if one changes.
 
     Examples:
         >>> assert_reset_leaves_the_rest(Trained(torch.optim.AdamW), ratio=0.9)
@@ -58,18 +59,18 @@ def assert_reset_leaves_the_rest(
     reset(optimizer, params[:1], ratio)
     for p, q in zip(params, same, strict=True):
         if not torch.equal(p, q):
-            raise BrokenPromiseError("a reset changed a Parameter: it is of the optimizer's state")
+            raise PropertyError("a reset changed a Parameter: it is of the optimizer's state")
     for p, q in zip(params[1:], same[1:], strict=True):
         if not equal(states_of(optimizer, p), states_of(twin, q)):
-            raise BrokenPromiseError("a reset changed the state of a Parameter that was not given")
+            raise PropertyError("a reset changed the state of a Parameter that was not given")
     if not equal(groups_of(optimizer), groups_of(twin)):
-        raise BrokenPromiseError("a reset changed a group's hyperparameters")
+        raise PropertyError("a reset changed a group's hyperparameters")
     if keeps_counts and not equal(scalars_of(optimizer, params[0]), scalars_of(twin, same[0])):
-        raise BrokenPromiseError("a reset changed the count of steps, or another number")
+        raise PropertyError("a reset changed the count of steps, or another number")
     case.step_(optimizer, params, case.steps)
     case.step_(twin, same, case.steps)
     if not all(torch.equal(p, q) for p, q in zip(params[1:], same[1:], strict=True)):
-        raise BrokenPromiseError("after a reset, a step moved the other Parameters otherwise")
+        raise PropertyError("after a reset, a step moved the other Parameters otherwise")
 
 
 def assert_next_step_is_bounded(
@@ -86,7 +87,7 @@ def assert_next_step_is_bounded(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if an entry leaps.
+        PropertyError: if an entry leaps.
 
     Examples:
         >>> assert_next_step_is_bounded(Trained(torch.optim.AdamW), ratio=0.9)
@@ -102,7 +103,7 @@ def assert_next_step_is_bounded(
     moved_without_gradient(optimizer, params)
     leap = _farthest(params, before)
     if not leap <= 4 * usual:
-        raise BrokenPromiseError(
+        raise PropertyError(
             f"after a reset, a step with zero gradients moved an entry by {leap:.3g}; before it, "
             f"steps moved them by {usual:.3g} at most: prune all moments of an entry together"
         )
@@ -122,7 +123,7 @@ def assert_reset_before_the_first_step(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if it makes state, or a step differs.
+        PropertyError: if it makes state, or a step differs.
 
     Examples:
         >>> assert_reset_before_the_first_step(Trained(torch.optim.AdamW))
@@ -132,12 +133,12 @@ def assert_reset_before_the_first_step(
     reset(optimizer, params, ratio)
     for one, other in zip(inner_optimizers(optimizer), inner_optimizers(twin), strict=True):
         if len(one.state) != len(other.state):
-            raise BrokenPromiseError("a reset before the first step made entries of the state")
+            raise PropertyError("a reset before the first step made entries of the state")
     for number in range(case.steps):
         case.step_(optimizer, params, number)
         case.step_(twin, same, number)
     if not all(torch.equal(p, q) for p, q in zip(params, same, strict=True)):
-        raise BrokenPromiseError("a reset before the first step changed later ones")
+        raise PropertyError("a reset before the first step changed later ones")
 
 
 def assert_reset_commutes_with_saving(
@@ -153,7 +154,7 @@ def assert_reset_commutes_with_saving(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if the Parameters differ.
+        PropertyError: if the Parameters differ.
 
     Examples:
         >>> assert_reset_commutes_with_saving(Trained(torch.optim.AdamW), ratio=0.9)
@@ -177,9 +178,7 @@ def assert_reset_commutes_with_saving(
         ends[order] = [p.detach().clone() for p in params]
     for order, values in ends.items():
         if not all(map(torch.equal, values, ends["never saved"])):
-            raise BrokenPromiseError(
-                f"an optimizer that was {order}, goes on otherwise than one never"
-            )
+            raise PropertyError(f"an optimizer that was {order}, goes on otherwise than one never")
 
 
 def can_hold_nan(case: Trained) -> bool:
@@ -203,7 +202,7 @@ def assert_nan_is_refused(
         reset: of (optimizer, params, ratio).
 
     Raises:
-        BrokenPromiseError: if it does not raise a ValueError, or the state changes.
+        PropertyError: if it does not raise a ValueError, or the state changes.
         ValueError: if the optimizer keeps no moment that could hold one.
 
     Examples:
@@ -221,11 +220,9 @@ def assert_nan_is_refused(
         reset(optimizer, params, ratio)
     except ValueError:
         if not equal([s for p in params for s in states_of(optimizer, p)], before):
-            raise BrokenPromiseError(
-                "a reset refused a NaN, and changed the state before"
-            ) from None
+            raise PropertyError("a reset refused a NaN, and changed the state before") from None
         return
-    raise BrokenPromiseError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
+    raise PropertyError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
 
 
 def _farthest(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:

@@ -1,0 +1,1 @@
+"""The checks: all properties of a subject in turn."""

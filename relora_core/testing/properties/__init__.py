@@ -1,0 +1,1 @@
+"""The properties, an assertion each."""
