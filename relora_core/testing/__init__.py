@@ -1,6 +1,6 @@
 """Property tests of merges, resets and schedules: of this library's, and of your own.
 
-`check_low_rank`, `check_resettable`, `check_schedule` and `check_restart` look at all properties of
+`check_low_rank`, `check_resettable`, `check_schedule` and `check_restart` check all properties of
 a subject. Each property is an assertion, which stands here too. `strategies` draw the examples, and
 `examples` has the layers and schedules that they draw. Needs hypothesis
 (`pip install 'relora-toolkit[testing]'`).

@@ -1,4 +1,4 @@
-"""`python -m relora_core.testing`: every promise of this library, on this machine and its torch."""
+"""`python -m relora_core.testing`: every property of this library, on this machine."""
 
 import argparse
 import json
@@ -11,21 +11,21 @@ import hypothesis
 import torch
 
 from relora_core.testing.checks.runner import CI, DEEP
-from relora_core.testing.self_check import BATTERIES
+from relora_core.testing.self_check import CHECKS
 from relora_core.testing.subjects import PropertyError
 
 _EXAMPLES = """examples:
   python -m relora_core.testing
-      every battery as in CI, in seconds
-  python -m relora_core.testing --examples 2100 --out promises.jsonl
-      2100 new examples of each promise, over 100,000 in all, in about half an hour
+      every check as in CI, in seconds
+  python -m relora_core.testing --examples 2100 --out properties.jsonl
+      2100 new examples of each property, over 100,000 in all, in about half an hour
   python -m relora_core.testing --only JaggedCosine --examples 1000
-      one battery
+      one check
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run batteries, say what held, and return 0; or say what is broken, and return 1."""
+    """Run the checks and return 0, or 1 if a property is broken; both are printed."""
     parser = argparse.ArgumentParser(
         prog="python -m relora_core.testing",
         description=__doc__,
@@ -33,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--examples", type=int, help=f"of each promise, new ones; {CI.max_examples} known if absent"
+        "--examples",
+        type=int,
+        help=f"number of new examples of each property (default: {CI.max_examples} fixed ones)",
     )
-    parser.add_argument("--only", nargs="+", choices=BATTERIES, default=list(BATTERIES))
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--out", type=Path, help="JSON lines to write; it must not exist")
     given = parser.parse_args(arguments)
     if given.examples is not None and given.examples < 1:
@@ -51,18 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{name} ...\n")
         begun = time.monotonic()
         try:
-            held = BATTERIES[name](profile)
+            held = CHECKS[name](profile)
         except PropertyError as error:
             sys.stdout.write(f"{error}\n")
             return 1
         seconds = round(time.monotonic() - begun, 1)
         for one in held:
-            records.append({"battery": name, "promise": one.promise, "examples": one.examples})
-            sys.stdout.write(f"{one.examples:>8}  {name}: {one.promise}\n")
+            records.append({"battery": name, "promise": one.property, "examples": one.examples})
+            sys.stdout.write(f"{one.examples:>8}  {name}: {one.property}\n")
             total += one.examples
         records.append({"battery": name, "seconds": seconds})
     records.append({"examples": total, "broken": 0})
-    sys.stdout.write(f"{total:>8}  examples, no promise broken\n")
+    sys.stdout.write(f"{total:>8}  examples, no property broken\n")
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text("".join(json.dumps(record) + "\n" for record in records))

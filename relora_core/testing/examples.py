@@ -1,9 +1,23 @@
-"""Small modules that use their weights in ways of their own, for the strategies."""
+"""Small layers and schedules, the examples that strategies draw."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+
+__all__ = [
+    "Experts",
+    "NormalizedLinear",
+    "Residual",
+    "SelfAttention",
+    "SelfBilinear",
+    "TiedHead",
+    "TransposedLinear",
+    "constant_times_exponential",
+    "inverse_time",
+    "nineteen_twentieths",
+    "warmup_then_cosine",
+]
 
 
 def inverse_time(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The batteries over this library's own layers, optimizers, schedules and restarts."""
+"""The checks of this library's own layers, optimizers, schedules and restarts."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from relora_core.testing.checks.schedules import check_schedule
 from relora_core.testing.strategies.modules import low_rank_modules
 from relora_core.testing.strategies.training import calls, optimizers
 
-_HORIZON = 61  # steps, after which no schedule of the kit is looked at
+_HORIZON = 61  # steps, after which the kit checks no schedule
 
 
 def wrapped(params: list[nn.Parameter], *, lr: float) -> ResettableOptimizer:
@@ -40,7 +40,7 @@ def jagged_cosine(inner: LRScheduler, restarts: Restarts) -> LambdaLR:
 
 
 #: What `python -m relora_core.testing` runs, by name: each takes hypothesis' settings.
-BATTERIES: dict[str, Callable[[hypothesis.settings], list[Held]]] = {
+CHECKS: dict[str, Callable[[hypothesis.settings], list[Held]]] = {
     "low-rank modules": lambda profile: check_low_rank(low_rank_modules(), profile=profile),
     "low-rank modules in float16": lambda profile: check_low_rank(
         # A W of 16 bits that is not split loses most of small merges, as the documents say.

@@ -11,7 +11,7 @@ from relora_core.sites.site import Site, low_rank_sites
 
 
 class PropertyError(AssertionError):
-    """A promise that does not hold: which, by how much, and the smallest case that shows it."""
+    """A property that does not hold: which, by how much, and the smallest case that shows it."""
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from relora_core import testing
 
 
 def found(check, *arguments, **options):
-    """Return the report of the promise that is broken."""
+    """Return the report of the property that is broken."""
     with pytest.raises(testing.PropertyError) as caught:
         check(*arguments, **options)
     return str(caught.value)

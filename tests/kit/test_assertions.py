@@ -1,4 +1,4 @@
-"""Each assertion of a module's promises by itself: a sound layer passes, a broken one does not."""
+"""Each assertion by itself: a sound layer passes, a broken one does not."""
 
 import functools
 from unittest import mock

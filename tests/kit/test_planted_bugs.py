@@ -40,7 +40,7 @@ LAYERS = {
     layers.GlobalDraw: "a redraw depends on its key alone",
     layers.SameDraw: "a redraw depends on its key alone",
     layers.SpectralDraw: "a redraw depends on its key alone",
-    # Loaded, it draws again what it had: which promise sees it first depends on what is drawn.
+    # Loaded, it draws again what it had: which property sees it first depends on what is drawn.
     layers.CountIsNotSaved: (
         "a redraw depends on its key alone",
         "the rank grows with each restart",
@@ -58,8 +58,8 @@ def test_a_sound_layer_of_the_user_s_keeps_every_promise():
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_a_bug_of_a_layer_is_found(layer):
     report = found(testing.check_low_rank, drawn(layer))
-    promises = LAYERS[layer]
-    assert report.removeprefix("broken: ").startswith(promises)
+    properties = LAYERS[layer]
+    assert report.removeprefix("broken: ").startswith(properties)
     assert f"from tests.kit.planted.layers import {layer.__name__}" in report
     assert_code_repeats_it(report)
 
@@ -191,12 +191,12 @@ def test_what_outlives_a_restart_is_found(restart):
 
 
 @pytest.mark.parametrize(
-    "promise", ["what shares W keeps its value", "one that is broken off is finished or refused"]
+    "prop", ["what shares W keeps its value", "one that is broken off is finished or refused"]
 )
-def test_what_a_tutorial_s_restart_breaks_is_found(promise):
-    others = [other for other in _LEFTOVERS if other != promise]
+def test_what_a_tutorial_s_restart_breaks_is_found(prop):
+    others = [other for other in _LEFTOVERS if other != prop]
     report = found(testing.check_restart, restarts.by_hand, skip=[_ALGORITHM, *others])
-    assert report.startswith(f"broken: {promise}")
+    assert report.startswith(f"broken: {prop}")
     assert_code_repeats_it(report)
 
 

@@ -20,7 +20,7 @@ FEW = hypothesis.settings(testing.CI, max_examples=5)
 
 
 class Misnamed(layers.Layer):
-    """One name is another: it is no site, and its merge would never be looked at."""
+    """One name is another: it is no site, and its merge would never be checked."""
 
     def __init__(self):
         super().__init__()
@@ -91,14 +91,14 @@ class TestOfTheCaller:
             )
 
     def test_promises_to_skip_are_spelt_as_they_are(self):
-        with pytest.raises(ValueError, match="skip is a list of promises"):
+        with pytest.raises(ValueError, match="skip is a list of properties"):
             testing.check_schedule(relora.JaggedLR, skip=["the rate"])
 
     def test_those_to_skip_are_not_looked_at(self):
         skipped = ["a redraw depends on its key alone", "saving and loading commute with restarts"]
         held = testing.check_low_rank(layers.GlobalDraw, skip=skipped, profile=FEW)
         assert len(held) == 9
-        assert not {one.promise for one in held} & set(skipped)
+        assert not {one.property for one in held} & set(skipped)
 
     def test_views_in_place_of_parameters_are_refused(self):
         class Transposed(layers.Layer):
@@ -215,7 +215,7 @@ class TestOfNobody:
 
         relora.declare_moments(Own, ["momentum_buffer"], clock={})
         held = testing.check_resettable(functools.partial(Own, lr=0.1), profile=FEW)
-        assert "moments that hold NaN are refused" not in {one.promise for one in held}
+        assert "moments that hold NaN are refused" not in {one.property for one in held}
 
 
 RAMPS = {

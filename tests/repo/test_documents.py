@@ -80,8 +80,12 @@ def test_every_local_link_leads_somewhere(page):
 def test_the_names_that_are_documented_are_the_public_ones():
     for package, page in ((relora, "core"), (testing, "testing")):
         text = (ROOT / "docs/reference" / f"{page}.md").read_text()
-        named = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.MULTILINE)
-        assert sorted(named) == sorted(package.__all__)
+        named = re.findall(rf"^::: {package.__name__}\.([\w.]+)$", text, re.MULTILINE)
+        public = set(package.__all__)
+        for room in {"examples", "strategies"} & public:
+            public |= {f"{room}.{name}" for name in getattr(package, room).__all__}
+            public.remove(room)
+        assert sorted(named) == sorted(public)
 
 
 def test_every_page_lies_in_a_room_and_in_the_navigation():

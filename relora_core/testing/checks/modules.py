@@ -1,4 +1,4 @@
-"""The battery for modules with low-rank weights."""
+"""The check of modules with low-rank weights."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -14,7 +14,7 @@ from torch import nn
 from relora_core.low_rank.parametrization import LowRank
 from relora_core.sites.site import low_rank_sites
 from relora_core.sites.targets import add_low_rank_
-from relora_core.testing.checks.runner import CI, Battery, Held
+from relora_core.testing.checks.runner import CI, Checks, Held
 from relora_core.testing.expressions import Call, as_factory, code, written
 from relora_core.testing.history import Event, lived
 from relora_core.testing.inputs import Inputs, given_inputs, outputs
@@ -25,7 +25,7 @@ from relora_core.testing.subjects import LowRankSite, Sites, find_sites, has_sit
 
 
 @dataclass(frozen=True)
-class _Promise:
+class _Property:
     words: str
     assertion: Callable[..., None]
     inputs: bool = True  # whether it takes those of a call
@@ -34,37 +34,37 @@ class _Promise:
     ours: bool = False  # of this library's sites only
 
 
-_PROMISES = [
-    _Promise("it computes with W + s B A", merges.assert_is_dense),
-    _Promise("its gradients are those of W + s B A", merges.assert_gradients_are_dense),
-    _Promise("a merge keeps the function", merges.assert_merge_keeps_function),
-    _Promise(
+_PROPERTIES = [
+    _Property("it computes with W + s B A", merges.assert_is_dense),
+    _Property("its gradients are those of W + s B A", merges.assert_gradients_are_dense),
+    _Property("a merge keeps the function", merges.assert_merge_keeps_function),
+    _Property(
         "a merge adds s B A to W, rounds once, and zeroes B",
         merges.assert_merge_adds_update,
         inputs=False,
     ),
-    _Promise("merging twice is merging once", merges.assert_merge_is_idempotent, inputs=False),
-    _Promise("a redraw depends on its key alone", redraws.assert_redraw_is_keyed, inputs=False),
-    _Promise("every factor learns in every cycle", redraws.assert_learns, new=True),
-    _Promise(
+    _Property("merging twice is merging once", merges.assert_merge_is_idempotent, inputs=False),
+    _Property("a redraw depends on its key alone", redraws.assert_redraw_is_keyed, inputs=False),
+    _Property("every factor learns in every cycle", redraws.assert_learns, new=True),
+    _Property(
         "the rank grows with each restart, within its bound",
         redraws.assert_rank_grows,
         inputs=False,
     ),
-    _Promise("small merges are not lost", merges.assert_merges_add_up, inputs=False),
-    _Promise(
+    _Property("small merges are not lost", merges.assert_merges_add_up, inputs=False),
+    _Property(
         "saving and loading commute with restarts",
         lifetimes.assert_saves_and_loads,
         factory=True,
     ),
-    _Promise("forward passes and copies change nothing", lifetimes.assert_copies_are_independent),
-    _Promise(
+    _Property("forward passes and copies change nothing", lifetimes.assert_copies_are_independent),
+    _Property(
         "an export is the plain module's, merged",
         lifetimes.assert_export_is_merged,
         inputs=False,
         ours=True,
     ),
-    _Promise("register and remove cancel", lifetimes.assert_removal_cancels, ours=True),
+    _Property("register and remove cancel", lifetimes.assert_removal_cancels, ours=True),
 ]
 
 
@@ -85,7 +85,7 @@ def check_low_rank(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check everything that a module with low-rank weights promises.
+    """Check all properties of a module with low-rank weights.
 
     That it computes with W + s B A, and so do its gradients; that a merge keeps the function,
     rounds W once, changes nothing else, and can be done twice; that small merges are not lost;
@@ -102,14 +102,14 @@ def check_low_rank(
         sites: finds the sites of layers of your own, see `LowRankSite`.
         may_lose: the fraction that ten small merges may lose. A W of 16 bits that is not split
             loses about all: `math.inf` accepts it.
-        skip: promises that are not looked at.
+        skip: properties to leave out.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
         What held, and on how many examples.
 
     Raises:
-        PropertyError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first property that does not hold, with the smallest case that was
             found, as code that runs.
         TypeError: if `make` makes no module, or one that is a site but for a name.
         ValueError: if `make` makes one module only, the model has no place for a site, or its
@@ -118,7 +118,7 @@ def check_low_rank(
     Examples:
         >>> few = hypothesis.settings(CI, max_examples=2)
         >>> held = check_low_rank(lambda: nn.Linear(3, 2), profile=few)
-        >>> [one.promise for one in held][:2]
+        >>> [one.property for one in held][:2]
         ['it computes with W + s B A', 'its gradients are those of W + s B A']
     """
     if isinstance(make, SearchStrategy):
@@ -128,13 +128,13 @@ def check_low_rank(
             _try(make, targets, inputs, sites)
         factories = _sited(make, targets, sites)
     subject = _Subject(inputs, sites, may_lose)
-    battery = Battery(profile, [promise.words for promise in _PROMISES], skip)
-    for promise in _PROMISES:
-        events = st.just([]) if promise.new else histories()
+    checks = Checks(profile, [prop.words for prop in _PROPERTIES], skip)
+    for prop in _PROPERTIES:
+        events = st.just([]) if prop.new else histories()
         cases = st.builds(_Case, factories, events, st.integers(0, 3))
-        check = functools.partial(subject.check, promise)
-        battery.look(promise.words, cases, check, functools.partial(subject.show, promise))
-    return battery.held
+        check = functools.partial(subject.check, prop)
+        checks.check(prop.words, cases, check, functools.partial(subject.show, prop))
+    return checks.held
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,17 @@ class _Subject:
     sites: Sites
     may_lose: float
 
-    def check(self, promise: _Promise, case: _Case) -> bool:
+    def check(self, prop: _Property, case: _Case) -> bool:
         known: dict[str, Any] = {"inputs": self.inputs, "sites": self.sites}
         model = lived(case.make, case.events, seed=case.seed, **known)
-        if promise.ours and not any(low_rank_sites(model)):
+        if prop.ours and not any(low_rank_sites(model)):
             return False
-        factory = [case.make] if promise.factory else []
-        x = given_inputs(model, self.inputs, seed=case.seed) if promise.inputs else ()
-        promise.assertion(model, *factory, *x, **self._options(promise))
+        factory = [case.make] if prop.factory else []
+        x = given_inputs(model, self.inputs, seed=case.seed) if prop.inputs else ()
+        prop.assertion(model, *factory, *x, **self._options(prop))
         return True
 
-    def show(self, promise: _Promise, case: _Case) -> str:
+    def show(self, prop: _Property, case: _Case) -> str:
         """Return the code that does what `check` does."""
         inputs = "" if self.inputs is None else written(self.inputs)
         sites = "" if self.sites is find_sites else f", sites={written(self.sites)}"
@@ -161,19 +161,19 @@ class _Subject:
         events = f"{case.events!r}, seed={case.seed}"
         lines = [f"factory = {as_factory(case.make)}"]
         lines.append(f"model = testing.lived(factory, {events}{known})")
-        arguments = ["model", "factory"] if promise.factory else ["model"]
-        if promise.inputs:
+        arguments = ["model", "factory"] if prop.factory else ["model"]
+        if prop.inputs:
             given = ", ".join(["model", *filter(None, [inputs]), f"seed={case.seed}"])
             lines.append(f"x = testing.given_inputs({given})")
             arguments.append("*x")
-        options = {k: v for k, v in self._options(promise).items() if v is not find_sites}
+        options = {k: v for k, v in self._options(prop).items() if v is not find_sites}
         arguments += [f"{key}={written(value)}" for key, value in options.items()]
-        lines.append(f"testing.{promise.assertion.__name__}({', '.join(arguments)})")
+        lines.append(f"testing.{prop.assertion.__name__}({', '.join(arguments)})")
         return code(lines, case.make, self.inputs, self.sites)
 
-    def _options(self, promise: _Promise) -> dict[str, Any]:
-        options: dict[str, Any] = {} if promise.ours else {"sites": self.sites}
-        if promise.assertion is merges.assert_merges_add_up:
+    def _options(self, prop: _Property) -> dict[str, Any]:
+        options: dict[str, Any] = {} if prop.ours else {"sites": self.sites}
+        if prop.assertion is merges.assert_merges_add_up:
             options["may_lose"] = self.may_lose
         return options
 
@@ -193,7 +193,7 @@ def _sited(
 def _try(
     make: Callable[[], nn.Module], targets: str | list[str], inputs: Inputs | None, sites: Sites
 ) -> None:
-    """Raise what is the caller's slip, and no broken promise."""
+    """Raise what is the caller's slip, and no property that fails."""
     if not callable(make) or isinstance(make, nn.Module):
         raise TypeError(
             "make is a factory: a function of no arguments that returns a new module; got "
@@ -214,14 +214,14 @@ def _try(
 
 
 def _refuse_a_near_miss(model: nn.Module, sites: Sites) -> None:
-    """Raise if a module looks like a site and is none: its merge would never be looked at."""
+    """Raise if a module looks like a site and is none: its merge would never be checked."""
     marks = ("weight", "lora_A", "lora_B", "scale", "merge_", "redraw_")
     for name, module in model.named_modules():
         has = [mark for mark in marks if hasattr(module, mark)]
         own = isinstance(module, LowRankSite | LowRank)
         if sites is find_sites and {"lora_A", "lora_B"} & set(has) and not own:
             raise TypeError(
-                f"{type(module).__name__} {name!r} has {', '.join(has)}, but to be looked at as a "
+                f"{type(module).__name__} {name!r} has {', '.join(has)}, but to be checked as a "
                 f"low-rank layer it lacks {', '.join(mark for mark in marks if mark not in has)}: "
                 "add it, or give sites= (see LowRankSite)"
             )

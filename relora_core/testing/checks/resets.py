@@ -1,4 +1,4 @@
-"""The battery for optimizers and resets of them."""
+"""The check of optimizers and of their resets."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -8,7 +8,7 @@ import hypothesis
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from relora_core.testing.checks.runner import CI, Battery, Held
+from relora_core.testing.checks.runner import CI, Checks, Held
 from relora_core.testing.expressions import Call, as_factory, code, written
 from relora_core.testing.properties import prunes, resets
 from relora_core.testing.properties.resets import ResetFunction, reset_by_relora
@@ -17,7 +17,7 @@ from relora_core.testing.training import OptimizerFactory, Trained
 
 _ANY_SIZE = "a ratio zeroes its share of more than 2**24 entries"
 # In words; the assertion; whether it takes a ratio.
-_PROMISES: list[tuple[str, Callable[..., None], bool]] = [
+_PROPERTIES: list[tuple[str, Callable[..., None], bool]] = [
     (
         "a full reset leaves nothing by which a step could move",
         prunes.assert_full_reset_stands_still,
@@ -47,7 +47,7 @@ def check_resettable(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check everything that an optimizer and a reset of its moments promise.
+    """Check all properties of an optimizer and of a reset of its moments.
 
     That a full reset leaves nothing by which a step could move; that a ratio zeroes its share,
     ties or none, beyond 2**24 entries too, and keeps the bits of the rest; that other Parameters,
@@ -63,14 +63,14 @@ def check_resettable(
         by_magnitude: whether the smallest entries must go; False for a reset that chooses
             otherwise.
         keeps_counts: whether counts of steps must stay; False for a reset that begins them anew.
-        skip: promises that are not looked at.
+        skip: properties to leave out.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
         What held, and on how many examples.
 
     Raises:
-        PropertyError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first property that does not hold, with the smallest case that was
             found, as code that runs.
 
     Examples:
@@ -78,7 +78,7 @@ def check_resettable(
         >>> make = lambda params: torch.optim.AdamW(params, lr=0.01)
         >>> few = hypothesis.settings(CI, max_examples=2)
         >>> held = check_resettable(make, prune_ratios=ratios(), profile=few)
-        >>> held[0].promise
+        >>> held[0].property
         'a full reset leaves nothing by which a step could move'
     """
     factories = make if isinstance(make, SearchStrategy) else st.just(make)
@@ -87,20 +87,20 @@ def check_resettable(
         prunes.assert_prune_keeps_its_share: {"by_magnitude": by_magnitude},
         resets.assert_reset_leaves_the_rest: {"keeps_counts": keeps_counts},
     }
-    battery = Battery(profile, [*(words for words, *_ in _PROMISES), _ANY_SIZE], skip)
-    for words, assertion, takes_ratio in _PROMISES:
+    checks = Checks(profile, [*(words for words, *_ in _PROPERTIES), _ANY_SIZE], skip)
+    for words, assertion, takes_ratio in _PROPERTIES:
         fixed = {key: st.just(value) for key, value in rules.get(assertion, {}).items()}
         options = st.fixed_dictionaries({**({"ratio": share} if takes_ratio else {}), **fixed})
         cases = st.tuples(trained(factories, sizes), options)
         check = functools.partial(_check, assertion, reset)
-        battery.look(words, cases, check, functools.partial(_show, assertion, reset))
+        checks.check(words, cases, check, functools.partial(_show, assertion, reset))
     if sizes is None:
         once = hypothesis.settings(profile, max_examples=1)
         large = st.tuples(factories, share.filter(lambda ratio: ratio >= 0.5))
         check_large = functools.partial(_check_large, reset)
-        battery = Battery(once, [_ANY_SIZE], [p for p in skip if p == _ANY_SIZE], battery.held)
-        battery.look(_ANY_SIZE, large, check_large, functools.partial(_show_large, reset))
-    return battery.held
+        checks = Checks(once, [_ANY_SIZE], [p for p in skip if p == _ANY_SIZE], checks.held)
+        checks.check(_ANY_SIZE, large, check_large, functools.partial(_show_large, reset))
+    return checks.held
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""The battery for whole restarts: a machine against Algorithm 1, and leftovers of old factors."""
+"""The check of whole restarts: against Algorithm 1, and for leftovers of old factors."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from relora_core.testing.checks.runner import CI, Battery, Held
+from relora_core.testing.checks.runner import CI, Checks, Held
 from relora_core.testing.expressions import code, written
 from relora_core.testing.machine import Restart, RestartMachine, restart_by_relora
 from relora_core.testing.properties import restarts as leftovers
@@ -43,7 +43,7 @@ def check_restart(
     Args:
         restart: of (model, optimizer, ratio), if it is not this library's `restart_`.
         jagged: makes the schedule from a smooth one and the clock.
-        skip: promises that are not looked at.
+        skip: properties to leave out.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
@@ -54,7 +54,7 @@ def check_restart(
 
     Examples:
         >>> held = check_restart(profile=hypothesis.settings(CI, max_examples=2))
-        >>> [one.promise for one in held][:2]  # doctest: +NORMALIZE_WHITESPACE
+        >>> [one.property for one in held][:2]  # doctest: +NORMALIZE_WHITESPACE
         ['a training is Algorithm 1, whatever interrupts it',
          'no gradient of the old factors is used']
     """
@@ -67,20 +67,20 @@ def check_restart(
             begun += 1
 
     Machine.restart, Machine.jagged = staticmethod(restart), staticmethod(jagged)
-    battery = Battery(profile, [_ALGORITHM, *_LEFTOVERS], skip)
+    checks = Checks(profile, [_ALGORITHM, *_LEFTOVERS], skip)
     if _ALGORITHM not in skip:
-        told = battery.telling(_ALGORITHM, functools.partial(_show, restart, jagged))
+        told = checks.telling(_ALGORITHM, functools.partial(_show, restart, jagged))
         with torch.random.fork_rng(devices=[]), told:
             # The steps of the shortest run are among the notes that it makes then.
             normal = hypothesis.Verbosity.normal
             noted = hypothesis.settings(profile, verbosity=normal, print_blob=False)
             run_state_machine_as_test(Machine, settings=noted)
-        battery.held.append(Held(_ALGORITHM, begun))
-    for promise, assertion in _LEFTOVERS.items():
+        checks.held.append(Held(_ALGORITHM, begun))
+    for prop, assertion in _LEFTOVERS.items():
         check = functools.partial(_check, restart, assertion)
         show = functools.partial(_show_leftover, restart, assertion)
-        battery.look(promise, st.integers(0, 3), check, show)
-    return battery.held
+        checks.check(prop, st.integers(0, 3), check, show)
+    return checks.held
 
 
 def _check(restart: Restart, assertion: Callable[..., None], seed: int) -> bool:

@@ -1,4 +1,4 @@
-"""Looks at one promise after another, down to the smallest case that breaks it."""
+"""Properties checked in turn, each down to the smallest case that breaks it."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -32,25 +32,25 @@ Case = TypeVar("Case")
 
 @dataclass(frozen=True)
 class Held:
-    """A promise that held.
+    """A property that held.
 
     Args:
-        promise: in words.
-        examples: on how many it was looked at.
+        property: in words.
+        examples: number of examples that it was checked on.
     """
 
-    promise: str
+    property: str
     examples: int
 
 
 @dataclass
-class Battery:
-    """Promises that are looked at in turn.
+class Checks:
+    """Properties that are checked in turn.
 
     Args:
         profile: how many examples, and which.
-        promises: all that there are, in words.
-        skip: those that are passed over.
+        properties: all that there are, in words.
+        skip: those to leave out.
         held: those that have held so far.
 
     Raises:
@@ -58,60 +58,60 @@ class Battery:
     """
 
     profile: hypothesis.settings
-    promises: Iterable[str]
+    properties: Iterable[str]
     skip: Collection[str] = ()
     held: list[Held] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        known = list(self.promises)
-        unknown = [promise for promise in self.skip if promise not in known]
+        known = list(self.properties)
+        unknown = [prop for prop in self.skip if prop not in known]
         if isinstance(self.skip, str) or unknown:
-            raise ValueError(f"skip is a list of promises, of {known}; got {self.skip!r}")
+            raise ValueError(f"skip is a list of properties, of {known}; got {self.skip!r}")
 
-    def look(
+    def check(
         self,
-        promise: str,
+        prop: str,
         cases: SearchStrategy[Case],
-        check: Callable[[Case], bool],
+        holds: Callable[[Case], bool],
         show: Callable[[Case], str],
     ) -> None:
-        """Look at one promise.
+        """Check one property.
 
         Args:
-            promise: in words.
-            cases: what to look at it on.
-            check: raises if it does not hold on a case; returns whether it applies to it.
+            prop: in words.
+            cases: the examples.
+            holds: raises if the property does not hold on a case; returns whether it applies.
             show: returns the code that repeats that.
 
         Raises:
             PropertyError: if it does not hold, of the smallest case that was found.
         """
-        if promise in self.skip:
+        if prop in self.skip:
             return
         latest: list[Case] = []
         count = 0
 
         @self.profile
         @hypothesis.given(cases)
-        def promised(case: Case) -> None:
+        def checked(case: Case) -> None:
             nonlocal count
             latest[:] = [case]
             with torch.random.fork_rng(devices=[]):
-                count += check(case)
+                count += holds(case)
 
-        with self.telling(promise, lambda error: show(latest[-1]) if latest else ""):
-            promised()
+        with self.telling(prop, lambda error: show(latest[-1]) if latest else ""):
+            checked()
         if count:
-            self.held.append(Held(promise, count))
+            self.held.append(Held(prop, count))
 
-    def telling(self, promise: str, show: Callable[[Exception], str]) -> "_Telling":
-        """Return a context that adds the promise and its smallest case to an error raised in it."""
-        return _Telling(promise, show, self.held)
+    def telling(self, prop: str, show: Callable[[Exception], str]) -> "_Telling":
+        """Return a context that adds property and smallest case to an error raised in it."""
+        return _Telling(prop, show, self.held)
 
 
 @dataclass
 class _Telling:
-    promise: str
+    prop: str
     show: Callable[[Exception], str]
     held: list[Held]
 
@@ -129,8 +129,8 @@ class _Telling:
         own = isinstance(error, PropertyError)
         said = str(error) if own else f"{type(error).__name__}: {error}"
         shown = "\n".join(f"    {line}".rstrip() for line in self.show(error).splitlines())
-        before = "".join(f"\n  held: {one.promise} ({one.examples} examples)" for one in self.held)
+        before = "".join(f"\n  held: {one.property} ({one.examples} examples)" for one in self.held)
         raise PropertyError(
-            f"broken: {self.promise}\n  {said}\n\nThe smallest case that was found, as code:\n\n"
+            f"broken: {self.prop}\n  {said}\n\nThe smallest case that was found, as code:\n\n"
             f"{shown}\n{before}"
         ) from error

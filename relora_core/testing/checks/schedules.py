@@ -1,4 +1,4 @@
-"""The battery for jagged schedules."""
+"""The check of jagged schedules."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from relora_core.schedule import Restarts
-from relora_core.testing.checks.runner import CI, Battery, Held
+from relora_core.testing.checks.runner import CI, Checks, Held
 from relora_core.testing.expressions import Call, code
 from relora_core.testing.properties import schedules as jags
 from relora_core.testing.properties.schedules import Jagged, Rates, Schedule
 from relora_core.testing.strategies.training import clocks, schedules
 
 _MORE = 12  # steps past the second restart
-_PROMISES: list[tuple[str, Callable[..., None]]] = [
+_PROPERTIES: list[tuple[str, Callable[..., None]]] = [
     ("the rate at each restart is zero", jags.assert_zero_at_restarts),
     ("outside the ramps it is the smooth schedule's", jags.assert_smooth_outside_ramps),
     ("inside a ramp it lies between, and rises from each restart", jags.assert_ramps_rise),
@@ -36,7 +36,7 @@ def check_schedule(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check everything that a jagged schedule promises.
+    """Check everything that a jagged schedule properties.
 
     That the rate is zero at each restart, the smooth schedule's outside the ramps and between them
     inside, that it resumes exactly from any step, and keeps a rate that is changed by hand.
@@ -46,20 +46,20 @@ def check_schedule(
         inner: makes the smooth schedule for an optimizer, or a strategy of such factories; every
             scheduler that torch ships if None. Runs go past the second restart.
         restarts: the clock, or a strategy of clocks; any if None.
-        skip: promises that are not looked at.
+        skip: properties to leave out.
         profile: `CI`, `DEEP` or settings of hypothesis of your own.
 
     Returns:
         What held, and on how many examples.
 
     Raises:
-        PropertyError: at the first promise that does not hold, with the smallest case that was
+        PropertyError: at the first property that does not hold, with the smallest case that was
             found, as code that runs.
 
     Examples:
         >>> from relora_core import JaggedLR
         >>> held = check_schedule(JaggedLR, profile=hypothesis.settings(CI, max_examples=2))
-        >>> held[0].promise
+        >>> held[0].property
         'the rate at each restart is zero'
     """
     restarts = clocks() if restarts is None else restarts
@@ -68,12 +68,12 @@ def check_schedule(
     inners = inner if isinstance(inner, SearchStrategy) else st.just(inner)
     times = restarts if isinstance(restarts, SearchStrategy) else st.just(restarts)
     rates = st.builds(functools.partial(_rates, jagged), inners, times, st.integers(1, _MORE))
-    battery = Battery(profile, [words for words, _ in _PROMISES], skip)
-    for words, assertion in _PROMISES:
+    checks = Checks(profile, [words for words, _ in _PROPERTIES], skip)
+    for words, assertion in _PROPERTIES:
         cases = rates.flatmap(_AT.get(assertion, _never_saved))
         check = functools.partial(_check, assertion)
-        battery.look(words, cases, check, functools.partial(_show, assertion))
-    return battery.held
+        checks.check(words, cases, check, functools.partial(_show, assertion))
+    return checks.held
 
 
 def _rates(jagged: Jagged, inner: Schedule, restarts: Restarts, more: int) -> Rates:

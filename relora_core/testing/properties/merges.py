@@ -35,7 +35,7 @@ def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
     r"""Assert that the module computes with $W + s B A$ and with nothing else.
 
     Args:
-        model: with low-rank sites; a copy in float64 is what is looked at.
+        model: with low-rank sites; a float64 copy of it is checked.
         inputs: of one call of it.
         sites: finds the sites of layers of your own.
 
@@ -213,7 +213,7 @@ def assert_merges_add_up(
             fill_B_(site, seed=number)
             size = float(exact_update(site).norm())
             if not size:
-                break  # no A to speak of: another promise
+                break  # no A to speak of: another property
             with torch.no_grad():
                 site.lora_B.mul_(1e-3 * norm / size)
             total += exact_update(site)

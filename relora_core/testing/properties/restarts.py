@@ -1,4 +1,4 @@
-"""The promises of a restart about all that was made of the old factors, an assertion each."""
+"""The properties of a restart about all that was made of the old factors, an assertion each."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""The strategies: modules, histories, optimizers, schedules, clocks and numbers, drawn by hypothesis."""
+"""Hypothesis strategies for modules, histories, optimizers, schedules, clocks and ratios."""
 
 from relora_core.testing.expressions import Call
 from relora_core.testing.strategies.modules import (

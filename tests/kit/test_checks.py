@@ -1,4 +1,4 @@
-"""Every promise of the kit, over all of our own layers, optimizers, schedules and restarts."""
+"""Every property of the kit, over all of our own layers, optimizers, schedules and restarts."""
 
 import importlib
 
@@ -11,14 +11,14 @@ from torch import nn
 import relora_core as relora
 from relora_core import testing
 from relora_core.testing.__main__ import main
-from relora_core.testing.self_check import BATTERIES
+from relora_core.testing.self_check import CHECKS
 from tests.core.models import ByOperators
 from tests.core.optim.optimizers import OPTIMIZERS, quiet_and_eager
 
 
-@pytest.mark.parametrize("name", BATTERIES)
-def test_ours_keep_every_promise(name):
-    assert all(held.examples for held in BATTERIES[name](testing.CI))
+@pytest.mark.parametrize("name", CHECKS)
+def test_ours_have_every_property(name):
+    assert all(held.examples for held in CHECKS[name](testing.CI))
 
 
 FEW = hypothesis.settings(testing.CI, max_examples=4)
@@ -114,21 +114,21 @@ class TestPlainModules:
 
 
 class TestCommand:
-    def test_runs_batteries_and_writes_what_held(self, tmp_path, capsys):
-        out = tmp_path / "promises.jsonl"
+    def test_runs_the_checks_and_writes_what_held(self, tmp_path, capsys):
+        out = tmp_path / "properties.jsonl"
         names = ["JaggedCosine", "low-rank modules"]
         assert main(["--only", *names, "--examples", "3", "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert "       3  JaggedCosine: the rate at each restart is zero\n" in said
-        assert said.endswith("      57  examples, no promise broken\n")
+        assert said.endswith("      57  examples, no property broken\n")
         assert out.read_text().splitlines()[-1] == '{"examples": 57, "broken": 0}'
 
     def test_says_what_is_broken_and_writes_nothing(self, tmp_path, capsys, monkeypatch):
         def breaks(profile):
             return testing.check_schedule(lambda inner, restarts: inner, profile=profile)
 
-        monkeypatch.setitem(BATTERIES, "JaggedCosine", breaks)
-        out = tmp_path / "promises.jsonl"
+        monkeypatch.setitem(CHECKS, "JaggedCosine", breaks)
+        out = tmp_path / "properties.jsonl"
         assert main(["--only", "JaggedCosine", "--out", str(out)]) == 1
         assert capsys.readouterr().out.startswith("broken: the rate at each restart is zero\n")
         assert not out.exists()
