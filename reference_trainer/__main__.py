@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 def _leave(*_: object) -> None:
     os.write(2, b"interrupted before anything had begun\n")
-    os._exit(130)  # an import that is interrupted raises whatever it likes
+    os._exit(130)  # not an exception: an interrupted import may turn it into any other
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, _leave)
-    faulthandler.enable()  # a crash inside of torch or of a kernel tells the line that led there
+    faulthandler.enable()  # a crash inside torch or a kernel shows the Python line that led there
     from reference_trainer.main import load, main
 
     program: Callable[[], int | None] = main
@@ -25,5 +25,5 @@ if __name__ == "__main__":
         program = record(main)  # torchrun reports the traceback of the process that failed first
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = program()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more would only garble the end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only garble the exit
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward, and what it computes again."""
+"""Activation checkpointing: what a block keeps for its backward, and what it recomputes."""
 
 import logging
 from functools import partial
@@ -12,13 +12,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from reference_trainer.config import Checkpointing
 from reference_trainer.model.llama import LlamaShape
 
-# Torch warns of operations in place under selective checkpointing: compiled, a block has none.
+# Torch warns of in-place operations under selective checkpointing; a compiled block has none.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(
     lambda record: "context_fn is passed" not in record.getMessage()
 )
 _aten = torch.ops.aten
-# Each with the place of its left operand. Not addmm_: what an in-place product gave is not put back
-# from what was kept.
+# Each product with the index of its left operand. Not addmm_: the result of an in-place product is
+# not restored from what was kept.
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
@@ -32,12 +32,13 @@ def checkpointed(block: nn.Module, mode: Checkpointing, shape: LlamaShape) -> nn
     """Return a block that keeps less for its backward.
 
     Args:
-        block: of the model.
-        mode: "none": it keeps all. "selective": the outputs of attention and of products over the
-            residual stream's width (q, k, v, o, gate and up: most of the arithmetic), and computes
-            norms, rotations and SwiGLU again; in eager mode a low-rank block the product down,
-            too, as its Function saves after it. "full": its input only.
-        shape: of the model.
+        block: a block of the model.
+        mode: "none" keeps everything. "selective" keeps the outputs of attention and of products
+            over the residual stream's width (q, k, v, o, gate and up: most of the arithmetic), and
+            recomputes norms, rotations and SwiGLU; in eager mode, a low-rank block also recomputes
+            the down product, because its Function saves tensors after it. "full" keeps only the
+            block's input.
+        shape: the shape of the model.
     """
     if mode == "none":
         return block

@@ -14,7 +14,6 @@ from reference_trainer.files import write_whole
 from reference_trainer.logging.console import hidden
 
 _SEAL = "sha256"
-# Where there is a terminal, and what it waits for takes long.
 _LARGEST = 2**28  # bytes: no JSON of ours comes near it
 
 
@@ -28,27 +27,28 @@ def verify(directory: Path, checksums: Mapping[str, str]) -> None:
     """Check files of `directory` against their checksums, by name.
 
     Raises:
-        DamagedError: if one is absent or another; it names the file.
+        DamagedError: if a file is absent or differs; the message names it.
     """
     for name in checksums:
         if Path(name).name != name:
             raise DamagedError(f"{name!r} is not a file's name in {directory}")
         if not (directory / name).is_file():
             raise DamagedError(f"{directory / name} is damaged (it is absent)")
-    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock to others
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         found = pool.map(checksum, (directory / name for name in checksums))
         total, pairs = len(checksums), zip(checksums, found, strict=True)
         bar = tqdm(pairs, "verifying", total, unit="file", delay=2, disable=hidden())
         for name, actual in bar:
             if actual != checksums[name]:
-                raise DamagedError(f"{directory / name} is damaged (its checksum is another)")
+                raise DamagedError(f"{directory / name} is damaged (its checksum differs)")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object of a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        DamagedError: if it is absent or not one; what is larger than any of ours is cut short.
+        DamagedError: if the file is absent or holds no JSON object. A file larger than any of ours
+            is read in part, and so is an error.
     """
     try:
         with file.open("rb") as stream:
@@ -70,11 +70,11 @@ def read_sealed(file: Path, *, format: int) -> dict[str, Any]:
     """Return the object that `write_sealed` wrote.
 
     Args:
-        file: which.
-        format: what its "format" must be.
+        file: the file to read.
+        format: the value that its "format" must have.
 
     Raises:
-        DamagedError: if it is not as it was written, or of another format.
+        DamagedError: if the file is not as it was written, or has another format.
     """
     value = read_json(file)
     seal = value.pop(_SEAL, None)
@@ -84,7 +84,7 @@ def read_sealed(file: Path, *, format: int) -> dict[str, Any]:
             f"this one reads {format})"
         )
     if seal != _digest(value):
-        raise DamagedError(f"{file} is damaged (its checksum is another)")
+        raise DamagedError(f"{file} is damaged (its checksum differs)")
     return value
 
 

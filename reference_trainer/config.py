@@ -9,7 +9,7 @@ from reference_trainer.errors import UserError
 from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-STRICT = {"extra": "forbid", "allow_inf_nan": False}  # pydantic's, which reads files
+STRICT = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, which validates files
 
 
 def option(default: Any, help: str) -> Any:
@@ -67,7 +67,7 @@ class ModelConfig:
         )
 
     def shape(self, vocab_size: int) -> LlamaShape:
-        """Return the preset's shape with what is given over it.
+        """Return the preset's shape, with the given sizes in place of its own.
 
         Raises:
             UserError: if the numbers do not fit together.
@@ -119,7 +119,7 @@ class BatchConfig:
     sequences: int = option(8, "sequences in an optimizer step, over all processes")
     length: int = option(128, "tokens in a sequence")
     micro: int = option(
-        8, "sequences that a process computes at once; more of them accumulate gradients"
+        8, "sequences that a process computes at once; gradients of more are accumulated"
     )
 
     def __post_init__(self) -> None:
@@ -158,18 +158,18 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
-    lr: float = option(2e-3, "peak learning rate, of the adapters times relora.lr_multiple")
+    lr: float = option(2e-3, "peak learning rate (for adapters, times relora.lr_multiple)")
     warmup: int = option(20, "steps of linear warm-up at the start of each phase")
     min_ratio: float = option(
         0.1, "learning rate at the end of the cosine, as a fraction of the peak"
     )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates")
     eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.0, "AdamW's weight decay, of matrices only")
+    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices only")
     clip: float = option(1.0, "gradient norm above which gradients are scaled down")
     most_skips: int = option(
         10,
-        "skipped steps in a row, each for a loss or gradient that is not finite, that end the run",
+        "number of steps in a row skipped for a non-finite loss or gradient that ends the run",
     )
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class OptimConfig:
         require(0 <= self.min_ratio <= 1, "optim.min_ratio must be from 0 to 1", got=self.min_ratio)
         require(
             all(0 <= b < 1 for b in self.betas),
-            "optim.betas must be from 0 to below 1",
+            "optim.betas must be at least 0 and below 1",
             got=self.betas,
         )
         require(self.eps > 0, "optim.eps must be positive", got=self.eps)
@@ -196,7 +196,7 @@ class ReLoRAConfig:
     __pydantic_config__ = STRICT
 
     warm_start: int = option(
-        120, "steps at full rank before the low-rank phase; equal to `steps`: all of them"
+        120, "steps at full rank before the low-rank phase (if equal to `steps`, there is none)"
     )
     rank: int = option(16, "rank r of each update B A")
     alpha: float | None = option(
@@ -209,13 +209,15 @@ class ReLoRAConfig:
     warmup: int = option(10, "steps from a learning rate of 0, at a restart, back to the cosine")
     prune_ratio: float = option(0.99, "fraction of the adapters' moments that a restart zeroes")
     masks: Literal["joint", "independent"] = option(
-        "joint", "'joint': prune both moments where m is small; 'independent': as the paper's code"
+        "joint",
+        "'joint': prune both moments where m is small; 'independent': prune each by its own "
+        "magnitudes, as in the paper's code",
     )
     lr_multiple: float = option(4.0, "the adapters' learning rate, as a multiple of optim.lr")
     base: Literal["keep", "bf16"] = option(
         "keep",
-        "'keep': frozen weights in fp32 and, where the computation is in 16 bits, a 16-bit copy of "
-        "W + s·BA (fastest); 'bf16': W in bf16, what that lacks in host memory (least memory)",
+        "'keep': frozen weights in fp32 and, if the computation is in 16 bits, a 16-bit copy of "
+        "W + s·BA (fastest); 'bf16': W in bf16 and its low bits in host memory (least memory)",
     )
 
     def __post_init__(self) -> None:
@@ -224,7 +226,7 @@ class ReLoRAConfig:
         require(
             self.alpha is None or self.alpha > 0, "relora.alpha must be positive", got=self.alpha
         )
-        require(len(self.targets) > 0, "relora.targets must name a glob or more", got=self.targets)
+        require(len(self.targets) > 0, "relora.targets must have a glob or more", got=self.targets)
         require(self.lr_multiple > 0, "relora.lr_multiple must be positive", got=self.lr_multiple)
         require(
             0 <= self.prune_ratio <= 1,
@@ -233,7 +235,7 @@ class ReLoRAConfig:
         )
         require(
             1 <= self.warmup < self.every,
-            "relora.warmup must be from 1 to below relora.every",
+            "relora.warmup must be at least 1 and below relora.every",
             every=self.every,
             warmup=self.warmup,
         )
@@ -251,14 +253,14 @@ class ParallelConfig:
     precision: Precision = option(
         "auto",
         "precision of the computation ('auto': bf16 on cuda, else fp32). Weights are kept in fp32; "
-        "'pure-bf16' keeps trained ones and their moments in bf16: half the memory, but small "
+        "'pure-bf16' keeps trained weights and their moments in bf16: half the memory, but small "
         "steps are rounded away",
     )
     compile: bool | None = option(None, "compile the blocks and the loss (default: on cuda)")
     checkpoint_activations: Checkpointing = option(
         "none",
-        "activations that each block keeps for its backward: 'none' is checkpointed, all are kept; "
-        "'selective': the outputs of costly products; 'full': the input alone",
+        "activation checkpointing, by what each block keeps for its backward: 'none': everything; "
+        "'selective': the outputs of costly products; 'full': only its input",
     )
     layout: BaseLayout = option(
         "shard",
@@ -267,8 +269,8 @@ class ParallelConfig:
     )
     reduce: Reduce = option(
         "step",
-        "when gradients are reduced: once a 'step', each process holding whole ones until then, or "
-        "in each 'micro-step', holding shards (less memory, more traffic)",
+        "when gradients are reduced: once a 'step', with whole gradients on each process until "
+        "then, or in each 'micro-step', with sharded ones (less memory, more traffic)",
     )
     replicas: int = option(1, "number of replicas, each sharded over processes / replicas (HSDP)")
     timeout: float = option(10, "minutes to wait for a process that does not answer")
@@ -285,7 +287,7 @@ class ParallelConfig:
         """Return the sizes of the mesh of all processes: (shards,) or (replicas, shards).
 
         Raises:
-            UserError: if the processes cannot be divided so.
+            UserError: if the number of processes is not a multiple of `replicas`.
         """
         require(
             world_size % self.replicas == 0,
@@ -378,7 +380,7 @@ class Config:
         )
         require(
             self.relora.base == "keep" or self.parallel.layout == "replicate",
-            "relora.base=bf16 needs parallel.layout=replicate, as only a whole weight is split",
+            "relora.base=bf16 needs parallel.layout=replicate: only a whole weight can be split",
             layout=self.parallel.layout,
         )
         require(

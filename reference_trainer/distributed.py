@@ -22,7 +22,7 @@ from reference_trainer.config import ParallelConfig
 from reference_trainer.errors import SharedError, Stopped, UserError, one_line
 from relora_core import OutOfStepError
 
-_GOES_ON = "`train --resume` goes on from the newest checkpoint"
+_GOES_ON = "`train --resume` continues from the newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class World:
     """This process among all of them.
 
     Args:
-        rank: of this process, from 0.
-        size: number of processes.
-        device: this process computes on.
-        mesh: of all processes: shards, or replicas and shards.
-        patience: how long they wait for each other.
-        group: through which they speak here; None: the default one.
-        calls: counts those of `on_first`.
+        rank: the process rank, from 0.
+        size: the number of processes.
+        device: the device that this process computes on.
+        mesh: the mesh of all processes: (shards,), or (replicas, shards).
+        patience: how long processes wait for each other.
+        group: the process group for communication; None for the default group.
+        calls: the counter of calls to `on_first`.
     """
 
     rank: int
@@ -54,10 +54,10 @@ class World:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other process, so that DCP is to do without collectives.
+        """Whether there is no other process, so that DCP must not use collectives.
 
-        On gloo they would start OpenMP threads that slow all that follows: on 2 cores, steps took
-        0.22 s after a checkpoint with them and 0.18 s without.
+        On gloo, collectives would start OpenMP threads that slow down everything after them: on 2
+        cores, steps took 0.22 s after a checkpoint with collectives and 0.18 s after one without.
         """
         return self.size == 1
 
@@ -107,11 +107,11 @@ class World:
     def on_first(self, action: Callable[[], Any], failing: str = "") -> Any:
         """Run `action` on the first process and return its JSON value on every one.
 
-        The others wait as long as it takes: tokenizing, say, or verifying a large corpus.
+        The other processes wait as long as it takes, for example to tokenize a large corpus.
 
         Raises:
-            SharedError: on every process, if it raises a UserError or an OSError; `failing` stands
-                before its text.
+            SharedError: on every process, if `action` raises a UserError or an OSError; `failing`
+                precedes its message.
         """
         value = failure = None
         if self.first:
@@ -119,7 +119,7 @@ class World:
                 value = action()
             except (UserError, OSError) as error:
                 failure = f"{failing}: {error}" if failing else str(error)
-        if self.size > 1 and self.group is None:  # the store is one thread's
+        if self.size > 1 and self.group is None:  # only one thread may use the store
             store = dist.distributed_c10d._get_default_store()
             key = f"on first/{next(self.calls)}"
             if self.first:
@@ -131,14 +131,15 @@ class World:
         return value
 
     def refuse(self, message: str) -> NoReturn:
-        """Raise a SharedError on every process, once the first one has told it."""
+        """Raise a SharedError on every process, after the first one has printed it."""
         self.tell(f"error: {one_line(message)}")
         raise SharedError(message)
 
     def tell(self, line: str) -> None:
-        """Have the first process print a line, for which all wait.
+        """Print a line on the first process, while all processes wait.
 
-        A launcher kills the first as soon as another has left, whether it has told or not.
+        Without the wait, a launcher could kill the first process before it has printed the line,
+        because another process has exited.
         """
         if self.first:
             sys.stderr.write(line + "\n")
@@ -146,7 +147,7 @@ class World:
         self.barrier()
 
     def barrier(self) -> None:
-        """Wait for every process: none goes on before all have come."""
+        """Wait for every process: none continues before all have arrived."""
         self.any(False)
 
 
@@ -156,7 +157,7 @@ def world_size() -> int:
 
 
 def device_type(config: ParallelConfig) -> str:
-    """Return the type of device that `parallel.device` means; it need not be here."""
+    """Return the type of device that `parallel.device` means; it need not be present."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
@@ -175,20 +176,21 @@ def choose_device(config: ParallelConfig) -> torch.device:
     index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= there:
         raise UserError(
-            f"the launcher starts a process for CUDA device {index}, and torch sees {there}: start "
-            "one for each (torchrun --nproc-per-node gpu), or use parallel.device=cpu"
+            f"the launcher starts a process for CUDA device {index}, but torch sees {there} "
+            "devices: start one process per device (torchrun --nproc-per-node gpu), or use "
+            "parallel.device=cpu"
         )
     return torch.device("cuda", index)
 
 
 def lay_world(config: ParallelConfig, device: torch.device) -> World:
-    """Return the processes of the group that there is as `parallel.replicas` lays them out."""
+    """Return the processes of the default group, laid out as `parallel.replicas` says."""
     sizes = config.mesh(dist.get_world_size())
     names = ("replicas", "shards")[-len(sizes) :]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
     patience = timedelta(minutes=config.timeout)
-    for name in names if dist.get_backend() != "fake" else ():  # which has none
-        # A mesh gives groups of its own torch's timeout.
+    for name in names if dist.get_backend() != "fake" else ():  # a fake one has no groups
+        # The mesh's own groups have torch's default timeout.
         dist.distributed_c10d._set_pg_timeout(patience, mesh.get_group(name))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, patience)
 
@@ -201,7 +203,7 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     patience = timedelta(minutes=config.timeout)
-    # DCP's, of a world of one; set once, as a thread's filters are undone by another's.
+    # DCP warns of a world of one. The filter is set once: threads undo each other's filters.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=patience)
@@ -214,21 +216,21 @@ def open_world(config: ParallelConfig) -> Iterator[World]:
     except OutOfStepError as error:
         raise UserError(f"{error}: {_GOES_ON}") from error
     except RuntimeError as error:
-        # Those of gloo have no class of their own.
+        # Errors of gloo have no class of their own.
         if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
             raise
         raise UserError(_lost(patience, error)) from error
     finally:
         ending, several = sys.exception(), "WORLD_SIZE" in os.environ
         together = isinstance(ending, SharedError | Stopped | None)
-        # NCCL's waits for every process, and where one fails alone the others do not come: it is
-        # left to the exit, which aborts.
+        # Destroying an NCCL group waits for every process. If one process fails alone, the others
+        # never arrive, so the group is left to the exit, which aborts it.
         if together or not several or device.type == "cpu":
             dist.destroy_process_group()
 
 
 def _lost(patience: timedelta, error: RuntimeError) -> str:
-    """Return what to say of processes that do not answer, named by those that still do."""
+    """Return the message about processes that do not answer; those that do answer name them."""
     store = dist.distributed_c10d._get_default_store()
     ranks, grace = range(dist.get_world_size()), min(patience / 10, timedelta(seconds=10))
     keys = {rank: f"left/{rank}" for rank in ranks}
@@ -237,13 +239,13 @@ def _lost(patience: timedelta, error: RuntimeError) -> str:
         with contextlib.suppress(dist.DistStoreError):  # somebody is absent
             store.wait(list(keys.values()), grace)
         absent = [rank for rank, key in keys.items() if not store.check([key])]
-    except dist.DistNetworkError:  # it was in a process that is gone, too
+    except dist.DistNetworkError:  # the store was in a process that is gone, too
         absent = []
     if not absent:
-        return f"the processes have lost each other: {error}"
+        return f"the processes have lost contact with each other: {error}"
     shown = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
     minutes = f"{patience.total_seconds() / 60:g} minutes"
     return (
-        f"{len(absent)} of {len(ranks)} processes (rank {shown}) ended, which their own log "
-        f"explains, or did not answer for {minutes} (parallel.timeout): {_GOES_ON}"
+        f"{len(absent)} of {len(ranks)} processes (process rank {shown}) ended, as their own logs "
+        f"explain, or did not answer for {minutes} (parallel.timeout): {_GOES_ON}"
     )

@@ -1,4 +1,4 @@
-"""Hardware and versions, which stand beside every measurement."""
+"""Hardware and versions, which are recorded with every measurement."""
 
 import os
 import platform

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something given is wrong: one line that names the rule, the value and the fix.
+    """An error in the input: one line that names the rule, the value and the fix.
 
     The command line prints it without a traceback and exits with 2.
     """
@@ -13,15 +13,15 @@ class SharedError(UserError):
 
 
 class DamagedError(UserError):
-    """A file is not what was written: it names the file."""
+    """A file is not as it was written; the message names the file."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error, and so not called one
-    """A run was asked to stop before its end, and has saved where it stands."""
+    """A run was asked to stop before its end, and has saved a checkpoint."""
 
 
 def one_line(error: object) -> str:
-    """Return an error's text on one line, without the middle of one that a library has made huge.
+    """Return an error's text on one line; the middle of a very long text is left out.
 
     Examples:
         >>> one_line("a   b")

@@ -12,7 +12,7 @@ from reference_trainer.model.loss import IGNORED
 
 @torch.no_grad()
 def evaluate(model: Llama, held_out: Windows, config: Config, world: World) -> float:
-    """Return the mean loss on held-out tokens, in nats a token; the same at every world size."""
+    """Return the mean loss on held-out tokens, in nats per token; the same at every world size."""
     count = min(config.log.evaluate_sequences, len(held_out))
     # As many at once as in training: a larger batch might not fit.
     at_once = config.batch.at_once(world.size)

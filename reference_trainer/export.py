@@ -19,9 +19,9 @@ from reference_trainer.train_state import build_state, fill_
 
 
 def export(config: Config, world: World) -> Path:
-    """Write the newest checkpoint's merged model to the run's `export/` and return that.
+    """Write the newest checkpoint's merged model to the run's `export/` and return its path.
 
-    Every process calls it.
+    Every process must call this.
 
     Raises:
         SharedError: if the run has no complete checkpoint, or a file cannot be written.
@@ -45,9 +45,9 @@ def export(config: Config, world: World) -> Path:
 
 
 def write_export(model: Llama, config: Config, index: Index, world: World) -> Path:
-    """Write a model's merged weights to the run's `export/` and return that.
+    """Write a model's merged weights to the run's `export/` and return its path.
 
-    Every process calls it.
+    Every process must call this.
 
     Raises:
         SharedError: if a file cannot be written.
@@ -56,7 +56,7 @@ def write_export(model: Llama, config: Config, index: Index, world: World) -> Pa
     failed: OSError | None = None
     try:
         relora.save_merged(model, target)
-    except OSError as error:  # of the first process, which alone writes: all must hear of it
+    except OSError as error:  # only the first process writes; all must learn of its error
         failed = error
 
     def complete() -> None:

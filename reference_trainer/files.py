@@ -19,26 +19,26 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Give a name to write to, and put that in `file`'s place if the block ends well."""
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # of this writer alone
+    """Yield a path to write to; the written file replaces `file` if the block succeeds."""
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # this writer's alone
     try:
         yield partial
         _sync(partial)
         partial.replace(file)
-        _sync(file.parent)  # so that it is there after a power cut, too
+        _sync(file.parent)  # so that the new name survives a power cut
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def fresh_directory(directory: Path) -> Iterator[Path]:
-    """Give a directory to fill, which takes `directory`'s place if the block ends well.
+    """Yield a directory to fill; it becomes `directory` if the block succeeds.
 
-    Otherwise it is removed, and so are the parents that were made for it and are empty. What a
-    process left that was killed here is cleared by the next one.
+    Otherwise it is removed, and so are the parents that were made for it and are empty. If a
+    process is killed here, the next one clears what it left.
 
     Raises:
-        UserError: if another process fills it now.
+        UserError: if another process is filling it now.
     """
     parents = [parent for parent in directory.parents if not parent.exists()]
     partial = directory.with_name(f".{directory.name[:200]}.partial")
@@ -60,18 +60,18 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold `file` against every other process that asks for it here.
+    """Lock `file` against every other process that calls this function.
 
     Raises:
-        UserError: if another one holds it.
+        UserError: if another process holds the lock.
     """
-    with _held(file, f"{file.parent} is in use by a run that goes on: wait for it"):
+    with _held(file, f"{file.parent} is in use by a run in progress: wait for it"):
         yield
 
 
 @contextmanager
 def _held(path: Path, otherwise: str) -> Iterator[None]:
-    # NFS locks what is open for writing only; a directory cannot be, and is locked on this machine.
+    # NFS locks only what is open for writing. A directory cannot be: its lock is this machine's.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
@@ -81,10 +81,10 @@ def _held(path: Path, otherwise: str) -> Iterator[None]:
         except OSError as error:
             raise UserError(
                 f"{path} cannot be locked against other runs ({error.strerror}): mount its file "
-                "system with flock, or put `runs` on another"
+                "system with flock, or put `runs` on another file system"
             ) from None
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise UserError(otherwise)  # it was put elsewhere between the two lines above
+            raise UserError(otherwise)  # it was moved between open and flock above
         yield
     finally:
         os.close(descriptor)

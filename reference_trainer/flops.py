@@ -1,6 +1,7 @@
 """Floating-point operations of a training step: by formula, and by counting.
 
-Products only, a multiplication and an addition each: what is left out is of the order of 1%.
+Only matrix products are counted, a multiplication and an addition as two operations. Everything
+else is of the order of 1%.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ Form = Literal["full rank", "two paths", "merged", "dense"]
 
 
 def linear_flops(form: Form, *, tokens: int, out: int, inner: int, rank: int) -> int:
-    r"""Return what forward and backward of one linear cost, T tokens, m x n, rank r.
+    r"""Return the operations of forward and backward of one linear: T tokens, m x n, rank r.
 
     Full rank $6Tmn$: the output, the input's gradient and the weight's. The others need no
     gradient of W:
@@ -42,16 +43,16 @@ def linear_flops(form: Form, *, tokens: int, out: int, inner: int, rank: int) ->
 
 
 def step_flops(form: Form, shape: LlamaShape, *, sequences: int, length: int, rank: int) -> int:
-    """Return what forward and backward of a whole Llama cost.
+    """Return the operations of forward and backward of a whole Llama.
 
-    Every matrix of attention and MLP has the form; the head is full rank. Causal attention is
-    counted at half of its square, which is what kernels compute.
+    Every matrix of attention and MLP is computed in `form`; the head is at full rank. Causal
+    attention counts half of the full square, which is what kernels compute.
 
     Args:
         form: how the update is computed.
-        shape: of the model.
-        sequences: in the batch.
-        length: tokens of each.
+        shape: the shape of the model.
+        sequences: the number of sequences in the batch.
+        length: the number of tokens in a sequence.
         rank: r.
     """
     tokens = sequences * length
@@ -80,8 +81,8 @@ def block_matrices(shape: LlamaShape) -> list[tuple[int, int]]:
 def counted_flops(run: Callable[[], object]) -> int:
     """Return the operations of the products that `run` computes, on meta tensors or others.
 
-    It is torch's counter, with what that leaves out (`addmm_`), and with batched products, which
-    are those of causal attention here, at half.
+    This is torch's counter, plus `addmm_`, which it leaves out. Batched products, which are those
+    of causal attention here, count half.
     """
     mapping: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm, torch.ops.aten.bmm: _half_bmm}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -1,4 +1,4 @@
-"""The program: imports the command that is asked for, and runs it."""
+"""The program, which imports the command that is asked for and runs it."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m reference_trainer train --config run.yaml
       every option from a file; FSDP2 over 8 GPUs
   python -m reference_trainer report runs/first-run
-      its page and its picture, also while it runs
+      the page and the picture of a run, also while it runs
   python -m reference_trainer train --help
       every option of a command with its default, and more examples
 """
@@ -28,13 +28,14 @@ _EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class _Command:
-    """What is known of a command before it is imported, which takes seconds.
+    """A command, as it is known before its module is imported, which takes seconds.
 
     Args:
-        help: what it does.
-        module: of this package, with EXAMPLES, `add_arguments` and `run`; it may have a USAGE.
-        verbose: whether it can say more than usual.
-        commands: that it has of its own; then there is no module.
+        help: what the command does.
+        module: the module in this package that has EXAMPLES, `add_arguments`, `run` and, perhaps,
+            USAGE.
+        verbose: whether the command has --verbose.
+        commands: its subcommands; if there are any, there is no module.
     """
 
     help: str
@@ -44,22 +45,23 @@ class _Command:
 
 
 _BENCHMARKS = {
-    "step": _Command("time a training step of arms in turn", "bench.commands.step"),
+    "step": _Command("time training steps of several arms in turn", "bench.commands.step"),
     "restart": _Command(
-        "time a restart against an optimizer step of full rank", "bench.commands.restart"
+        "time a restart against a full-rank optimizer step", "bench.commands.restart"
     ),
     "prune": _Command("time exact pruning against torch.quantile", "bench.commands.prune"),
     "checkpoint": _Command("time steps while a checkpoint is written", "bench.commands.checkpoint"),
     "traffic": _Command("count the bytes that a process sends", "bench.commands.traffic"),
     "memory": _Command("track the peak memory of a process", "bench.commands.memory"),
     "roofline": _Command(
-        "list the kernels of a step and their times on a GPU that need not be here",
+        "list the kernels of a step and their times on a GPU that need not be present",
         "bench.commands.roofline",
     ),
     "gpu-suite": _Command(
-        "measure all of it on a GPU in ten minutes, beside the roofline", "bench.commands.gpu_suite"
+        "measure everything on a GPU in ten minutes, and compare it with the roofline",
+        "bench.commands.gpu_suite",
     ),
-    "show": _Command("show measurements on file", "bench.commands.show"),
+    "show": _Command("show saved measurements", "bench.commands.show"),
 }
 _COMMANDS = {
     "train": _Command(
@@ -80,11 +82,11 @@ _COMMANDS = {
 }
 _PROGRAM = "python -m reference_trainer"
 _QUIET = "--quiet", logging.WARNING, "no progress: results, warnings and errors only"
-_VERBOSE = "--verbose", logging.DEBUG, "a line for each record of a step and each checkpoint too"
+_VERBOSE = "--verbose", logging.DEBUG, "also a line for each recorded step and each checkpoint"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, exit code 2, and name the nearest option."""
+    """A parser whose errors are one line, give exit code 2 and name the nearest option."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -101,9 +103,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    0, or 2 for something given that is wrong or a file that cannot be used, or 75 for a run that
-    was asked to stop and has saved where it stands, or 130 for Ctrl-C.
-    Every process of several tells its own errors.
+    The exit code is 0; 2 for a wrong argument or an unusable file; 75 for a run that was asked to
+    stop and has saved a checkpoint; 130 for Ctrl-C. Each process prints its own errors.
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
@@ -121,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in known.run(known):
             print(line, flush=True)  # noqa: T201 - what the command was asked for
     except (UserError, OSError) as error:
-        if not isinstance(error, SharedError):  # which is told already
+        if not isinstance(error, SharedError):  # the first process has printed it already
             rank = os.environ.get("RANK")
-            where = f" on rank {rank} ({socket.gethostname()})" if rank else ""
+            where = f" on process rank {rank} ({socket.gethostname()})" if rank else ""
             sys.stderr.write(f"error{where}: {one_line(error)}\n")
         if "--debug" in given:
             raise
@@ -137,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(*given: str) -> Any:
-    """Import the command that arguments begin with; return its module, None if there is none."""
+    """Import the command that `given` begins with; return its module, or None without one."""
     command = None
     commands = _COMMANDS
     for name in _path(given)[0]:
@@ -149,7 +150,7 @@ def load(*given: str) -> Any:
 
 
 def _path(given: Sequence[str]) -> tuple[list[str], dict[str, _Command]]:
-    """Return the command that arguments begin with, and the commands that one of may follow."""
+    """Return the command that `given` begins with, and the subcommands that may follow it."""
     path: list[str] = []
     commands = _COMMANDS
     for name in given:
@@ -164,8 +165,8 @@ def parser(*names: str) -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
     Args:
-        names: of the command whose arguments it knows, and of the command in that; of the others
-            it knows what they do.
+        names: the command, and its subcommand, whose arguments the parser knows. Of all other
+            commands it has only the help text.
     """
     whole = _Parser(
         prog=_PROGRAM,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a hint with the one of `names` that is most like `name`; empty if none is.
+    """Return a hint with the one of `names` that is closest to `name`; empty if none is close.
 
     Examples:
         >>> nearest("--rnak", ["--relora.rank", "--runs"])

@@ -16,7 +16,7 @@ from reference_trainer.errors import UserError, one_line
 from reference_trainer.nearest import nearest
 from reference_trainer.validated import MismatchError, validated
 
-_SHORT = reprlib.Repr()  # of values that a damaged file makes huge
+_SHORT = reprlib.Repr()  # for values that a damaged file makes huge
 _SHORT.maxlevel, _SHORT.maxstring = 2, 80
 
 

@@ -1,4 +1,4 @@
-"""A model on its processes: what is done to it, in the order in which it must be done."""
+"""A model laid out over its processes: the steps that build it, in the order they need."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -33,23 +33,23 @@ def build(
     world: World,
     prepare_: Callable[[nn.Module], Collection[nn.Parameter]],
 ) -> Llama:
-    """Return a sharded Llama on the meta device, which `to_empty` gives memory.
+    """Return a sharded Llama on the meta device; `to_empty` gives it memory.
 
-    Parametrizing must come before sharding and before compiling, checkpointing before compiling,
-    and the optimizer after all of it, as `fully_shard` replaces every Parameter. FSDP2 also runs
-    in a world of one, so that there is one path.
+    The order matters: parametrize, checkpoint activations, compile, shard, and then make the
+    optimizer, because `fully_shard` replaces every Parameter. FSDP2 also runs in a world of one, so
+    that there is only one path.
 
     Args:
-        shape: of the model.
-        config: precision, compilation and activation checkpointing; weights are kept in fp32,
-            under "pure-bf16" those that are trained in bf16.
+        shape: the shape of the model.
+        config: precision, compilation and activation checkpointing. Weights are kept in fp32;
+            "pure-bf16" keeps trained weights in bf16.
         world: the processes.
-        prepare_: what to do to the bare model first, on the meta device; it returns the parameters
-            that stay whole on every process, outside FSDP2.
+        prepare_: a function that is applied to the bare model first, on the meta device. It returns
+            the parameters that stay whole on every process, outside FSDP2.
     """
     compiled = compiles(config, world.device)
     if compiled:
-        torch.compiler.reset()  # or what a phase compiles would depend on those before it
+        torch.compiler.reset()  # or a phase's graphs would depend on earlier phases
     with torch.device("meta"):
         model = Llama(shape)
     whole = set(prepare_(model))
@@ -73,7 +73,7 @@ def build(
     )
     for module in (*layers, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=whole)
-        if world.device.type == "cpu":  # gloo of torch 2.8 makes a sum of the mean, silently
+        if world.device.type == "cpu":  # in torch 2.8, gloo silently sums instead of averaging
             module.set_force_sum_reduction_for_comms(True)
     return model
 
@@ -83,13 +83,13 @@ def init_weights_(named: dict[str, Tensor], *, hidden_size: int, seed: int) -> N
     """Set norms to one and matrices to normal draws of standard deviation 1 / sqrt(hidden size).
 
     That is 0.022 at the width of 1.3b, where Llamas usually have 0.02; with 0.02 at a width of
-    256 a model learns much more slowly. Each draw is keyed by (seed, name) and made whole on the
-    CPU, of which every process keeps its part, so it is the same at every world size.
+    256 a model learns much more slowly. Each weight is drawn whole on the CPU, keyed by (seed,
+    name), and every process keeps its part. So a draw is the same at every world size.
 
     Args:
         named: parameters by plain name, sharded or not, changed in place.
-        hidden_size: of the model.
-        seed: of the draws.
+        hidden_size: the hidden size of the model.
+        seed: the seed of the draws.
     """
     for name, parameter in named.items():
         if parameter.ndim == 1:
@@ -103,7 +103,7 @@ def init_weights_(named: dict[str, Tensor], *, hidden_size: int, seed: int) -> N
 
 @torch.no_grad()
 def rows_of(whole: Tensor, world: World) -> Tensor:
-    """Return a tensor that every process holds whole as one of which each holds some rows."""
+    """Return `whole`, which every process holds, sharded by rows over the processes."""
     placements = [Shard(0)] * world.mesh.ndim
     rows = distribute_tensor(whole, world.mesh, placements, src_data_rank=None)
     return rows.clone()  # so that the whole can be freed

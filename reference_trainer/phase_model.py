@@ -15,8 +15,8 @@ from reference_trainer.phases import Phase
 def keeps_merged(config: Config, device: torch.device) -> bool:
     """Whether the low-rank phase computes over merged copies (`relora_core.keep_merged_`).
 
-    It does where W's fp32 value is at hand and the computation is narrower: by `bench roofline`
-    no other form is faster, from 350m on.
+    It does if W is kept in fp32 and the computation is narrower. According to `bench roofline`, no
+    other form is faster from 350m on.
     """
     return config.relora.base == "keep" and compute_dtype(config.parallel, device) != torch.float32
 
@@ -27,7 +27,7 @@ def build_model(
     """Build a phase's model, sharded, on the meta device; see `build_state`.
 
     Raises:
-        UserError: if the base is to be narrower than the computation.
+        UserError: if W would be narrower than the computation.
     """
     parallel, dtype = config.parallel, compute_dtype(config.parallel, world.device)
     whole = parallel.layout == "replicate"
@@ -44,7 +44,7 @@ def build_model(
         linear = any(isinstance(site.module, nn.Linear) for site in sites)
         if linear and merged and keeps_merged(config, world.device):
             return keep_copies_(bare, world, dtype=dtype, whole=whole)
-        if whole and dtype != torch.float32:  # FSDP2 casts what it gathers, and not these
+        if whole and dtype != torch.float32:  # FSDP2 casts only what it gathers, so not these
             relora.split_bases_(bare)
         return [site.weight for site in sites] if whole else []
 
@@ -54,13 +54,13 @@ def build_model(
 def keep_copies_(
     bare: nn.Module, world: World, *, dtype: torch.dtype, whole: bool
 ) -> list[nn.Parameter]:
-    """Keep merged copies of a bare model's linear sites; return what FSDP2 must leave alone.
+    """Keep merged copies of a bare model's linear sites; return what FSDP2 must ignore.
 
     Args:
-        bare: with low-rank sites.
-        world: over whose mesh W is sharded.
-        dtype: of the copies.
-        whole: whether the copies, too, stay out of FSDP2, whole on every process.
+        bare: the model, with low-rank sites.
+        world: the processes, over whose mesh W is sharded.
+        dtype: the dtype of the copies.
+        whole: whether the copies stay whole on every process, outside FSDP2.
     """
     bases = relora.keep_merged_(bare, dtype=dtype, mesh=world.mesh)
     copies = [site.low_rank.merged_copy for _, site in relora.low_rank_sites(bare)]
@@ -68,7 +68,7 @@ def keep_copies_(
 
 
 def prepare_(model: nn.Module, config: Config, phase: Phase) -> None:
-    """Make the bare model what the phase trains.
+    """Turn the bare model into the one that the phase trains.
 
     Raises:
         UserError: if a target matches nothing or the rank does not fit.

@@ -14,7 +14,7 @@ class Phase:
         name: "warm-start" or "relora".
         start: its first step, counted over the whole run.
         stop: the step after its last.
-        clock: of the restarts, in steps of the phase; None without low-rank sites.
+        clock: the clock of the restarts, in steps of the phase; None without low-rank sites.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Phase:
         return self.clock is not None and self.clock.at(step - self.start)
 
     def restarts(self, step: int) -> int:
-        """How many have run when the run's `step` runs, the one before it included."""
+        """How many restarts have run when the run's `step` runs, one just before it included."""
         return self.clock.count(step - self.start) if self.clock is not None else 0
 
 
@@ -56,13 +56,13 @@ def phases(config: Config) -> list[Phase]:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The run's cosine, with a warm-up at the start of a phase; a factor of the phase's step.
+    """The run's cosine, with a warm-up at the start of a phase, as a function of the phase's step.
 
     Args:
         start: the phase's first step in the run.
-        total: steps in the run.
-        warmup: steps from 0 to the cosine.
-        min_ratio: the cosine's end.
+        total: the number of steps in the run.
+        warmup: the number of steps from 0 up to the cosine.
+        min_ratio: the factor at the end of the cosine.
     """
 
     start: int

@@ -21,15 +21,15 @@ from relora_core import low_rank_sites
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a phase.
+    """The number of entries in the tensors of a phase.
 
     Args:
-        bases: frozen, in the W of low-rank sites.
-        copies: in the merged copies of W, where these are kept.
-        factors: trained, in A and B.
-        others: trained, elsewhere.
-        sites: number of low-rank sites.
-        bound: largest rank that the sum of all cycles' updates can have, over sites.
+        bases: frozen entries, in the W of low-rank sites.
+        copies: entries in the merged copies of these W, if they are kept.
+        factors: trained entries in A and B.
+        others: all other trained entries.
+        sites: the number of low-rank sites.
+        bound: the highest rank that the sum of all cycles' updates can reach at any site.
     """
 
     bases: int
@@ -41,21 +41,21 @@ class Numbers:
 
     @property
     def trained(self) -> int:
-        """All numbers that are trained."""
+        """All trained entries."""
         return self.factors + self.others
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's options, and all that follows from them and its data.
+    """A run's options, and all that follows from them and from its data.
 
     Args:
-        config: its options.
-        processes: number of processes.
-        resume: whether it goes on with a run that is there.
-        index: of its tokens; None if they are still to be prepared.
-        shape: of its model.
-        phases: in order, each with its numbers.
+        config: the run's options.
+        processes: the number of processes.
+        resume: whether an existing run is resumed.
+        index: the index of its tokens; None if they are still to be prepared.
+        shape: the shape of its model.
+        phases: its phases in order, each with its numbers of entries.
     """
 
     config: Config
@@ -67,15 +67,16 @@ class Plan:
 
 
 def preflight(config: Config, *, processes: int, resume: bool) -> Plan:
-    """Resolve a run, and refuse whatever can be seen to be wrong before anything is written.
+    """Resolve a run, and check everything that can be checked before any file is made.
 
     Args:
-        config: its options.
-        processes: number of processes.
-        resume: whether it is to go on with a run that is there.
+        config: the run's options.
+        processes: the number of processes.
+        resume: whether an existing run is to be resumed.
 
     Raises:
-        UserError: for files, tokenizer, shape, targets, rank, batch or a missing extra.
+        UserError: if files, tokenizer, shape, targets, rank or batch are wrong, or an extra is
+            missing.
     """
     config.batch.micro_steps(processes)
     config.parallel.mesh(processes)

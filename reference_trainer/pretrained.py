@@ -1,4 +1,4 @@
-"""A Llama of Hugging Face's to start from: its shape, and its weights as safetensors."""
+"""A Hugging Face Llama to start from: its shape, and its weights as safetensors."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,19 +20,21 @@ from reference_trainer.validated import MismatchError, validated
 _COPY = "pretrained.json"
 _DTYPES = {"F64", "F32", "BF16", "F16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# What this Llama does not have must be off; what a published file leaves out is off.
+# Features that this Llama lacks must be off; a feature that a file leaves out counts as off.
 _OFF = {"attention_bias": False, "mlp_bias": False, "sliding_window": None, "hidden_act": "silu"}
 
 
 def shape_of(config: Config, vocab_size: int) -> LlamaShape:
-    """Return the shape of the run's model: of what it starts from, or of its options.
+    """Return the shape of the run's model, from `model.weights` or from the model's options.
 
     Args:
-        config: the run. One that is there already has its own copy of the other's config.json.
-        vocab_size: of its tokenizer.
+        config: the run's configuration. A run that exists already has its own copy of the
+            config.json in `model.weights`.
+        vocab_size: the number of ids of the run's tokenizer.
 
     Raises:
-        UserError: if the numbers do not fit together, or the other model is no Llama of ours.
+        UserError: if the numbers do not fit together, or `model.weights` is not a Llama that this
+            trainer supports.
     """
     if config.model.weights is None:
         return config.model.shape(vocab_size)
@@ -41,8 +43,8 @@ def shape_of(config: Config, vocab_size: int) -> LlamaShape:
     bytes_of_others = config.data.tokenizer == "bytes" and shape.vocab_size != vocab_size
     if vocab_size > shape.vocab_size or (bytes_of_others and not config.data.prepared):
         raise UserError(
-            f"the tokenizer has {vocab_size} ids and model.weights {shape.vocab_size}: give the "
-            f"latter's own as data.tokenizer (such as {weights / 'tokenizer.json'})"
+            f"the tokenizer has {vocab_size} ids, but model.weights has {shape.vocab_size}: give "
+            f"the model's own as data.tokenizer (such as {weights / 'tokenizer.json'})"
         )
     return shape
 
@@ -51,7 +53,8 @@ def read_shape(file: Path) -> LlamaShape:
     """Return the shape in a `config.json` of a `LlamaForCausalLM`.
 
     Raises:
-        UserError: if it is damaged, another model, or has what this Llama does not compute.
+        UserError: if the file is damaged, of another model, or asks for a feature that this Llama
+            lacks.
     """
     if not file.is_file():
         raise UserError(f"model.weights must be a directory with a config.json; {file} is absent")
@@ -88,12 +91,12 @@ def read_shape(file: Path) -> LlamaShape:
 
 
 def check_weights(directory: Path, shape: LlamaShape) -> None:
-    """Check that `directory` holds every weight of a Llama of this shape, and finite numbers.
+    """Check that `directory` holds every weight of a Llama of this shape, and that all are finite.
 
-    Only headers are read before it is known that names, shapes and dtypes fit.
+    Names, shapes and dtypes are checked first, from the files' headers alone.
 
     Raises:
-        UserError: otherwise; it names the file or the weight.
+        UserError: if a check fails; the message names the file or the weight.
     """
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Llama(shape).named_parameters()}
@@ -105,13 +108,13 @@ def check_weights(directory: Path, shape: LlamaShape) -> None:
 
 
 def copy_config(directory: Path, run: Path) -> None:
-    """Keep the `config.json` of `directory` in a run's, which then does without `directory`."""
+    """Copy the `config.json` of `directory` into a run, which then no longer needs `directory`."""
     shutil.copyfile(directory / "config.json", run / _COPY)
 
 
 @torch.no_grad()
 def fill_from_(named: Mapping[str, Tensor], directory: Path) -> None:
-    """Copy the weights in `directory` into tensors by the same names, sharded or not."""
+    """Copy the weights in `directory` into the tensors of the same names, sharded or not."""
     with _Weights(directory) as weights:
         for name, tensor in named.items():
             copy_whole_(tensor, weights.read(name).to(tensor.dtype))
@@ -120,8 +123,8 @@ def fill_from_(named: Mapping[str, Tensor], directory: Path) -> None:
 class _Weights(ExitStack):
     """The open safetensors files of a directory.
 
-    Tied weights have one name in files: the head's is then the embedding's, and the two are trained
-    apart from there on.
+    A file stores tied weights once, under the embedding's name. The head then gets the embedding's
+    weights, and the two are trained separately from there on.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -143,7 +146,7 @@ class _Weights(ExitStack):
         known = {name for name in self._where if not name.endswith("rotary_emb.inv_freq")}
         if unknown := sorted(known - expected.keys()):
             raise UserError(
-                f"{self._directory} has weights that are not of this Llama: {unknown[:3]}"
+                f"{self._directory} has weights that this Llama does not have: {unknown[:3]}"
             )
         for name, shape in expected.items():
             found = self._slice(name)
@@ -154,8 +157,8 @@ class _Weights(ExitStack):
                 )
             if found.get_dtype() not in _DTYPES:
                 raise UserError(
-                    f"{name} of {self._directory} is {found.get_dtype()}: give one of floats "
-                    f"({', '.join(sorted(_DTYPES))})"
+                    f"{name} of {self._directory} must be one of {', '.join(sorted(_DTYPES))}; got "
+                    f"{found.get_dtype()}"
                 )
 
     def read(self, name: str) -> Tensor:
@@ -182,10 +185,10 @@ class _Weights(ExitStack):
             return
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise DamagedError(f"{index} is damaged (it maps no names to files)")
+            raise DamagedError(f"{index} is damaged (it does not map names to files)")
         for name in sorted(set(files.values())):
             if Path(name).name != name:
-                raise DamagedError(f"{index} names {name!r:.100}, which does not lie beside it")
+                raise DamagedError(f"{index} names {name!r:.100}, which is not a file beside it")
             yield self._directory / name
 
 

@@ -1,4 +1,4 @@
-"""A run under way: its data, records and checkpoints, each opened once."""
+"""A run in progress: its data, records and checkpoints, each opened once."""
 
 import contextlib
 from collections.abc import Iterator
@@ -34,18 +34,18 @@ class Run:
     """A run that has been opened, on each of its processes.
 
     Args:
-        config: its options.
+        config: the run's options.
         world: its processes.
-        index: of its tokens.
-        shape: of its model.
-        phases: in order.
+        index: the index of its tokens.
+        shape: the shape of its model.
+        phases: its phases, in order.
         feed: the training batches, by step.
-        held_out: the evaluation's windows.
-        metrics: the writer of its records.
-        saver: the writer of its checkpoints.
-        interruption: signals and the clock, which may ask it to stop.
-        newest: the checkpoint that it goes on from; None at its beginning.
-        step: the next one.
+        held_out: the windows for evaluation.
+        metrics: the writer of records.
+        saver: the writer of checkpoints.
+        interruption: the requests to stop or to save.
+        newest: the checkpoint that the run continues from; None for a new run.
+        step: the next step.
     """
 
     config: Config
@@ -69,16 +69,16 @@ class Run:
 
 @contextmanager
 def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
-    """Give the run of `config`, its directory made or found, and locked until the end.
+    """Open the run of `config`; its directory is made or found, and locked until the block ends.
 
     Args:
-        config: its options.
-        resume: go on from the newest complete checkpoint of a run that is there; otherwise the
+        config: the run's options.
+        resume: whether to continue an existing run from its newest complete checkpoint; if not, the
             directory must not exist.
-        again: whether a launcher has tried this before: a run that is there by now is resumed.
+        again: whether a launcher has started this job before; a run that exists is then resumed.
 
     Raises:
-        UserError: if something given is wrong. A new run leaves nothing behind then.
+        UserError: if something in the input is wrong. A new run then leaves nothing behind.
     """
     resume = resume or (again and begun(config))
     plan = preflight(config, processes=world_size(), resume=resume)
@@ -127,12 +127,12 @@ def open_run(config: Config, *, resume: bool, again: bool) -> Iterator[Run]:
             for line in summary_of(plan):
                 log.info(line)
             if newest:
-                log.info(f"{'goes on':<12}from step {step}, from {newest}")
+                log.info(f"{'continues':<12}from step {step}, from {newest}")
         yield run
 
 
 def write_start(run: Run) -> None:
-    """Record where the run starts, and on what."""
+    """Record the step at which the run starts, and its hardware and versions."""
     run.metrics.write(
         {
             "event": "start",

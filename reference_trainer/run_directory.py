@@ -26,10 +26,10 @@ def begun(config: Config) -> bool:
 
 
 def check_new(directory: Path) -> None:
-    """Check that nothing is where a run is to be.
+    """Check that the directory of a new run does not exist.
 
     Raises:
-        UserError: if something is.
+        UserError: if it exists.
     """
     if directory.exists():
         raise UserError(
@@ -38,10 +38,10 @@ def check_new(directory: Path) -> None:
 
 
 def check_begun_alike(config: Config) -> None:
-    """Check that a run that is there was begun with the same options.
+    """Check that an existing run was begun with the same options.
 
     Raises:
-        UserError: if one that may not change is another; it names it.
+        UserError: if an option that may not change has changed; the message names it.
     """
     begun_with = options.resolve(config.directory / "config.yaml", {})
     different = [path for path in options.changed(begun_with, config) if is_fixed(path)]
@@ -54,12 +54,12 @@ def open_directory(config: Config, index: Index | None, *, resume: bool) -> None
 
     Args:
         config: the run's options.
-        index: of its tokens; None if they are to be prepared.
-        resume: whether the run is there.
+        index: the index of its tokens; None if they are still to be prepared.
+        resume: whether an existing run is resumed.
 
     Raises:
-        UserError: if another run is there, the one to resume was begun otherwise, or the data is
-            too little. Nothing is left of a directory that was begun.
+        UserError: if another run is there, the run to resume was begun with other options, or there
+            is too little data. A directory that was only partly made is removed.
     """
     if resume:
         check_begun_alike(config)
@@ -84,28 +84,28 @@ def open_directory(config: Config, index: Index | None, *, resume: bool) -> None
 
 
 def goes_on(config: Config) -> str:
-    """Return the line that says how a run that was cut off goes on, and from where."""
+    """Return the line that says how an interrupted run is resumed, and from where."""
     if not begun(config):
         return f"{config.directory} had not begun: start it again"
     found = complete_checkpoints(config.checkpoints)
     where = f"from {found[-1]}" if found else "from its beginning, as it has no checkpoint yet"
     runs = f" --runs {config.runs}" if config.runs != Config().runs else ""
     command = f"python -m reference_trainer train --resume --name {config.name}{runs}"
-    return f"{config.directory} goes on {where}: {command}"
+    return f"{config.directory} continues {where}: {command}"
 
 
 def fixed(config: Config, index: Index) -> dict[str, Any]:
-    """Return what may not change in a run, by name: options, and the data's checksums."""
+    """Return the values, by name, that may not change in a run: options and data checksums."""
     values = {path: value for path, value in options.values(config).items() if is_fixed(path)}
     known: dict[str, Any] = json.loads(json.dumps({**values, "data.checksums": index.checksums}))
     return known
 
 
 def check_same(config: Config, index: Index, position: Position) -> None:
-    """Check that a checkpoint was written by the run that goes on from it.
+    """Check that a checkpoint was written by the run that continues from it.
 
     Raises:
-        UserError: if it was begun with something else; it names what.
+        UserError: if the values that may not change differ; the message names them.
     """
     now, then = fixed(config, index), position.fixed
     different = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
@@ -120,6 +120,6 @@ def is_fixed(path: str) -> bool:
 
 def _begun_otherwise(directory: Path, names: Iterable[str]) -> str:
     return (
-        f"{directory} was begun with another {', '.join(names)} (see its config.yaml): "
+        f"{directory} was begun with a different {', '.join(names)} (see its config.yaml): "
         "resume it as it was, or give the new run another --name"
     )

@@ -14,7 +14,7 @@ from reference_trainer.phase_model import keeps_merged
 from reference_trainer.phases import Phase
 from reference_trainer.preflight import Numbers, Plan
 
-_MOMENTS = 2  # AdamW's, of each trained number
+_MOMENTS = 2  # AdamW's, for each trained entry
 
 
 def summary_of(plan: Plan) -> Iterator[str]:
@@ -40,7 +40,7 @@ def memory(config: Config, numbers: Numbers, processes: int) -> int:
     """Return the bytes of weights, gradients and moments on the process that holds most."""
     shards = processes // config.parallel.replicas
     width = 2 if config.parallel.precision == "pure-bf16" else 4
-    device = torch.device(device_type(config.parallel))  # which a login node does not have
+    device = torch.device(device_type(config.parallel))  # a login node need not have it
     narrow = compute_dtype(config.parallel, device) != torch.float32
     whole = config.parallel.layout == "replicate"
     if keeps_merged(config, device):

@@ -1,4 +1,4 @@
-"""Requests to stop a run or to save it: signals, and a limit of time."""
+"""Requests to stop a run or to save it: signals, and a time limit."""
 
 import signal
 import time
@@ -9,9 +9,9 @@ _STOP, _SAVE = signal.SIGTERM, signal.SIGUSR1
 
 
 class Interruption:
-    """Hears SIGTERM (save and stop), SIGUSR1 (save and go on) and the clock, while the block runs.
+    """Notes SIGTERM (save and stop), SIGUSR1 (save and continue) and the time limit in its block.
 
-    It only remembers; the loop asks at the end of each step.
+    It only remembers requests; the training loop asks for them at the end of each step.
 
     Args:
         stop_after: minutes after which to save and stop; None for no limit.
@@ -23,7 +23,7 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def asked(self) -> tuple[bool, bool]:
-        """Return whether to stop, and whether to save; that to save is forgotten then."""
+        """Return whether to stop and whether to save; this clears the request to save."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         save = _SAVE in self._heard
         self._heard.discard(_SAVE)

@@ -21,16 +21,16 @@ from relora_core import restart_
 
 
 def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
-    """Run `config` to its end in `config.directory`, the merged model's export included.
+    """Run `config` to its end in `config.directory`, including the export of the merged model.
 
     Args:
-        config: the run.
-        resume: go on from the newest complete checkpoint of a run that is there; otherwise the
+        config: the run's configuration.
+        resume: whether to continue an existing run from its newest complete checkpoint; if not, the
             directory must not exist.
-        again: whether a launcher has tried this before: a run that is there by now is resumed.
+        again: whether a launcher has started this job before; a run that exists is then resumed.
 
     Raises:
-        UserError: if something given is wrong. A new run leaves nothing behind then.
+        UserError: if something in the input is wrong. A new run then leaves nothing behind.
     """
     with open_run(config, resume=resume, again=again) as run:
         state, step, newest = None, run.step, run.newest
@@ -38,8 +38,8 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
             write_start(run)
             for phase in run.phases:
                 if step < phase.stop:
-                    state = None  # its memory is the next phase's,
-                    gc.collect()  # though FSDP2's hooks and the model refer to each other
+                    state = None  # frees its memory for the next phase;
+                    gc.collect()  # FSDP2's hooks and the model form a reference cycle
                     state = build_state(config, phase, run.shape, run.world)
                     step = fill_(state, config, newest, run.world)
                     newest = train_phase(state, step, run)
@@ -53,12 +53,12 @@ def train(config: Config, *, resume: bool = False, again: bool = False) -> None:
 def train_phase(state: TrainState, start: int, run: Run) -> Path:
     """Train from the run's step `start` to the end of a phase; return its last checkpoint.
 
-    A step without a finite loss and gradient, on whatever process, is skipped on all of them:
-    weights, moments and adapters stay, the schedule and the data go on.
+    A step with a non-finite loss or gradient on any process is skipped on all processes: weights,
+    moments and adapters do not change, while the schedule and the data advance.
 
     Raises:
-        SharedError: if too many steps in a row are skipped, a restart refuses, or a checkpoint
-            cannot be written.
+        SharedError: if too many steps in a row are skipped, a restart raises an error, or a
+            checkpoint cannot be written.
         Stopped: if the run is asked to stop.
     """
     config, world, phase = run.config, run.world, state.phase
@@ -90,14 +90,14 @@ def train_phase(state: TrainState, start: int, run: Run) -> Path:
             ~(loss + norm).isfinite(), *run.interruption.asked(), run.saver.failed
         )
         if broken:
-            optimizer.zero_grad()  # and the step changes nothing
+            optimizer.zero_grad()  # so that the step changes nothing
         rates = state.rates()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
         if unsaved:
-            run.saver.wait()  # which raises what has happened
+            run.saver.wait()  # raises the error of the failed save
         skipped = skipped + 1 if broken else 0
         progress.step(step, loss, norm, skipped=broken)
         if (mean := progress.due(step)) is not None:
@@ -115,7 +115,7 @@ def train_phase(state: TrainState, start: int, run: Run) -> Path:
             latest = run.saver.wait()
         if given_up:
             world.refuse(
-                f"{skipped} steps in a row, to step {step}, had no finite loss and gradient: "
+                f"{skipped} steps in a row, to step {step}, had a non-finite loss or gradient: "
                 f"{latest} has the weights from before them; lower optim.lr or relora.lr_multiple"
             )
         if stop and done < config.steps:
@@ -127,10 +127,11 @@ def forward_backward(model: Llama, parts: Tensor, world: World, reduce: Reduce =
     """Accumulate the gradient of the whole batch's mean loss; return this process's mean loss.
 
     Args:
-        model: sharded.
-        parts: this process's, of each micro-step: (micro_steps, sequences, length + 1).
+        model: the sharded model.
+        parts: this process's part of each micro-step: (micro_steps, sequences, length + 1).
         world: the processes.
-        reduce: gradients, over the processes: in the last micro-step of the step, or in each.
+        reduce: when to reduce gradients over the processes: in the step's last micro-step ("step"),
+            or in each ("micro-step").
     """
     total, micro_steps = torch.zeros((), device=world.device), len(parts)
     for index, part in enumerate(parts.to(world.device, non_blocking=True)):

@@ -30,12 +30,12 @@ class TrainState:
     """One phase's model and what drives it.
 
     Args:
-        phase: which.
-        model: sharded.
-        parameters: those that are trained, by plain name.
-        optimizer: theirs, with groups "adapters", "matrices" and "norms".
-        schedule: of the learning rate.
-        spectra: of what the updates of some sites have added to their W; None if none is followed.
+        phase: the phase.
+        model: the sharded model.
+        parameters: the trained parameters, by plain name.
+        optimizer: the optimizer of `parameters`, with groups "adapters", "matrices" and "norms".
+        schedule: the schedule of the learning rate.
+        spectra: the spectra of the updates accumulated at some sites; None if no site is followed.
     """
 
     phase: Phase
@@ -57,8 +57,8 @@ class TrainState:
     def tensors(self, world: World) -> dict[str, Tensor]:
         """Return the model's whole state by names without wrappers, the same in every layout.
 
-        A base that is whole on every process stands there in fp32, of which each holds the rows
-        that it would hold of a sharded one; they are a copy.
+        A base that is whole on every process appears as an fp32 copy, sharded by rows over the
+        processes as other bases are.
         """
         tensors = {relora.clean_name(k): v for k, v in self.model.state_dict().items()}
         for name, site in self._whole_bases():
@@ -67,12 +67,12 @@ class TrainState:
         return tensors
 
     def followed(self) -> dict[str, Tensor]:
-        """Return what is kept of the updates, by names in a checkpoint."""
+        """Return the kept updates, by their names in a checkpoint."""
         state = self.spectra.state_dict() if self.spectra is not None else {}
         return {f"update_spectra.{name}": tensor for name, tensor in state.items()}
 
     def take_bases_(self, tensors: dict[str, Tensor]) -> None:
-        """Set the bases that are whole to what `tensors` of `self.tensors` has been filled with."""
+        """Set the whole bases from `tensors`, the filled result of `self.tensors`."""
         for name, site in self._whole_bases():
             rows = tensors.pop(name)
             assert isinstance(rows, DTensor)
@@ -100,12 +100,12 @@ class TrainState:
 def build_state(
     config: Config, phase: Phase, shape: LlamaShape, world: World, *, merged: bool = True
 ) -> TrainState:
-    """Build a phase's model, optimizer and schedule; the model's values are still to come.
+    """Build a phase's model, optimizer and schedule; `fill_` gives the model its values.
 
     Args:
-        config: the run.
-        phase: which.
-        shape: of the model.
+        config: the run's configuration.
+        phase: the phase.
+        shape: the shape of the model.
         world: the processes.
         merged: whether to keep merged copies where they pay.
     """
@@ -143,9 +143,9 @@ def with_memory(model: Llama, config: Config, phase: Phase, world: World) -> Tra
 def fill_(state: TrainState, config: Config, source: Path | None, world: World) -> int:
     """Give the state its values and return the run's next step.
 
-    Without a checkpoint: `model.weights`, or draws from the seed. From one of the same phase:
-    everything. From one of an earlier phase: the plain weights, and the optimizer state of every
-    parameter that stays trainable; adapters begin fresh.
+    Without a checkpoint, values come from `model.weights` or are drawn from the seed. A checkpoint
+    of the same phase gives all values. A checkpoint of an earlier phase gives the plain weights and
+    the optimizer state of every parameter that stays trainable; adapters start fresh.
     """
     position = read_position(source) if source else None
     continues = position is not None and position.phase == state.phase.name
@@ -178,7 +178,7 @@ def fill_(state: TrainState, config: Config, source: Path | None, world: World) 
         optimizer=state.optimizer,
         world=world,
     )
-    del plain  # so that each base's copy is let go as soon as it has been taken
+    del plain  # so that each base's copy is freed as soon as it has been used
     state.take_bases_(tensors)
     if continues:
         extra = {name: t for name, t in tensors.items() if name.endswith("_extra_state")}
@@ -200,11 +200,11 @@ def save(state: TrainState, step: int, saver: Saver, world: World, *, copied: bo
     """Begin to write a checkpoint of the state before the run's `step`.
 
     Args:
-        state: what to write.
-        step: the next one to run.
-        saver: what writes.
+        state: the state to write.
+        step: the next step to run.
+        saver: the writer of checkpoints.
         world: the processes.
-        copied: whether the training goes on meanwhile.
+        copied: whether training continues during the write.
     """
     moments = state.optimizer.state
     states = {name: dict(moments[p]) for name, p in state.parameters.items() if p in moments}

@@ -9,10 +9,10 @@ T = TypeVar("T")
 class MismatchError(ValueError):
     """A value is not of the type that it should have.
 
-    It is written out when it is asked for: a file may hold what is huge.
+    The message is made only when it is asked for, because a file may hold huge values.
 
     Args:
-        error: pydantic's.
+        error: pydantic's error.
     """
 
     def __init__(self, error: Any) -> None:
@@ -21,7 +21,7 @@ class MismatchError(ValueError):
 
     @property
     def first(self) -> Any:
-        """Pydantic's account of the first thing that is wrong."""
+        """Pydantic's description of the first thing that is wrong."""
         return self.error.errors()[0]
 
     def __str__(self) -> str:
@@ -29,16 +29,16 @@ class MismatchError(ValueError):
 
 
 def validated(kind: type[T], value: Any) -> T:
-    """Return `value` as a `kind`, a dataclass say.
+    """Return `value` as a `kind`, such as a dataclass.
 
     Raises:
-        MismatchError: if it is none.
+        MismatchError: if `value` does not fit `kind`.
 
     Examples:
         >>> validated(tuple[int, ...], [1, 2])
         (1, 2)
     """
-    # Imported here, so that only who reads such values needs it.
+    # Imported here, so that only code that reads such values needs pydantic.
     from pydantic import ValidationError
 
     hashable: Any = kind

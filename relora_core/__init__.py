@@ -1,6 +1,6 @@
 """ReLoRA's primitives for any trainer: low-rank sites, restarts, resets and the jagged schedule."""
 
-import relora_core.sites.averages  # noqa: F401 - its hook looks out for AveragedModels
+import relora_core.sites.averages  # noqa: F401 - replaces AveragedModel.update_parameters
 from relora_core.diagnostics.spectrum import Spectrum
 from relora_core.diagnostics.summary import Summary, summary
 from relora_core.diagnostics.update_spectra import UpdateSpectra

@@ -1,6 +1,6 @@
-"""Every use of a private name of torch, each with the reason why no public one suffices.
+"""Every use of torch's private names, each with the reason why no public name suffices.
 
-Runs on torch 2.8 to 2.13 are tested; what a later one moves is to be looked for here.
+Torch 2.8 to 2.13 are tested; names that a later version moves are to be fixed here.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,17 +22,17 @@ CONVOLUTION = _ConvNd
 # A context that sees every operation is a public class in a private module.
 DispatchMode = TorchDispatchMode
 
-# `F.grouped_mm`, which is public from 2.10 on, arrives here as this.
+# The public `F.grouped_mm` (2.10 and later) reaches `__torch_function__` as this function.
 grouped_mm = torch._grouped_mm
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor is made of others: quantized ones have no common public class."""
+    """Whether a tensor wraps other tensors; quantized tensors share no public class."""
     return is_traceable_wrapper_subclass(tensor)
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` traces; the public function says so of every compilation, to 2.11."""
+    """Whether `torch.export` traces; up to 2.11 the public function is true for any compilation."""
     return bool(torch.compiler._is_exporting_flag)
 
 
@@ -42,12 +42,12 @@ def is_tracing() -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work; nothing public tells."""
+    """Whether `torch.func` or forward-mode differentiation is active; no public function tells."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_dispatch_watched() -> bool:
-    """Whether a `TorchDispatchMode` is active; nothing public tells."""
+    """Whether a `TorchDispatchMode` is active; no public function tells."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -57,17 +57,17 @@ def writes(operation: OpOverload) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, as autograd counts; nothing public tells."""
+    """Return how often a tensor was written to, as autograd counts; no public function tells."""
     return tensor._version
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Return the identity of a tensor's storage; `data_ptr` is 0 for all that have no memory."""
+    """Return the id of a tensor's storage; `data_ptr` is 0 for every tensor without memory."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def users_of_storage(tensor: Tensor) -> int:
-    """Return how many tensors lie in a tensor's storage; Python's count is of its wrapper."""
+    """Return how many tensors use a tensor's storage; Python's refcount is that of the wrapper."""
     return int(torch._C._storage_Use_Count(storage_of(tensor)))
 
 
@@ -88,7 +88,7 @@ def is_split_by_hand(module: nn.Module) -> bool:
 
 
 def chained(scheduler: ChainedScheduler) -> LRScheduler:
-    """Return the first of the schedulers in a chain, which does not count for itself."""
+    """Return the first scheduler of a chain; the chain itself keeps no step count."""
     return scheduler._schedulers[0]
 
 
@@ -98,21 +98,21 @@ def default_store() -> Any:
 
 
 def is_strided_shard(placement: Any) -> bool:
-    """Whether a placement is FSDP2's over tensor parallelism, of which `Shard` is no parent."""
+    """Whether a placement is FSDP2's over tensor parallelism, which is no subclass of `Shard`."""
     from torch.distributed.tensor.placement_types import _StridedShard
 
     return isinstance(placement, _StridedShard)
 
 
 def leaves(tree: object) -> list[Any]:
-    """Return the leaves of nested containers; of torch's trees the public module is newer."""
+    """Return the leaves of nested containers; torch's public module for this is newer."""
     return tree_leaves(tree)
 
 
 def fully_sharded_modules() -> Iterator[tuple[nn.Module, list[Any]]]:
-    """Iterate over the modules `fully_shard` was called on, each with FSDP2's parameters of it.
+    """Iterate over (module, its FSDP2 parameters) of all modules `fully_shard` was called on.
 
-    Nothing public leads from a gathered parameter to what has gathered it.
+    No public API leads from a gathered parameter to the module that gathered it.
     """
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -125,7 +125,7 @@ def fully_sharded_modules() -> Iterator[tuple[nn.Module, list[Any]]]:
 
 def parameter_groups(state: Any) -> list[Any]:
     """Return the groups of parameters of an FSDP2 module's state."""
-    several = getattr(state, "_fsdp_param_groups", None)  # of newer torch
+    several = getattr(state, "_fsdp_param_groups", None)  # newer torch
     if several is not None:
         return list(several)
     return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
@@ -138,7 +138,7 @@ def owner_of(parameter: Any) -> nn.Module:
 
 
 def has_unreduced_gradient(parameter: Any) -> bool:
-    """Whether FSDP2 keeps a gradient of one of its parameters that is to be reduced yet."""
+    """Whether FSDP2 holds a gradient of this parameter that is not reduced yet."""
     if getattr(parameter, "unsharded_accumulated_grad", None) is not None:
         return True
     whole = getattr(parameter, "_unsharded_param", None)

@@ -36,10 +36,10 @@ class RestartReport:
     """What a restart did.
 
     Args:
-        update_norms: for each site's name the Frobenius norm of the s B A that was merged.
+        update_norms: the Frobenius norm of the s B A that was merged, by the site's name.
         reset: how much of the optimizer's moments was zeroed.
-        idle: names of sites that nothing has trained: their B was still zero, although another
-            site's B was not, or although the optimizer has stepped, on other parameters only.
+        idle: names of idle sites: their B was still zero, although another site's B was not, or
+            although the optimizer that holds them has stepped other parameters.
     """
 
     update_norms: dict[str, float]
@@ -69,23 +69,23 @@ def restart_(
 ) -> RestartReport:
     r"""Merge, redraw and prune: $W \leftarrow W + s B A$, $A \leftarrow$ new, $B \leftarrow 0$.
 
-    The function stays; the moments of every $A$ and $B$ are pruned. Call it before the step at
-    which `Restarts.at` is true: `JaggedLR` makes that step's learning rate zero, so it only
-    refills the moments. Every process must call it, after a step and before the next backward;
-    gradients that the step leaves on the factors are zeroed.
+    The model's function does not change; the moments of every $A$ and $B$ are pruned. Call this
+    before the step at which `Restarts.at` is true: `JaggedLR` makes that step's learning rate zero,
+    so that step only refills the moments. Every process must call this, after a step and before the
+    next backward. Gradients that the last step left on the factors are zeroed.
 
     If a restart was interrupted after its first write (by Ctrl-C, or out of memory), the next call
     finishes it and keeps the function. If it was interrupted between the two writes of one merge,
-    or at different points on different processes, every later call and every export refuses.
+    or at different points on different processes, every later call and every export is an error.
 
     Args:
-        model: with low-rank sites, sharded or not.
-        optimizer: that holds the sites' factors; any wrapper `reset_optimizer_` accepts, or a list,
-            tuple or dict of several.
-        prune_ratio: fraction of the factors' moments to zero, from 0 to 1.
+        model: a model with low-rank sites, sharded or not.
+        optimizer: the optimizer that holds the sites' factors, wrapped in any way that
+            `reset_optimizer_` accepts; or a list, tuple or dict of several.
+        prune_ratio: the fraction of the factors' moments to zero, from 0 to 1.
         masks: "joint" or "independent", see `reset_optimizer_`.
-        rule: "magnitude", or "random", keyed by each site's seed, name and restart.
-        reset_step: whether the factors' step counts begin anew, see `reset_optimizer_`.
+        rule: "magnitude", or "random", keyed by each site's seed, name and restart number.
+        reset_step: whether the factors' step counts start again, see `reset_optimizer_`.
         timeout: how long the processes that share the model (FSDP2, DDP, tensor parallelism) wait
             for each other.
 
@@ -95,9 +95,9 @@ def restart_(
     Raises:
         ValueError: if there is no site; if a factor is not finite, or has a gradient that no step
             of a torch optimizer has used; if W is tied, trained, or has no memory (meta,
-            offloaded); or if the reset refuses. Nothing is changed then.
-        OutOfStepError: if a process does not call it in time, calls it differently from the others,
-            or is alone in refusing; the error names the process. No process changes anything then.
+            offloaded); or if `reset_optimizer_` would raise. Nothing is changed then.
+        OutOfStepError: if a process does not call this in time, calls it with other arguments, or
+            alone raises an error; the message names the process. No process changes anything then.
 
     Warns:
         UserWarning: if nothing has trained some sites, which `RestartReport.idle` names.
@@ -130,7 +130,7 @@ def restart_(
         kept = {id(p) for p in (*trained, *held_by(optimizers, frozen))}
         factors = {key: factor for key, factor in factors.items() if id(factor) in kept}
         states = plan_reset(optimizers, factors.values(), reset)
-    with agreed(model, call, timeout):  # of what only one of them may see
+    with agreed(model, call, timeout):  # for errors that only some processes may see
         refuse_nan(states)
         _refuse_gradients(sites)
         updates = [site.update() for _, site in sites]
@@ -141,10 +141,10 @@ def restart_(
     finishes = any(site.low_rank.restarting is not None for _, site in sites)
     for name, site in sites:
         site.low_rank.restarting = numbers[name] + 1
-        for grad in _gradients(site):  # of the old factors, and used
+        for grad in _gradients(site):  # of the old factors; a step has used them
             grad.zero_()
     for (name, site), update in zip(sites, updates, strict=True):
-        # Of one that was broken off: done, unless it was trained since.
+        # If a restart was interrupted, its redrawn sites are done, unless trained since then.
         if site.restart == numbers[name] or norms[name]:
             site.low_rank.merge_and_redraw_(site.weight, update)
     done = apply_reset_(states, reset, list(factors))
@@ -155,40 +155,40 @@ def restart_(
 
 
 def _number(site: Site) -> int:
-    """Return how many redraws a site had before this restart, which may be under way."""
+    """Return how many redraws a site had before this restart, which may be in progress."""
     begun = site.low_rank.restarting
     return site.restart if begun is None else begun - 1
 
 
 def _idle(norms: dict[str, float], hidden: bool) -> tuple[str, ...]:
-    """Return the sites that nothing has trained while something else was, with a warning."""
+    """Return the idle sites, with a warning, if anything else has been trained."""
     idle = tuple(name for name, norm in norms.items() if norm == 0)
     if not idle or (len(idle) == len(norms) and not hidden):
         return ()
     shown = ", ".join(idle[:4]) + (", ..." if len(idle) > 4 else "")
     warnings.warn(
         f"B is still zero at {len(idle)} of {len(norms)} low-rank sites ({shown}), so nothing has "
-        "trained them since they were made or redrawn: either their modules did not run, or what "
-        "reads their weight hides it from autograd (a torch.autograd.Function that is given it, "
-        "torch.no_grad, .detach())",
+        "trained them since they were made or redrawn: either their modules did not run, or their "
+        "weight is hidden from autograd (read by a torch.autograd.Function, under torch.no_grad, "
+        "or through .detach())",
         stacklevel=3,
     )
     return idle
 
 
 def _refuse_sites(model: nn.Module, sites: list[tuple[str, Site]]) -> None:
-    """Raise ValueError if a W is trained, or has no memory, or it or a factor another owner."""
+    """Raise ValueError if a W is trained or has no memory, or if a W or a factor is tied."""
     for name, site in sites:
         if site.weight.requires_grad:
             raise ValueError(
-                f"W of {name} requires a gradient, so that it is trained at full rank beside its "
-                "factors: freeze it by requires_grad_(False), of "
-                f"parametrizations.{site.tensor_name}.original"
+                f"W of {name} requires a gradient, and would be trained at full rank beside its "
+                "factors: freeze it by "
+                f"parametrizations.{site.tensor_name}.original.requires_grad_(False)"
             )
         if site.weight.is_meta or site.lora_A.is_meta or site.lora_B.is_meta:
             raise ValueError(
                 f"{name} has no memory (a meta tensor, or offloaded by hooks): a merge would be "
-                "lost. Bring it to a device first; what is offloaded by hooks cannot be trained"
+                "lost. Bring it to a device first; a tensor offloaded by hooks cannot be trained"
             )
     refuse_ties({f"{name}.{site.tensor_name}": site.owner for name, site in sites})
     owners = Owners(owned_by(model.modules()))
@@ -203,7 +203,7 @@ def _refuse_sites(model: nn.Module, sites: list[tuple[str, Site]]) -> None:
 
 @torch.no_grad()
 def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
-    """Raise ValueError if a factor has a gradient for a step that is to come."""
+    """Raise ValueError if a factor has a gradient that no step has used yet."""
     unreduced = unreduced_gradients(site.low_rank for _, site in sites)
     own = [_largest_gradient(site, id(site.low_rank) in unreduced) for _, site in sites]
     largest = _over_shards(sites, own, shard_max, lambda site: site.lora_B)
@@ -211,9 +211,9 @@ def _refuse_gradients(sites: list[tuple[str, Site]]) -> None:
     if waiting:
         raise ValueError(
             f"the factors of {len(waiting)} sites (first: {waiting[0]}) have gradients that no "
-            "step has used, of the A and B that a restart replaces: restart between a step and the "
-            "next backward, once in an optimizer step and not in each micro-batch, or drop them by "
-            "zero_grad()"
+            "step has used, and a restart replaces these factors: restart between a step and the "
+            "next backward, once per optimizer step and not per micro-batch, or drop the "
+            "gradients by zero_grad()"
         )
 
 
@@ -227,7 +227,7 @@ def _largest_gradient(site: Site, unreduced: bool) -> Tensor:
 
 
 def _gradients(site: Site) -> list[Tensor]:
-    """Return the gradients that are of A and B, a trained scale's among them."""
+    """Return the gradients of A, B and a trained scale, if there are any."""
     of_factors = (site.lora_A, site.lora_B, site.low_rank.lora_scale)
     return [p.grad for p in of_factors if p is not None and p.grad is not None]
 
@@ -249,7 +249,7 @@ def _over_shards(
     reduced: Callable[[Tensor, Tensor], Tensor],
     like: Callable[[Site], Tensor] = lambda site: site.weight,
 ) -> list[float]:
-    """Return a scalar of each site, reduced over the processes that its `like` is split over."""
+    """Return one scalar per site, reduced over the processes that `like(site)` is split over."""
     together: dict[object, list[int]] = {}
     for index, (_, site) in enumerate(sites):
         place = (sharding(like(site)), values[index].device, values[index].dtype)
@@ -275,8 +275,8 @@ def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> N
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if broken:
         raise ValueError(
-            f"the update of {len(broken)} sites is not finite (first: {broken[0]}): go back to a "
-            "checkpoint from before, and skip steps whose gradients are not finite"
+            f"the update of {len(broken)} sites is not finite (first: {broken[0]}): go back to an "
+            "earlier checkpoint, and skip steps whose gradients are not finite"
         )
     # No entry of s B A exceeds its norm. Only fp16 has so little range that it matters.
     half = [(name, site) for name, site in sites if site.weight.dtype == torch.float16]
@@ -290,5 +290,5 @@ def refuse_overflow(sites: list[tuple[str, Site]], norms: dict[str, float]) -> N
 
 
 def largest_magnitude(part: Tensor) -> Tensor:
-    """Return the largest magnitude; 0 of a process's part that is empty."""
+    """Return the largest magnitude in a process's part; 0 if the part is empty."""
     return part.abs().max().float() if part.numel() else part.new_zeros((), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The restart clock, and learning rates that dip and ramp around it, in optimizer steps."""
+"""The restart clock, and learning rates that ramp around restarts, in optimizer steps."""
 
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -17,11 +17,11 @@ class Restarts:
 
     Args:
         every: the period, in optimizer steps.
-        warmup: how many steps the learning rate takes from 0 at a restart back to full, at
+        warmup: how many steps the learning rate takes to rise from 0, at a restart, to full; at
             least 1.
         first: the step of the first restart, at least 1; `every` if None. After a warm start of
             $w$ steps on the same clock, $w$ + `every` gives every cycle its full length.
-        anneal: how many steps the learning rate takes from full down to 0 at a restart; 0 to
+        anneal: how many steps the learning rate takes to fall from full to 0, at a restart; 0 to
             drop at once, as in the paper.
 
     Raises:
@@ -89,7 +89,7 @@ class Restarts:
         return min(up, down)
 
     def ramp_end(self, step: int) -> int:
-        """Return the full end of the ramp that `step` is in, or `step` where the factor is 1."""
+        """Return the full-rate end of the ramp that `step` is in; `step` outside ramps."""
         since, left = self._around(step)
         if since is not None and since < self.warmup:
             return step - since + self.warmup
@@ -97,11 +97,11 @@ class Restarts:
 
     @property
     def full_until(self) -> int:
-        """The step up to which the factor is 1 since the beginning."""
+        """The step at which the first restart, or its anneal, begins; the factor is 1 before it."""
         return self._first - self.anneal
 
     def _around(self, step: int) -> tuple[int | None, int]:
-        """Return how many steps it is since the last restart and until the next."""
+        """Return the number of steps since the last restart and until the next one."""
         since = step - self._first
         if since < 0:
             return None, -since
@@ -110,7 +110,7 @@ class Restarts:
 
 @dataclass(frozen=True)
 class JaggedCosine:
-    r"""A cosine decay after a warm-up, with straight ramps around restarts, as a function.
+    r"""A learning-rate factor: warm-up, then cosine decay, with linear ramps around restarts.
 
     $$f(t) = j(t) \cdot c(e(t)), \qquad
     c(t) = f_{min} + (1 - f_{min}) (1 + \cos(\pi \min(1, (t - w) / (T - w)))) / 2$$
@@ -118,8 +118,8 @@ class JaggedCosine:
     with $w$ = `warmup`, $T$ = `total` and $f_{min}$ = `min_ratio`. $j$ rises from 0 to 1 over the
     warm-up and is `restarts.factor` after it. Inside a ramp, $e(t)$ is the full-rate end of that
     ramp, so the ramp is a straight line between 0 and the cosine's value there. Outside ramps
-    $e(t) = t$. This is the authors' `cosine_restarts` wherever that is defined (`total` a multiple
-    of the period, `adjust_step` 0). Give it to `LambdaLR`.
+    $e(t) = t$. The result equals the authors' `cosine_restarts` wherever that is defined (`total` a
+    multiple of the period, `adjust_step` 0). Pass the object to `LambdaLR`.
 
     Args:
         total: $T$, in steps, at least 1.
@@ -177,12 +177,12 @@ class JaggedLR(LRScheduler):
     r"""Any torch scheduler, times the ramp after each restart.
 
     $\eta(t) = j(t) \cdot \eta_{inner}(t)$ with $j$ = `restarts.factor`. Most torch schedulers
-    compute the next value from `group["lr"]`; they are handed their own smooth value back before
-    they step, so that the ramp never feeds on itself. Without a restart it equals `inner`.
+    compute the next value from `group["lr"]`. Before `inner` steps, its own value without the ramp
+    is put back, so the ramp does not compound. Without a restart the rate equals `inner`'s.
 
     Args:
-        inner: a scheduler that drives the optimizer's `lr`; from now on step this one instead.
-        restarts: the clock, in calls of `step`; it goes on from where `inner` stands.
+        inner: the scheduler that sets the optimizer's `lr`; step the JaggedLR in its place.
+        restarts: the clock, in calls of `step`; it continues from `inner`'s current step.
 
     Raises:
         TypeError: if `inner` is not a torch scheduler or `restarts` not a `Restarts`.
@@ -212,7 +212,7 @@ class JaggedLR(LRScheduler):
         self.inner = inner
         self.restarts = restarts
         self.optimizer = inner.optimizer
-        while isinstance(inner, ChainedScheduler):  # which does not count
+        while isinstance(inner, ChainedScheduler):  # it keeps no step count
             inner = chained(inner)
         self.last_epoch = inner.last_epoch
         self._apply_ramp()
@@ -246,15 +246,15 @@ class JaggedLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; the optimizer's own state holds its `lr`.
+        """Load what `state_dict` returned; `lr` itself is in the optimizer's own state.
 
         Raises:
-            ValueError: if it was saved under another clock. Nothing is changed then.
+            ValueError: if the state was saved under another clock. Nothing is changed then.
         """
         saved, own = Restarts(**state_dict["restarts"]), self.restarts
         if replace(saved, first=saved._first) != replace(own, first=own._first):
             raise ValueError(
-                f"the schedule was saved under the clock {state_dict['restarts']}, this one has "
+                f"the clock must be the one that was saved, {state_dict['restarts']}; got "
                 f"{asdict(self.restarts)}: a run keeps one clock"
             )
         self.inner.load_state_dict(state_dict["inner"])
@@ -277,15 +277,15 @@ def _copied(lr: Any) -> Any:
 
 
 def _unramped(now: Any, smooth: Any, last: Any, factor: float) -> Any:
-    """Return the rate without the ramp: `smooth`, unless `now` is not what it was set to."""
+    """Return the rate without the ramp: `smooth`, unless `now` was changed since it was set."""
     changed = now / factor if factor else now
-    if isinstance(now, Tensor):  # on its device, which the host need not wait for
+    if isinstance(now, Tensor):  # computed on its device, so that the host does not wait
         return torch.where(now == last, smooth, changed)
     return smooth if now == last else changed
 
 
 def _set_lr(group: dict[str, Any], lr: Any) -> None:
-    # A tensor rate is read by a captured graph: it keeps its memory.
+    # A captured CUDA graph may read a tensor rate, so the tensor is written in place.
     if isinstance(group["lr"], Tensor):
         group["lr"].copy_(lr)
     else:

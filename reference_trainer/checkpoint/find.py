@@ -15,7 +15,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_checkpoint(directory: Path, world: World) -> Path | None:
-    """Return `newest_sound` of the first process on every one; damages become warnings.
+    """Return the first process's `newest_sound` on every process, and warn of any damage.
 
     Raises:
         SharedError: if there are complete checkpoints and all are damaged.
@@ -28,7 +28,7 @@ def find_checkpoint(directory: Path, world: World) -> Path | None:
     newest, damages = world.on_first(sound)
     if world.first:
         for damage in damages:
-            goes_on = f"going on from {Path(newest).name}" if newest else "beginning again"
+            goes_on = f"continuing from {Path(newest).name}" if newest else "starting again"
             log.warning(f"{damage}: {goes_on}")
     return Path(newest) if newest else None
 
@@ -37,11 +37,11 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
     """Return the newest complete checkpoint whose files are as they were written.
 
     Returns:
-        It, or None if there is no complete one at all; and what is wrong with newer ones, a line
-        for each: incomplete, as one that a crash cut short, or damaged.
+        The checkpoint, or None if there is no complete one; and a line for each newer checkpoint
+        that says what is wrong with it: incomplete, as after a crash, or damaged.
 
     Raises:
-        UserError: if there are complete ones, and each is damaged.
+        UserError: if there are complete checkpoints and all of them are damaged.
     """
     troubles, damaged = [], False
     for found in sorted(directory.glob("step-*"), reverse=True):
@@ -64,10 +64,11 @@ def check_files(checkpoint: Path) -> None:
     """Check that a complete checkpoint's files are as they were written.
 
     Raises:
-        DamagedError: if a file is absent, damaged, of another version or not its own; it names it.
+        DamagedError: if a file is absent, damaged, of another version or of another checkpoint; the
+            message names the file.
     """
     checksums = read_sealed(checkpoint / MANIFEST, format=FORMAT)["checksums"]
     verify(checkpoint, checksums)
-    for file in checkpoint.glob("*.safetensors"):  # all of which are read
+    for file in checkpoint.glob("*.safetensors"):  # DCP reads all of them
         if file.name not in checksums:
             raise DamagedError(f"{file} does not belong to its checkpoint")

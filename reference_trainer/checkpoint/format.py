@@ -24,14 +24,14 @@ _MODEL = "model."
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """The position of a run.
 
     Args:
         step: the next step to run.
         phase: the name of the phase that the checkpoint was written in.
         schedule: the scheduler's state.
         optimizer: for each parameter the keys and shapes of its optimizer state.
-        fixed: what the run was begun with and may not change, by name.
+        fixed: values that the run was begun with and that may not change, by name.
     """
 
     step: int
@@ -47,7 +47,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def read_position(checkpoint: Path) -> Position:
-    """Return where a checkpoint stands.
+    """Return the position at which a checkpoint was written.
 
     Raises:
         DamagedError: if its state.json is absent or damaged.

@@ -22,15 +22,15 @@ def load_(
     optimizer: Optimizer,
     world: World,
 ) -> None:
-    """Load into `tensors` and the optimizer's state in place, at any world size.
+    """Load a checkpoint into `tensors` and the optimizer's state, in place, at any world size.
 
     Args:
-        checkpoint: a complete one.
+        checkpoint: a complete checkpoint.
         position: what `read_position` returned for it.
-        tensors: what to fill, by the names of the checkpoint; it may hold more.
-        parameters: the trained parameters by name; those that the checkpoint has optimizer state
-            for take it, the others start without.
-        optimizer: theirs.
+        tensors: the tensors to fill, by their names in the checkpoint, which may hold others, too.
+        parameters: the trained parameters by name. A parameter without optimizer state in the
+            checkpoint starts without state.
+        optimizer: the optimizer of `parameters`.
         world: the processes.
     """
     states: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on."""
+"""Checkpoints written while training continues."""
 
 import contextlib
 import json
@@ -31,17 +31,17 @@ from reference_trainer.logging.console import log
 class Saver:
     """Writes a run's checkpoints, one at a time, in a thread of its own.
 
-    `save` copies what is to be written into the host's memory, and returns. Writing, checksums, the
-    manifest and the removal of what need not stay follow while the training goes on, over a process
-    group of their own. Where the training waits for it, nothing is copied, and a process needs no
-    more memory than it has. Every process calls everything alike.
+    `save` copies the state into host memory and returns. Writing, checksums, the manifest and the
+    removal of old checkpoints follow while training continues, over a process group of their own.
+    If training waits for the checkpoint anyway, nothing is copied and no more memory is needed.
+    Every process must make the same calls.
 
     Args:
-        directory: of all the run's checkpoints; it exists.
+        directory: the directory of all the run's checkpoints; it exists.
         world: the processes.
-        fixed: what may not change in the run, of which each checkpoint holds a copy.
-        keep: how many of the newest stay.
-        keep_every: those of its multiples stay too.
+        fixed: the values that may not change in the run; each checkpoint holds a copy of them.
+        keep: how many of the newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept, too.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class Saver:
     ) -> None:
         """Begin to write a checkpoint.
 
-        Waits first until the one before is complete. The name is new for each step, so nothing
-        complete is written over.
+        This first waits until the previous checkpoint is complete. Each step has its own name, so
+        no complete checkpoint is overwritten.
 
         Args:
-            position: where the run stands.
+            position: the position of the run.
             tensors: the model's state by name, sharded or not.
-            states: the optimizer's, by parameter and key.
-            copied: whether what is written is copied first; otherwise nothing may change it before
-                `wait` has returned.
+            states: the optimizer's state, by parameter and key.
+            copied: whether the state is copied first; otherwise nothing may change it before `wait`
+                has returned.
 
         Raises:
-            SharedError: if the one before could not be written.
+            SharedError: if the previous checkpoint could not be written.
         """
         if self._pending is not None:
             self.wait()
-        text = json.dumps(asdict(position))  # now: a schedule goes on
+        text = json.dumps(asdict(position))  # now, because the schedule will change
         state = named(tensors, states)
         self._copies = self._copied(state) if copied else {}
         target = folder_of(self._directory, position.step)
@@ -96,15 +96,15 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether it is known by now that this process's checkpoint could not be written."""
+        """Whether this process already knows that its checkpoint could not be written."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> Path:
-        """Wait until the checkpoint begun last is complete, and return where it lies.
+        """Wait until the last checkpoint that was begun is complete, and return its path.
 
         Raises:
-            SharedError: if it could not be written, which the first process has told.
+            SharedError: if it could not be written; the first process has printed why.
         """
         assert self._pending is not None
         return self._pending.result()
@@ -119,7 +119,7 @@ class Saver:
     def _copied(self, state: dict[str, Any]) -> dict[str, Any]:
         copies = self._copies
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in copies.items()}:
-            self._copies.clear()  # before there are others
+            self._copies.clear()  # frees the old copies before new ones are made
             copies = {name: _on_host(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
             _local(copies[name]).copy_(_local(tensor), non_blocking=True)
@@ -130,8 +130,8 @@ class Saver:
     def _write(self, target: Path, position: str, state: dict[str, Any]) -> Path:
         world = self._world
         before = complete_checkpoints(self._directory)[-1:]
-        goes_on = f"goes on from {before[0].name}" if before else "begins again"
-        failing = f"could not write {target} (once that is mended, --resume {goes_on})"
+        goes_on = f"continues from {before[0].name}" if before else "starts again"
+        failing = f"could not write {target} (once that is fixed, --resume {goes_on})"
         try:
             world.on_first(lambda: _make(target), failing)
             writer = StreamedWriter(target)
@@ -144,11 +144,11 @@ class Saver:
                 )
             except CheckpointException as error:
                 rank, (cause, _) = min(error.failures.items())
-                world.refuse(f"{failing}: on rank {rank}: {cause}")
+                world.refuse(f"{failing}: on process rank {rank}: {cause}")
             checksums = writer.checksums
             world.on_first(lambda: self._complete(target, position, checksums), failing)
         except SharedError:
-            with contextlib.suppress(OSError):  # it does not count, but takes space
+            with contextlib.suppress(OSError):  # it is ignored, but takes space
                 if world.first:
                     _remove(target)
             raise
@@ -158,7 +158,7 @@ class Saver:
         write_whole(target / STATE, position)
         checksums = {**checksums, STATE: checksum(target / STATE)}
         write_sealed(target / MANIFEST, {"format": FORMAT, "checksums": checksums})
-        # The run was resumed from before later ones, as they are damaged: they do not count.
+        # Later checkpoints do not count: they are damaged, and the run was resumed before them.
         found = [c for c in complete_checkpoints(self._directory) if c.name <= target.name]
         every = self._keep_every
         kept = [*found[-self._keep :], *(c for c in found if every and _step(c) % every == 0)]
@@ -166,24 +166,24 @@ class Saver:
             if old.name < target.name and old not in kept:  # incomplete ones too
                 try:
                     _remove(old)
-                except OSError as error:  # somebody reads it, say; the next one tries again
+                except OSError as error:  # in use, for example; the next save tries again
                     log.warning(f"{old} could not be removed yet: {error}")
         log.debug(f"written: {target}")
 
 
 def _give_way() -> None:
-    """Let this thread compute when the training leaves a core free, where threads may differ."""
+    """Let this thread run only when training leaves a core free, where threads have priorities."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Return memory of the host for this process's part; of a GPU's pinned, to which it copies."""
+    """Return host memory for this process's part; pinned if the part is on a GPU."""
     own = _local(tensor)
     copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
     if not isinstance(tensor, DTensor):
         return copy
-    # Not from_local: it would move the copy to where the mesh computes. Torch has no types for it.
+    # Not from_local, which would move the copy to the mesh's device. Torch has no types for it.
     return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
@@ -192,13 +192,13 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _make(target: Path) -> None:
-    if target.exists():  # left incomplete by a crash: else it would have been resumed from
+    if target.exists():  # left incomplete by a crash; a complete one would have been resumed
         _remove(target)
     target.mkdir()
 
 
 def _remove(checkpoint: Path) -> None:
-    (checkpoint / MANIFEST).unlink(missing_ok=True)  # from here on it does not count
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # from here on, the checkpoint is ignored
     shutil.rmtree(checkpoint)
 
 

@@ -1,7 +1,7 @@
-"""A process's part of a checkpoint, from memory to disk without a copy of it on the way.
+"""A process's part of a checkpoint, written from memory to disk without an intermediate copy.
 
-DCP's own writer makes all of a file in memory twice over and leaves it in the page cache. At 60m on
-2 cores that took 2 s of the training's time, and twice the memory of what is saved.
+DCP's own writer builds the whole file in memory twice and leaves it in the page cache. At 60m on 2
+cores that took 2 s of training time, and twice the memory of the saved state.
 """
 
 import errno
@@ -44,7 +44,7 @@ class StreamedWriter(StorageWriter):
     After the save, the first process has every file's checksum in `checksums`, by name.
 
     Args:
-        directory: to write to; it exists.
+        directory: the directory to write to; it exists.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,7 +52,7 @@ class StreamedWriter(StorageWriter):
         self.checksums: dict[str, str] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Do nothing: a writer is of one checkpoint."""
+        """Do nothing: each writer writes one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the directory exists."""
@@ -88,12 +88,12 @@ class StreamedWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Collect the checksums; every file says itself what it holds."""
+        """Collect the checksums; no metadata is written, as each file's header says what it has."""
         self.checksums = dict(result.storage_data for written in results for result in written)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Take none."""
+        """Accept no checkpoint id."""
         return False
 
 
@@ -101,9 +101,9 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file, and return its SHA-256 checksum.
 
     Args:
-        file: to make.
-        tensors: by name; those of another device are copied one at a time.
-        metadata: texts by name.
+        file: the file to make.
+        tensors: the tensors by name; those on another device are copied one at a time.
+        metadata: the texts of the header, by name.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -121,7 +121,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 class _Stream:
-    """A new file, written in large pieces past the page cache where its file system can do so."""
+    """A new file, written in large pieces that bypass the page cache if the file system can."""
 
     def __init__(self, file: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -131,18 +131,18 @@ class _Stream:
             if error.errno != errno.EINVAL:
                 raise
             self._file = os.open(file, flags & ~os.O_EXCL, 0o644)
-        self._memory = mmap.mmap(-1, _PIECE)  # begins at a page, as it must
+        self._memory = mmap.mmap(-1, _PIECE)  # page-aligned, as O_DIRECT requires
         self._piece: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
         self._filled = self._size = 0
         self._hash = hashlib.sha256()
 
     @property
     def checksum(self) -> str:
-        """Of all that was written, in hexadecimal."""
+        """The SHA-256 checksum of all bytes written, in hexadecimal."""
         return self._hash.hexdigest()
 
     def write(self, content: NDArray[np.uint8]) -> None:
-        """Append bytes. Python's lock is free for others nearly all of the time."""
+        """Append bytes; the GIL is released for nearly all of the time."""
         while len(content):
             taken = min(_PIECE - self._filled, len(content))
             self._piece[self._filled : self._filled + taken] = content[:taken]
@@ -176,7 +176,7 @@ class _Stream:
                 direct = flags & getattr(os, "O_DIRECT", 0)
                 if error.errno != errno.EINVAL or not direct:
                     raise
-                # It took the file, and now wants larger pages (Lustre, some of FUSE).
+                # The file system accepts O_DIRECT but wants larger pages (Lustre, some FUSE).
                 fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~direct)
                 continue
             if written % _PAGE:

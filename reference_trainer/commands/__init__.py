@@ -1,1 +1,1 @@
-"""The commands that make, prepare and export runs; others lie with what they run."""
+"""The commands `train`, `prepare` and `export`; the others are in packages of their own."""

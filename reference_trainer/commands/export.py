@@ -12,7 +12,7 @@ from reference_trainer.export import export
 
 EXAMPLES = """examples:
   python -m reference_trainer export runs/first-run
-      of its newest complete checkpoint, into runs/first-run/export
+      the newest complete checkpoint, into runs/first-run/export
 """
 USAGE = "[--parallel.OPTION VALUE ...] RUN"
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:
-        UserError: if something given is wrong.
+        UserError: if an argument is wrong.
     """
     given = {"parallel.replicas": 1, **options.given(arguments)}
     config = _config_of(arguments.directory, given)

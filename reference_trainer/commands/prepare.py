@@ -13,7 +13,7 @@ from reference_trainer.files import fresh_directory
 EXAMPLES = """examples:
   python -m reference_trainer prepare tokens --data.files 'c4/*.parquet' \\
       --data.tokenizer tokenizer.json
-      once; then `train --data.prepared tokens` of as many runs as you like
+      once; then `train --data.prepared tokens` for as many runs as you like
 """
 USAGE = "[--config FILE] [--data.OPTION VALUE ...] OUT"
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:
-        UserError: if something given is wrong.
+        UserError: if an argument is wrong.
     """
     config = options.resolve(arguments.config, options.given(arguments)).data
     if arguments.out.exists():

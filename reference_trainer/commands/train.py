@@ -1,4 +1,4 @@
-"""The command `train`: begin a run or go on with one, and say what it has learned."""
+"""The command `train`: a run begun or resumed, and lines that say what it has learned."""
 
 import argparse
 import os
@@ -28,10 +28,10 @@ EXAMPLES = """examples:
   python -m reference_trainer train --config run.yaml --dry-run 8
       what that would do over 8 processes: parameters, memory, steps, restarts, files
   python -m reference_trainer train --resume --name wiki
-      go on after a crash, from the newest complete checkpoint
+      continue after a crash, from the newest complete checkpoint
 """
 USAGE = "[--config FILE] [--resume] [--dry-run [PROCESSES]] [--OPTION VALUE ...]"
-_LAUNCHERS = ("TORCHELASTIC", "SLURM")  # which count how often they have started a job again
+_LAUNCHERS = ("TORCHELASTIC", "SLURM")  # these count how often they have restarted a job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:
-        UserError: if something given is wrong.
+        UserError: if an argument is wrong.
     """
     again = any(int(os.environ.get(f"{by}_RESTART_COUNT", "0")) for by in _LAUNCHERS)
     config = _resolved(arguments, again)
@@ -88,14 +88,14 @@ def _resolved(arguments: argparse.Namespace, again: bool) -> Config:
     if (arguments.resume or again) and file is None:
         base = options.resolve(None, {k: v for k, v in given.items() if k in ("name", "runs")})
         saved = base.directory / "config.yaml"
-        if saved.is_file():  # found here, whatever it was called when it was begun
+        if saved.is_file():  # under this name, even if the run was begun under another
             file, given = saved, {**given, "name": base.name, "runs": base.runs}
     return options.resolve(file, given)
 
 
 def _planned(config: Config, processes: int, *, resume: bool) -> Iterator[str]:
     if processes < 1:
-        raise UserError(f"--dry-run is over 1 process or more; got {processes}")
+        raise UserError(f"--dry-run must be 1 process or more; got {processes}")
     plan = preflight(config, processes=processes, resume=resume)
     if resume:
         check_begun_alike(config)

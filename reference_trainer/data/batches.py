@@ -15,13 +15,13 @@ _ROUNDS = 4
 class Batches:
     """The training order: every window once in an epoch, shuffled anew in each.
 
-    Nothing is remembered between steps, so a position is the step's number, and a batch does not
+    There is no state between steps: the position is the step's number alone. A batch does not
     depend on how many processes share it.
 
     Args:
-        windows: what to shuffle.
-        sequences: windows in a step's batch, over all processes.
-        seed: of the shuffling.
+        windows: the windows to shuffle.
+        sequences: the number of windows in a step's batch, over all processes.
+        seed: the seed of the shuffling.
     """
 
     windows: Windows
@@ -33,13 +33,13 @@ class Batches:
         return self._read(self._positions(step))
 
     def part(self, step: int, *, rank: int, processes: int, micro_steps: int) -> Tensor:
-        """Return one process's part of the batch: (micro_steps, n, length + 1); it reads no more.
+        """Return, reading no more, one process's part of a batch: (micro_steps, n, length + 1).
 
         Args:
-            step: of the run.
-            rank: of the process.
-            processes: that share the batch.
-            micro_steps: of the step; each is shared by all of them.
+            step: the step of the run.
+            rank: the process rank.
+            processes: the number of processes that share the batch.
+            micro_steps: the number of micro-steps in the step; all processes share each of them.
         """
         places = self._positions(step).reshape(micro_steps, processes, -1)[:, rank]
         return self._read(places.reshape(-1)).view(micro_steps, places.shape[1], -1)
@@ -57,9 +57,9 @@ def shuffled(
 ) -> NDArray[np.uint64]:
     """Permute `places`, all below `size`, by a permutation keyed by (seed, epoch).
 
-    A four-round Feistel network over the next even power of two permutes it without a table; what
-    falls outside `size` goes round again until it falls inside (cycle walking), which keeps the
-    map one to one.
+    A four-round Feistel network over the next even power of two permutes the places without a
+    table. A place that falls outside `size` is permuted again until it falls inside (cycle
+    walking), which keeps the map one-to-one.
 
     Examples:
         >>> order = shuffled(np.arange(5, dtype=np.uint64), np.zeros(5, np.uint64), 5, seed=0)

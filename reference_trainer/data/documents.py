@@ -43,8 +43,8 @@ def sources(config: DataConfig) -> list[Path]:
 def documents(path: Path, text_field: str) -> Iterator[str]:
     """Iterate over a file's documents: lines of .jsonl, rows of .parquet, else the text itself.
 
-    A text of more than 64 KiB is cut into pieces of about 16 KiB, each a document, at line ends:
-    one large file can then be split and is never in memory whole.
+    A text file of more than 64 KiB is cut at line ends into documents of about 16 KiB, so that one
+    large file can be split and is never in memory whole.
 
     Raises:
         UserError: if the file is not what its name says, is binary or compressed, or a text is
@@ -86,7 +86,7 @@ def _lines(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _rows(path: Path, text_field: str) -> Iterator[str]:
-    import pyarrow.parquet as parquet  # a large import, for what is not often read
+    import pyarrow.parquet as parquet  # a large import, and rarely needed
 
     try:
         file = parquet.ParquetFile(path)

@@ -1,4 +1,4 @@
-"""This process's part of each step's batch, read while the step before runs."""
+"""This process's part of each step's batch, read while the previous step runs."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
@@ -13,9 +13,9 @@ class Feed:
     """Reads one step ahead, in a thread of its own.
 
     Args:
-        batches: by step.
-        world: the processes; each reads its own sequences only.
-        micro_steps: of a step.
+        batches: the batches, by step.
+        world: the processes; each reads only its own sequences.
+        micro_steps: the number of micro-steps in a step.
     """
 
     def __init__(self, batches: Batches, world: World, micro_steps: int) -> None:
@@ -28,7 +28,7 @@ class Feed:
     def at(self, step: int) -> Tensor:
         """Return this process's part of a step: (micro_steps, sequences, length + 1), ids.
 
-        For a GPU it lies in pinned memory: copied from there, the host need not wait.
+        For a GPU it is in pinned memory, so that the host does not wait for the copy.
         """
         ahead, self._next = self._next, None
         part = ahead[1].result() if ahead and ahead[0] == step else self._read(step)

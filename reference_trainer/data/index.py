@@ -17,16 +17,16 @@ FORMAT, INDEX, TOKENIZER = 2, "index.json", "tokenizer.json"
 
 @dataclass(frozen=True)
 class Index:
-    """What a directory of shards holds; its index.json, written last.
+    """The contents of a directory of shards: its index.json, written last.
 
     Args:
-        vocab_size: ids are below it.
+        vocab_size: the number of ids; every id is below it.
         end: the id that closes a document.
-        dtype: of the ids, little-endian.
-        tokenizer: "bytes" or the tokenizer file's name; a copy of it lies beside the index.
-        documents: how many each split has.
-        shards: for each split the tokens of each of its files, `<split>-<number>.bin`.
-        checksums: of every file beside the index.
+        dtype: the dtype of the ids, little-endian.
+        tokenizer: "bytes" or the tokenizer file's name; a copy of the file is beside the index.
+        documents: the number of documents in each split.
+        shards: for each split, the number of tokens in each of its files, `<split>-<number>.bin`.
+        checksums: the checksum of every file beside the index.
     """
 
     vocab_size: int
@@ -47,7 +47,7 @@ def read_index(directory: Path) -> Index:
     """Read the index of a prepared directory and check that every shard has the size it says.
 
     Raises:
-        UserError: if it is absent or damaged.
+        UserError: if the index or a shard is absent or damaged.
     """
     file = directory / INDEX
     if not file.is_file():
@@ -61,7 +61,7 @@ def read_index(directory: Path) -> Index:
         raise DamagedError(f"{file} is damaged ({one_line(error)}): run `prepare` again") from None
     for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:
-            raise DamagedError(f"{path} should have {size} bytes: run `prepare` again")
+            raise DamagedError(f"{path} must have {size} bytes: run `prepare` again")
     return index
 
 
@@ -69,7 +69,7 @@ def verify_data(directory: Path) -> None:
     """Check every file of a prepared directory against the checksums in its index.
 
     Raises:
-        UserError: if the index is absent, or anything is damaged; it names the file.
+        UserError: if the index is absent, or a file is damaged; the message names the file.
     """
     verify(directory, read_index(directory).checksums)
 

@@ -1,4 +1,4 @@
-"""Tokenize documents into memory-mapped shards, once."""
+"""Documents tokenized once, into memory-mapped shards."""
 
 import hashlib
 import itertools
@@ -26,9 +26,9 @@ _BATCH_DOCUMENTS = 256
 def prepare(config: DataConfig, directory: Path) -> Index:
     """Write the documents' tokens into `directory` and return its index.
 
-    A document is held out if a hash of its text falls below `data.held_out`, and the one with the
-    least hash always is: the split depends on nothing but the texts, and copies of a document lie
-    on one side.
+    A document is held out if a hash of its text falls below `data.held_out`; the document with the
+    lowest hash is always held out. So the split depends only on the texts, and copies of a document
+    are in the same split.
 
     Raises:
         UserError: if a file cannot be used, or there are fewer than two documents.
@@ -57,8 +57,8 @@ def prepare(config: DataConfig, directory: Path) -> Index:
         count = sum(writer.documents for writer in writers.values())
         raise UserError(
             "there must be a document to train on and another to hold out; got "
-            f"{count} in {len(paths)} files (data.held_out={config.held_out}): a text file of "
-            "up to 64 KiB is one document: give more of them, or .jsonl with a document a line"
+            f"{count} in {len(paths)} files (data.held_out={config.held_out}): give more text "
+            "files, as one of up to 64 KiB is one document, or .jsonl with a document per line"
         )
     checksums = writers["train"].checksums | writers["held_out"].checksums
     if config.tokenizer != "bytes":
@@ -110,7 +110,7 @@ class _Writer:
 
 
 class _Splitter:
-    """Sends documents to the writers, holding back the one of least hash until the end."""
+    """Sends documents to the writers; the one with the lowest hash is kept back until the end."""
 
     def __init__(self, held_out: float, writers: dict[str, _Writer]) -> None:
         self._bound = held_out

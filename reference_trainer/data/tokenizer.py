@@ -1,4 +1,4 @@
-"""Text to token ids: UTF-8 bytes, or a Hugging Face `tokenizers` file."""
+"""Tokenizers, from text to token ids: UTF-8 bytes, or a Hugging Face `tokenizers` file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What turns documents into ids, each document closed by `end`."""
+    """A tokenizer: it turns documents into ids, and closes each document with `end`."""
 
     vocab_size: int
     end: int
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class Bytes:
-    """One token a byte of UTF-8; the byte 0, which text does not use, ends a document.
+    """One token per byte of UTF-8; the byte 0, which text does not use, ends a document.
 
     Examples:
         >>> Bytes().encode(["ab"])[0].tolist()
@@ -45,13 +45,13 @@ class Bytes:
 
 
 def bytes_as_file() -> str:
-    """Return the `tokenizer.json` of `Bytes`, for who reads the export with other programs.
+    """Return the `tokenizer.json` of `Bytes`, for other programs that read the export.
 
     Examples:
         >>> HuggingFaceTokenizer.from_str(bytes_as_file()).encode("aé").ids
         [97, 195, 169]
     """
-    # ByteLevel stands each byte for a character that can be seen; those have GPT-2's order.
+    # ByteLevel represents each byte by a printable character, in GPT-2's order.
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in seen)
     letters = {byte: chr(byte) for byte in seen}
@@ -74,7 +74,7 @@ class FromFile:
             self._tokenizer = HuggingFaceTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer.json: {error}") from None
-        self._tokenizer.no_truncation()  # which a published file may ask for, and loses text
+        self._tokenizer.no_truncation()  # a published file may ask for it, which would lose text
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1  # ids may have gaps
         ends = (self._tokenizer.token_to_id(name) for name in _END_NAMES)

@@ -14,11 +14,11 @@ from reference_trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of `length + 1` tokens of a split, each beginning where the last one ended.
+    """Windows of `length + 1` tokens of a split; each begins at the last token of the one before.
 
     Args:
         shards: the split's memory-mapped tokens.
-        length: tokens a model sees at once; the one more is the last target.
+        length: the number of tokens that a model sees at once; the extra token is the last target.
     """
 
     shards: tuple[NDArray[np.unsignedinteger], ...]
@@ -29,7 +29,7 @@ class Windows:
         return sum(self._counts())
 
     def read(self, numbers: NDArray[np.uint64]) -> Tensor:
-        """Return the windows of these numbers, (len(numbers), length + 1), int64."""
+        """Return the windows with these numbers, (len(numbers), length + 1), int64."""
         bounds = np.cumsum([0, *self._counts()])
         rows = []
         for number in numbers.astype(np.int64):

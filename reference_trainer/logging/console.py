@@ -9,7 +9,7 @@ log = logging.getLogger("reference_trainer")
 
 
 class _Lines(logging.Handler):
-    """Writes lines above a progress bar: warnings to stderr, what else there is to stdout."""
+    """Writes lines above a progress bar: warnings to stderr, everything else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
@@ -19,11 +19,11 @@ class _Lines(logging.Handler):
 
 
 def open_terminal(level: int) -> None:
-    """Write what is logged from `level` on, one of `logging`'s."""
+    """Write log records of `level`, one of `logging`'s levels, and above."""
     log.handlers = [_Lines()]
     log.setLevel(level)
 
 
 def hidden() -> bool | None:
-    """Return tqdm's `disable`: None, a bar where there is a terminal only, or True if quiet."""
+    """Return tqdm's `disable`: None for a bar only on a terminal, or True if output is quiet."""
     return None if log.isEnabledFor(logging.INFO) else True

@@ -11,12 +11,12 @@ _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """The peak since it was made: of the GPU's allocated memory, or of this process's resident one.
+    """The peak memory since this object was made: allocated on the GPU, or resident on the host.
 
-    Where /proc does not forget (macOS, some sandboxes) a process's peak is that of its whole life.
+    Where /proc cannot reset the peak (macOS, some sandboxes), it is that of the process's life.
 
     Args:
-        device: on which the process computes.
+        device: the device that the process computes on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class PeakMemory:
             _FORGET.write_text("5")  # resets the peak: see proc(5)
 
     def bytes(self) -> int:
-        """Return it, in bytes."""
+        """Return the peak, in bytes."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []

@@ -1,4 +1,4 @@
-"""The records of a run: one JSON object a line, and TensorBoard files when asked."""
+"""The records of a run: one JSON object per line, and TensorBoard files if asked for."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ from reference_trainer.logging.records import Record
 
 
 class Metrics:
-    """The writer of `metrics.jsonl`: silent on all processes but the first.
+    """The writer of `metrics.jsonl`; only the first process writes.
 
-    Each line is a record (`records.py`), and last a "crc32" of what stands before it.
+    Each line is a record (`records.py`), with a "crc32" of all fields before it at the end.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         writes: whether this process is the one that writes.
         tensorboard: whether to write numbers for TensorBoard too.
-        since: the step and phase of the checkpoint that the run goes on from; what was recorded
-            after it is dropped first.
+        since: the step and phase of the checkpoint that the run continues from; records after it
+            are dropped first.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Metrics:
             self._file.flush()
         except OSError as error:
             file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # it would write what it holds
+            with contextlib.suppress(OSError):  # closing tries to write the buffer again
                 file.close()
             raise UserError(
-                f"could not write {file.name} (once that is mended, --resume goes on from the "
+                f"could not write {file.name} (once that is fixed, --resume continues from the "
                 f"newest checkpoint): {error.strerror}"
             ) from None
         if self._board is not None:
@@ -81,7 +81,7 @@ def read(path: Path) -> list[Record]:
     """Return the records of a `metrics.jsonl`; a last line cut short by a crash is left out.
 
     Raises:
-        UserError: if another line is not as it was written.
+        UserError: if any other line is not as it was written.
     """
     if not path.is_file():
         return []
@@ -110,13 +110,13 @@ def _line(record: Record) -> str:
 
 
 def _is_before(record: Record, step: int, phase: str) -> bool:
-    # At its own step a checkpoint comes after the phase's evaluation and end.
+    # A checkpoint is written after the evaluation and end records of the same step.
     last = ("evaluation", "compiled", "end")
     closing = record["event"] in last and record.get("phase") == phase
     return bool(record["step"] < step or (record["step"] == step and closing))
 
 
 def _summary_writer(directory: Path, from_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # of an extra
+    from torch.utils.tensorboard import SummaryWriter  # needs the extra `tensorboard`
 
     return SummaryWriter(str(directory), purge_step=from_step)

@@ -24,9 +24,9 @@ class Progress:
     """Records and shows a phase. It speaks to no other process: values come from the loop.
 
     Args:
-        config: the run.
-        phase: which.
-        metrics: the writer of records; silent on all processes but one.
+        config: the run's options.
+        phase: the phase.
+        metrics: the writer of records; only the first process writes.
         shown: whether this process shows them on the terminal too.
     """
 
@@ -198,16 +198,17 @@ class Progress:
 
 
 def graphs() -> int:
-    """Return how many graphs this process has compiled: for all blocks of a phase it should be 2.
+    """Return how many graphs this process has compiled.
 
-    One is of training and one of evaluation; the loss has a few more.
+    All blocks of a phase should need two, one for training and one for evaluation; the loss has a
+    few more.
     """
     counters = sys.modules.get("torch._dynamo.utils")  # which costs a second to import
     return 0 if counters is None else int(counters.counters["stats"]["unique_graphs"])
 
 
 def is_spike(mean: float, before: Collection[float]) -> bool:
-    """Whether `mean` lies above the median of ten or more by six times their median deviation.
+    """Whether `mean` is above the median of ten or more by six times their median deviation.
 
     Examples:
         >>> is_spike(3.0, [2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0, 2.1, 1.9, 2.0])

@@ -1,4 +1,4 @@
-"""The spectra of accumulated updates, as a record holds them."""
+"""Ranks and spectra of accumulated updates, in the form of a record."""
 
 from collections.abc import Mapping
 
@@ -21,10 +21,10 @@ def spread(names: list[str], count: int) -> list[str]:
 
 
 def ranks_of(spectra: Mapping[str, Spectrum], most: int) -> Ranks:
-    """Return each matrix's rank, effective rank and stable rank, and what bounds them all.
+    """Return each matrix's rank, effective rank and stable rank, and the bound on all of them.
 
     Args:
-        spectra: by matrix.
+        spectra: the spectra, by the matrix's name.
         most: the sum of the ranks of the updates that were added.
 
     Examples:
@@ -42,7 +42,7 @@ def ranks_of(spectra: Mapping[str, Spectrum], most: int) -> Ranks:
 
 
 def values_of(spectrum: Spectrum) -> list[float]:
-    """Return the singular values that are not rounding, to four digits."""
+    """Return the singular values above rounding error, to four digits."""
     return [_short(value) for value in spectrum.values[: spectrum.rank()].tolist()]
 
 

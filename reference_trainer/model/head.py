@@ -1,4 +1,4 @@
-"""The output head: logits in rows that a GPU reads in whole words, whatever the vocabulary."""
+"""The output head: logits in rows that are aligned for a GPU, whatever the vocabulary size."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_WORD = 8  # entries of 16 bits that a GPU's products want to begin together
+_WORD = 8  # entries of 16 bits: a GPU's products are fast if rows begin at multiples of this
 
 
 class Head(nn.Linear):
     """x Wᵀ, without a bias.
 
-    Where the vocabulary is no multiple of 8, each row of logits is followed by a few entries that
-    nobody sees. All three products of a training step then read and write aligned rows: the
-    gradient of the logits takes their place (`loss.py`).
+    If the vocabulary size is not a multiple of 8, each row of logits is followed by a few unused
+    entries. All three products of a training step then read and write aligned rows, because the
+    gradient of the logits takes the memory of the logits (`loss.py`).
 
     Args:
         hidden_size: n.
@@ -29,7 +29,7 @@ class Head(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (tokens, n) to (tokens, m); of other shapes, or compiled, as any linear layer."""
+        """Map (tokens, n) to (tokens, m); for other shapes, or compiled, as nn.Linear does."""
         if self.out_features % _WORD == 0 or not self._is_plain(x):
             return F.linear(x, self.weight)
         # Torch has no types for `apply`.
@@ -37,12 +37,12 @@ class Head(nn.Linear):
         return logits
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether nothing looks on that has its own way with a linear layer."""
+        """Whether no compiler, transform, autocast or parametrization handles this layer."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             return False
-        # A parametrization's weight may be something else.
+        # A parametrized weight may be something other than a Tensor.
         return isinstance(self.weight, Tensor) and x.ndim == 2 and x.dtype == self.weight.dtype
 
 

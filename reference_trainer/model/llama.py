@@ -19,14 +19,14 @@ from reference_trainer.model.loss import CrossEntropy
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond those of an earlier training turn: Hugging Face's "rope_scaling".
+    """Rotary frequencies scaled for longer sequences: Hugging Face's "rope_scaling".
 
     Args:
-        kind: "linear": all frequencies divided by `factor`. "llama3": those of long wavelengths,
-            blended into the others between two bounds (Llama 3.1).
-        factor: at least 1.
-        low_freq_factor: wavelengths above original length / this one are divided.
-        high_freq_factor: those below original length / this one stay.
+        kind: "linear" divides all frequencies by `factor`; "llama3" divides only those of long
+            wavelengths, with a smooth transition between two bounds (Llama 3.1).
+        factor: the divisor, at least 1.
+        low_freq_factor: frequencies of wavelengths above the original length / this are divided.
+        high_freq_factor: frequencies of wavelengths below the original length / this do not change.
         original_max_position_embeddings: the original length, in tokens.
 
     Raises:
@@ -62,22 +62,22 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The numbers that make a Llama.
+    """The sizes and constants that define a Llama.
 
     Args:
-        hidden_size: width of the residual stream; a multiple of `heads`, and `hidden_size / heads`
-            is even (rotary positions turn pairs).
+        hidden_size: width of the residual stream; a multiple of `heads`. `hidden_size / heads` must
+            be even, because rotary positions turn pairs.
         intermediate_size: width of the SwiGLU.
         layers: number of blocks.
-        heads: query heads.
-        kv_heads: key and value heads; divides `heads`.
+        heads: number of query heads.
+        kv_heads: number of key-value heads, which must divide `heads`.
         vocab_size: number of token ids.
-        norm_eps: of RMSNorm.
+        norm_eps: epsilon of RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: of these, or None.
+        rope_scaling: scaling of the rotary frequencies, or None.
 
     Raises:
-        ValueError: if a number is not positive or does not divide as said.
+        ValueError: if a number is out of range, or is not a multiple where it must be one.
     """
 
     hidden_size: int
@@ -113,12 +113,12 @@ class LlamaShape:
 
     @property
     def head_size(self) -> int:
-        """Entries of one head."""
+        """The number of entries of one head."""
         return self.hidden_size // self.heads
 
 
-# (hidden, intermediate, layers, heads). 1m to 3m are ours, for bytes on a laptop; the others are
-# the shapes of the ReLoRA paper's code, https://github.com/Guitaricet/relora/tree/main/configs.
+# (hidden, intermediate, layers, heads). 1m to 3m are ours, for byte tokens on a laptop; the others
+# are the shapes of the ReLoRA paper's code, https://github.com/Guitaricet/relora/tree/main/configs.
 PRESETS = {
     "1m": (128, 352, 5, 4),
     "2m": (192, 512, 4, 6),

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks of tokens: all logits exist once, in the dtype they were made in."""
+"""Cross-entropy in chunks of tokens: the logits exist only once, in their original dtype."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ _ENTRIES = 2**24  # of a chunk: 64 MiB in fp32
 
 
 class CrossEntropy(nn.Module):
-    r"""$\frac{1}{c} \sum_t \log \sum_v e^{z_{tv}} - z_{t y_t}$, every chunk of it in fp32.
+    r"""$\frac{1}{c} \sum_t (\log \sum_v e^{z_{tv}} - z_{t y_t})$, every chunk of it in fp32.
 
-    Where gradients are on, the gradient takes the place of the logits at once, so that backward
-    may run once only, and nothing else may use the logits.
+    If gradients are on, forward overwrites the logits with their gradient. So backward may run only
+    once, and nothing else may use the logits.
 
     Examples:
         >>> CrossEntropy()(torch.zeros(2, 4), torch.tensor([1, IGNORED]), divisor=1)  # log 4
@@ -63,7 +63,7 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def chunk_loss(z: Tensor, y: Tensor, divisor: float, gradient: bool) -> Tensor:
-    """Return the loss of a chunk; with `gradient`, put its gradient where the logits are."""
+    """Return the loss of a chunk; if `gradient` is true, overwrite the logits with its gradient."""
     logs = z.float().log_softmax(dim=1)
     counted = y != IGNORED
     place = torch.where(counted, y, 0).unsqueeze(1)

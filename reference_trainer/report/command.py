@@ -15,9 +15,9 @@ from reference_trainer.report.recorded import Recorded, open_run
 
 EXAMPLES = """examples:
   python -m reference_trainer report runs/first-run
-      runs/first-run/report.html and report.png, also while the run goes on
+      runs/first-run/report.html and report.png, also while the run is in progress
   python -m reference_trainer report runs/first-run --watch 30
-      made again every 30 seconds until the run is at its end; a browser that shows it follows
+      rewritten every 30 seconds until the run ends; an open browser tab reloads it
   python -m reference_trainer report runs/rank-8 runs/rank-16 --out compared.html
       two runs on one page, with the options in which they differ
 """
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
     """Run the command; iterate over what it prints.
 
     Raises:
-        UserError: if something given is wrong.
+        UserError: if an argument is wrong.
     """
     directories: Sequence[Path] = arguments.directories
     if len(directories) > 1 and arguments.out is None:
@@ -61,14 +61,14 @@ def run(arguments: argparse.Namespace) -> Iterator[str]:
             break
         _write_page(runs, directories, out, refresh=arguments.watch)
         if not told:
-            yield f"page:    {out}, made again every {arguments.watch} s"
+            yield f"page:    {out}, rewritten every {arguments.watch} s"
             told = True
         time.sleep(arguments.watch)
     yield from write(directories, out)
 
 
 def write(directories: Sequence[Path], out: Path) -> Iterator[str]:
-    """Write the page of some runs and, of one, its picture; iterate over lines that say where."""
+    """Write the page of the runs and, for a single run, its picture; yield lines that say where."""
     runs = opened(directories)
     _write_page(runs, directories, out)
     yield f"page:    {out}"
@@ -79,7 +79,7 @@ def write(directories: Sequence[Path], out: Path) -> Iterator[str]:
 
 
 def opened(directories: Sequence[Path]) -> list[Recorded]:
-    """Return the runs in some directories, by their names or, if these are the same, their paths.
+    """Return the runs in the directories, named by directory or, if names repeat, by path.
 
     Raises:
         UserError: if one holds no run.

@@ -1,4 +1,4 @@
-"""One page of runs that needs nothing beside it: tables, curves, options and environment."""
+"""One self-contained page of one or more runs: tables, curves, options and environment."""
 
 import io
 import statistics
@@ -33,9 +33,9 @@ def page(runs: Sequence[Recorded], *, made: str, refresh: int | None = None) -> 
     """Return the page as HTML.
 
     Args:
-        runs: one or more; of several, what differs is compared.
-        made: a line that says when the page was made, and of what.
-        refresh: after how many seconds a browser reads it again; None: it does not.
+        runs: one run or more; several are compared in what differs.
+        made: a line that says when the page was made, and from what.
+        refresh: the number of seconds after which a browser reloads the page; None for never.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         (files("reference_trainer") / "report/page.html").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ from reference_trainer.report.recorded import Recorded, effective_ranks, ranks
 
 _TRAIN, _HELD_OUT, _RESTART, _BOUND = "#9ecae1", "#08519c", "#d94801", "#969696"
 _Record = Mapping[str, Any]  # any event's
-_MOST_NAMED = 10  # matrices; of more, those of a kind share a line of the legend
+_MOST_NAMED = 10  # matrices; if there are more, matrices of one kind share a legend entry
 
 
 def draw_loss(axes: Axes, runs: Sequence[Recorded]) -> None:
@@ -33,7 +33,7 @@ def draw_loss(axes: Axes, runs: Sequence[Recorded]) -> None:
 
 
 def draw_rate(axes: Axes, runs: Sequence[Recorded]) -> None:
-    """Draw the learning rates: of the adapters, and of one run the other matrices' too."""
+    """Draw the learning rates of the adapters and, for a single run, of the other matrices."""
     for number, run in enumerate(runs):
         if len(runs) == 1:
             _plot(axes, run.rates, "lr_adapters", _RESTART, "adapters")
@@ -46,7 +46,7 @@ def draw_rate(axes: Axes, runs: Sequence[Recorded]) -> None:
 
 
 def draw_rank(axes: Axes, runs: Sequence[Recorded]) -> None:
-    """Draw rank and effective rank by cycle: of each matrix, or of several runs the medians."""
+    """Draw rank and effective rank by cycle: of each matrix of one run, or medians of several."""
     if not any(run.ranks for run in runs):
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes, color=_BOUND)
     elif len(runs) == 1:
@@ -131,7 +131,7 @@ def _draw_each_rank(axes: Axes, run: Recorded) -> None:
 
 
 def _labels(names: Collection[str]) -> dict[str, str]:
-    """Return how a legend calls each matrix: by its name or, if they are many, its kind's."""
+    """Return the legend's label of each matrix: its name or, if there are many, its kind."""
     if len(names) <= _MOST_NAMED:
         return {name: name.removeprefix("model.") for name in names}
     return {name: name.rpartition(".")[2] for name in names}

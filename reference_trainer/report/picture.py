@@ -20,7 +20,7 @@ def draw(run: Recorded, picture: Path) -> None:
     """Draw the picture of a run.
 
     Args:
-        run: which.
+        run: the run to draw.
         picture: the PNG to write.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")

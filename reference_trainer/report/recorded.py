@@ -1,4 +1,4 @@
-"""A run as its directory tells it: records and options, and what they come to."""
+"""A run read back from its directory: its records, its options and what follows from them."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ class Recorded:
     """A run.
 
     Args:
-        name: of its directory.
-        records: of its metrics.jsonl.
-        options: by dotted name; empty where there is no config.yaml beside the metrics.
+        name: the name of its directory.
+        records: the records of its metrics.jsonl.
+        options: its options by dotted name; empty if there is no config.yaml beside the metrics.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Recorded:
 
     @property
     def start(self) -> Start:
-        """The last start: environment, processes, seed and rank."""
+        """The record of the last start: environment, number of processes, seed and rank."""
         return self.starts[-1]
 
     @property
     def steps(self) -> tuple[int, int | None]:
-        """The steps that are done, and how many there are to be, if that is known."""
+        """The number of steps done, and the number of all steps, if that is known."""
         last = max(record["step"] for record in [*self.trained, *self.skipped])
         return last + 1, self.options.get("steps")
 
@@ -96,7 +96,7 @@ class Recorded:
 
     @property
     def ranks(self) -> list[tuple[int, Ranks]]:
-        """How many cycles were merged, with the record of the ranks then, where they were taken."""
+        """Pairs of a number of merged cycles and the record of the ranks measured then."""
         measured: list[tuple[int, Ranks]] = [(r["restart"], r) for r in self.restarts]
         measured += [(r["cycles"], r) for r in self.ends]
         return [(cycles, record) for cycles, record in measured if record["ranks"]]

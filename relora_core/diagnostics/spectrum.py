@@ -40,16 +40,16 @@ class Spectrum:
         r"""Return how many singular values are above `tolerance` $\sigma_1$.
 
         Args:
-            tolerance: from 0 to below 1; if None, $\max(m, n) \cdot 2^{-23}$, below which float32
-                cannot tell a direction from rounding.
+            tolerance: at least 0 and below 1; if None, $\max(m, n) \cdot 2^{-23}$, below which
+                float32 cannot tell a direction from rounding.
 
         Raises:
-            ValueError: for another tolerance.
+            ValueError: if `tolerance` is out of range.
         """
         if tolerance is None:
             tolerance = max(self.shape) * torch.finfo(torch.float32).eps
         if not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance must be from 0 to below 1; got {tolerance}")
+            raise ValueError(f"tolerance must be at least 0 and below 1; got {tolerance}")
         return int((self.values > tolerance * self.values[:1]).sum())
 
     @property

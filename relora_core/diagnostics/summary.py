@@ -1,4 +1,4 @@
-"""A short account of a model: its low-rank sites, and what of it is trained whole."""
+"""A short account of a model: its low-rank sites, and its Parameters trained at full rank."""
 
 import math
 import re
@@ -20,8 +20,8 @@ class Line:
     """One tensor of a summary.
 
     Args:
-        shape: of the tensor.
-        rank: of its site; None if it is trained whole.
+        shape: the shape of the tensor.
+        rank: the rank of its site; None if it is trained at full rank.
     """
 
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Line:
 
     @property
     def entries(self) -> int:
-        """How many numbers it has."""
+        """The number of entries of the tensor."""
         return torch.Size(self.shape).numel()
 
 
@@ -38,12 +38,12 @@ class Summary:
     """The low-rank sites of a model and its Parameters trained at full rank; prints as a table.
 
     Args:
-        sites: by name.
-        whole: Parameters that are trained as they are, by qualified name.
-        left: names of the Parameters in `whole` for which factors of the same rank would have at
-            most half as many entries.
-        idle: names of sites that nothing has trained: their B is zero, although another site's B
-            is not, or although the optimizer has stepped, on other parameters only.
+        sites: the sites, by name.
+        whole: the Parameters trained at full rank, by qualified name.
+        left: names of the Parameters in `whole` for which factors of the sites' lowest rank would
+            have at most half as many entries.
+        idle: names of idle sites: their B is still zero, although another site's B is not, or
+            although the optimizer that holds them has stepped other parameters.
 
     Examples:
         >>> summary(nn.Linear(60, 40)).left
@@ -73,7 +73,7 @@ class Summary:
 
 
 def _grouped(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Iterate over lines, one for all entries whose names differ in numbers only."""
+    """Iterate over lines, one for each group of entries whose names differ only in numbers."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, what in entries:
         alike.setdefault((re.sub(r"\d+", "*", name), what), []).append(name)
@@ -83,12 +83,12 @@ def _grouped(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return which tensors of `model` are sites, which are trained at full rank, which were left.
+    """Return a model's sites, its Parameters trained at full rank, and the large ones of these.
 
     Under FSDP2 every process must call it.
 
     Args:
-        model: with or without sites.
+        model: a model with or without sites.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -124,14 +124,14 @@ def summary(model: nn.Module) -> Summary:
 
 @torch.no_grad()
 def _is_trained(B: nn.Parameter) -> Tensor:
-    """Return 1 if there is an entry that is not zero, else 0."""
+    """Return 1 if an entry of B is not zero, on any process, else 0."""
     if B.is_meta:
         return torch.zeros(())
     return shard_max(local(B).any().float(), B)
 
 
 def _would_halve(shape: tuple[int, ...], rank: int) -> bool:
-    """Whether factors of a rank have at most half the entries of a matrix, or of each of a bank."""
+    """Whether factors of this rank have at most half as many entries as the matrix or matrices."""
     if len(shape) < 2:
         return False
     as_one, as_bank = (shape[0], math.prod(shape[1:])), shape[-2:]

@@ -1,4 +1,4 @@
-"""The spectrum of W_k - W_0 of every site, without W_0: streamed from restart to restart."""
+"""The spectrum of W_k - W_0 of every site, accumulated over restarts without keeping W_0."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -27,30 +27,29 @@ Factors = tuple[Tensor, Tensor]
 
 
 class UpdateSpectra:
-    r"""Keeps the factors of what restarts merge, whose sum is $W_k - W_0$.
+    r"""The factors of all updates that restarts merge; the sum of these updates is $W_k - W_0$.
 
     $$W_k - W_0 = \sum_{j \le k} s_j B_j A_j = B A, \qquad
     \sigma_i^2 = \lambda_i\left((A A^\top)^{1/2} B^\top B \, (A A^\top)^{1/2}\right)$$
 
-    with all $B_j$ (times $s_j$) side by side in $B$, and all $A_j$ one below the other in $A$. A
-    site `(m, n)` of rank r keeps r (m + n) numbers per restart, sharded as W is; once k r exceeds
-    min(m, n), it keeps their sum instead. Where FSDP2 offloads W to the CPU, the kept
-    factors are on the GPU. A spectrum costs two sums of (k r) x (k r) numbers over the processes
-    and eigenvalues of matrices of that size, in float64: a singular value below 1e-7 of the largest
-    is rounding error.
+    with all $B_j$ (times $s_j$) side by side in $B$, and all $A_j$ stacked in $A$. A site `(m, n)`
+    of rank r keeps r (m + n) numbers per restart, sharded as W is; once k r exceeds min(m, n), it
+    keeps the sum of the updates instead. If FSDP2 offloads W to the CPU, the kept factors are on
+    the GPU. A spectrum costs two all-reduces of (k r) x (k r) numbers and the eigenvalues of
+    matrices of that size, in float64. Singular values below 1e-7 of the largest are rounding error.
 
-    The sum holds the exact updates. It ignores what a 16-bit W loses by rounding in a merge, and it
-    misses a `merge_` that comes without `keep_` and `restart_`.
+    The sum consists of the exact updates. It ignores what a 16-bit W loses by rounding in a merge,
+    and it misses a `merge_` that is called without `keep_` and `restart_`.
 
     Args:
-        model: with low-rank sites, sharded already if it is to be. Every process must make this
-            object and call its methods in the same way.
+        model: a model with low-rank sites; shard it first, if it is to be sharded. Every process
+            must make this object and call its methods in the same way.
         targets: globs over the names of sites; those that match are followed.
         timeout: how long the processes that share the model wait for each other in `keep_` and
             `measure`.
 
     Raises:
-        ValueError: if there is no site, no glob, one that matches none, or one that matches a bank.
+        ValueError: if there is no site or no glob, or a glob matches no site or a bank.
 
     Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites, restart_
@@ -82,43 +81,45 @@ class UpdateSpectra:
         banks = [name for name in self._names if sites[name].low_rank.batch_dims]
         if banks:
             raise ValueError(
-                f"a spectrum is of one matrix, and {banks[0]} is a bank of them: leave banks out "
-                "of targets"
+                f"a spectrum must be of one matrix, and {banks[0]} is a bank of several: leave "
+                "banks out of targets"
             )
         self._next = {name: torch.tensor(sites[name].restart, device="cpu") for name in self._names}
         self._kept: dict[str, Factors] = {}
 
     @torch.no_grad()
     def keep_(self) -> None:
-        """Keep the update of the cycle that ends: call it before each `restart_`.
+        """Keep the update of the ending cycle; call this before each `restart_`.
 
         Raises:
-            ValueError: if this cycle is kept already, one before was not, or a factor is not
-                finite. Nothing is kept then.
-            OutOfStepError: if a process does not call it in time, or refuses alone; it names them.
+            ValueError: if this cycle's update is kept already, an earlier one is missing, or a
+                factor is not finite. Nothing is kept then.
+            OutOfStepError: if a process does not call this in time, or it alone raises an error;
+                the message names the process.
         """
         sites = self._sites()
         with self._agreed("keep_", sites):
             for name, site in sites:
                 if not self._is_new(name, site):
                     raise ValueError(
-                        f"{name}: the update of cycle {site.restart} is kept already: keep_ is "
-                        "called once before each restart_"
+                        f"{name}: the update of cycle {site.restart} is kept already: call keep_ "
+                        "only once before each restart_"
                     )
         with self._agreed("keep_", sites):
             updates = [site.update() for _, site in sites]
             refuse_overflow(sites, update_norms(sites, updates))
         for (name, site), update in zip(sites, updates, strict=True):
             self._kept[name] = _compressed(*self._so_far(name, _factors(site, update)))
-            self._next[name] = self._next[name] + 1  # a state that was given out stays
+            self._next[name] = self._next[name] + 1  # not in place: a state dict may hold it
 
     @torch.no_grad()
     def measure(self) -> dict[str, Spectrum]:
-        """Return the spectrum of W + s B A - W_0 of each site, W_0 being W when this was made.
+        """Return each site's spectrum of W + s B A - W_0; W_0 is W when this object was made.
 
         Raises:
-            ValueError: if a restart went by without `keep_`, or a factor is not finite.
-            OutOfStepError: if a process does not call it in time, or refuses alone; it names them.
+            ValueError: if a restart ran without `keep_`, or a factor is not finite.
+            OutOfStepError: if a process does not call this in time, or it alone raises an error;
+                the message names the process.
         """
         found = {}
         sites = self._sites()
@@ -134,7 +135,7 @@ class UpdateSpectra:
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is kept, by name, as it is sharded and without a copy.
+        """Return the kept tensors by name, with their sharding and without copies.
 
         `torch.distributed.checkpoint` fills it in place after `reserve_`.
         """
@@ -144,18 +145,18 @@ class UpdateSpectra:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` returned, of this layout or another, whole or sharded.
+        """Load what `state_dict` returned, in this layout or another, whole or sharded.
 
         Raises:
-            ValueError: if it is not of these sites. Nothing is taken then.
+            ValueError: if the state belongs to other sites. Nothing is changed then.
         """
         parts = ("restart",) if len(state) == len(self._names) else ("restart", "lora_B", "lora_A")
         expected = {f"{name}.{part}" for name in self._names for part in parts}
         if state.keys() != expected:
             different = ", ".join(sorted(state.keys() ^ expected)[:4])
             raise ValueError(
-                f"the state is not of the {len(self._names)} sites followed: they differ in "
-                f"{different}; give the targets it was made with"
+                f"the state must be of the same {len(self._names)} sites; its keys differ in "
+                f"{different}: give the targets that it was made with"
             )
         whole = {name: full(tensor) for name, tensor in state.items()}
         counts = {name: whole[f"{name}.lora_B"].shape[1] for name in self._names if len(parts) > 1}
@@ -165,25 +166,25 @@ class UpdateSpectra:
                 found = whole[f"{name}.{part}"].shape
                 if found != own.shape:
                     raise ValueError(
-                        f"{name}.{part} of the state has shape {tuple(found)}, where it would be "
-                        f"{tuple(own.shape)} here: it is of another model"
+                        f"{name}.{part} must have shape {tuple(own.shape)}; got {tuple(found)}: "
+                        "the state is of another model"
                     )
         self._kept = kept
         for name, own in self.state_dict().items():
             copy_from_full_(own, whole[name])
 
     def reserve_(self, restarts: int) -> None:
-        """Make room for what is kept after `restarts` restarts, to be filled through `state_dict`.
+        """Allocate what is kept after `restarts` restarts, to be filled through `state_dict`.
 
         Args:
-            restarts: 0 or more.
+            restarts: the number of restarts, 0 or more.
         """
         ranks = {name: site.rank for name, site in self._sites()}
         self._kept = self._room({n: restarts * rank for n, rank in ranks.items() if restarts})
 
     @torch.no_grad()
     def _room(self, counts: Mapping[str, int]) -> dict[str, Factors]:
-        """Return factors of zeros, of so many columns and rows, for the sites in `counts`."""
+        """Return zero factors for the sites in `counts`, which says how many columns and rows."""
         room = {}
         for name, site in self._sites() if counts else []:
             B, A = _factors(site)
@@ -207,13 +208,13 @@ class UpdateSpectra:
         if ahead not in (0, -1):
             raise ValueError(
                 f"{name} is in cycle {site.restart}, and the updates of the cycles before "
-                f"{int(self._next[name])} are kept: keep_ is called before each restart_, and "
-                "its state is loaded with the model's"
+                f"{int(self._next[name])} are kept: call keep_ before each restart_, and load "
+                "its state together with the model's"
             )
         return ahead == 0
 
     def _so_far(self, name: str, new: Factors) -> Factors:
-        """Return what is kept and, beside it, the factors of the cycle that goes on."""
+        """Return the kept factors, joined with those of the current cycle."""
         if name not in self._kept:
             return new
         (before_B, before_A), (B, A) = self._kept[name], new
@@ -222,7 +223,7 @@ class UpdateSpectra:
 
 
 def _factors(site: Site, update: Update | None = None) -> Factors:
-    """Return copies of s B, `(m, r)`, and A, `(r, ...)`, in fp32 at least, spread as W is."""
+    """Return copies of s B, `(m, r)`, and A, `(r, ...)`, in fp32 at least, sharded as W is."""
     update = update or site.update()
     wide = torch.promote_types(update.A.dtype, torch.float32)
     A = update.A.to(wide, copy=True)
@@ -236,7 +237,7 @@ def _grams(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _singular_values(BB: Tensor, AA: Tensor) -> Tensor:
-    """Return those of B A, descending: with A Aᵀ = V Λ Vᵀ, from Λ^½ Vᵀ Bᵀ B V Λ^½."""
+    """Return the singular values of B A, descending: A Aᵀ = V Λ Vᵀ; from Λ^½ Vᵀ Bᵀ B V Λ^½."""
     L, V = torch.linalg.eigh(AA)
     half = V * L.clamp(min=0).sqrt()
     squares: Tensor = torch.linalg.eigvalsh(half.t() @ BB @ half)
@@ -244,9 +245,9 @@ def _singular_values(BB: Tensor, AA: Tensor) -> Tensor:
 
 
 def _compressed(B: Tensor, A: Tensor) -> Factors:
-    """Return B and A or, if they have more directions than B A can have, B A and an identity.
+    """Return B and A or, if they have more columns than B A can have rank, B A and an identity.
 
-    One of the two is gathered then, the smaller one of B A's sides being the identity's.
+    The identity then has the size of the smaller side of B A, and either B or A is gathered.
     """
     most = _most(B, A)
     if B.shape[1] <= most:
@@ -261,7 +262,7 @@ def _compressed(B: Tensor, A: Tensor) -> Factors:
 
 
 def _spread(parts: Factors, B: Tensor, A: Tensor) -> Factors:
-    """Return the factors that this process holds `parts` of, spread as B and A are."""
+    """Return the factors of which this process holds `parts`, sharded as B and A are."""
     count = len(parts[1])
     return (
         sharded_like(parts[0], B, (B.shape[0], count)),
@@ -270,5 +271,5 @@ def _spread(parts: Factors, B: Tensor, A: Tensor) -> Factors:
 
 
 def _most(B: Tensor, A: Tensor) -> int:
-    """Return how many directions B A can have."""
+    """Return the highest rank that B A can have."""
     return min(B.shape[0], A.shape[1:].numel())

@@ -15,52 +15,52 @@ _AGREED = "agreed"
 
 
 class OutOfStepError(RuntimeError):
-    """A process that shares a model was absent from a call, made another call, or refused.
+    """A process that shares a model was absent from a call, made another call, or failed.
 
-    The text names it. Every process that made the call raises this error, and none has changed
-    anything.
+    The message names that process. Every process that made the call raises this error, and none
+    has changed anything.
     """
 
 
 @contextmanager
 def agreed(model: nn.Module, call: str, timeout: timedelta) -> Iterator[None]:
-    """Run a block that changes nothing, and go on only if it passes on every process.
+    """Run a block that changes nothing, and continue only if it succeeds on every process.
 
     Args:
         model: as for `roll_call`.
-        call: what the block belongs to, which must be the same everywhere.
+        call: the call that the block belongs to; it must be the same on every process.
         timeout: how long to wait for the last process.
 
     Raises:
-        OutOfStepError: if a process does not come, comes with another call, or refuses alone.
+        OutOfStepError: if a process is absent, makes another call, or alone raises an error.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
-        roll_call(model, f"{call}, which refuses: {error}", timeout)
+        roll_call(model, f"{call}, which raises an error: {error}", timeout)
         raise
     roll_call(model, call, timeout)
 
 
 def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
-    """Wait until every process that shares `model` is here with the same `answer`.
+    """Wait until every process that shares `model` has arrived here with the same `answer`.
 
-    A process that skips a call would leave the others in a collective that never ends, or, where
-    there is none, go on with other weights than theirs. This uses the store that the processes met
-    through, and no collective. What makes a model shared is a DTensor among its parameters, or
-    DistributedDataParallel around it.
+    A process that skips a call would leave the others in a collective that never ends or, without a
+    collective, continue with different weights. The roll call uses the default process group's
+    store, and no collective. A model is shared if one of its parameters is a DTensor, or if
+    DistributedDataParallel wraps it.
 
-    Each call ends in one verdict for all: of the last process to come, or of the first to give up,
-    which those who come later find.
+    Each call ends in one verdict for all processes, from the last process to arrive or from the
+    first to time out. Processes that arrive later find that verdict.
 
     Args:
-        model: sharded, replicated or neither, in which case nothing happens.
-        answer: what must be the same everywhere.
-        timeout: how long to wait for the last one.
+        model: the model. If it is neither sharded nor replicated, nothing happens.
+        answer: the text that must be the same on every process.
+        timeout: how long to wait for the last process.
 
     Raises:
-        OutOfStepError: on every process, if some do not come in time, which it names, or if answers
-            differ.
+        OutOfStepError: on every process, if some do not arrive in time (the message names them) or
+            if answers differ.
     """
     ranks = sharers(model)
     if len(ranks) < 2:
@@ -76,7 +76,7 @@ def roll_call(model: nn.Module, answer: str, timeout: timedelta) -> None:
             store.delete_key(f"{call}/{rank}")
     try:
         store.wait([f"{call}/verdict"], timeout)
-    except RuntimeError:  # a store of another kind than TCP has no error of its own for this
+    except RuntimeError:  # only TCPStore has its own error for a timeout
         absent = [rank for rank in ranks if not store.check([f"{call}/{rank}"])]
         store.compare_set(f"{call}/verdict", "", f"{answer}: {_missed(absent, timeout)}")
     verdict = store.get(f"{call}/verdict").decode()
@@ -89,8 +89,8 @@ def _compared(answers: dict[int, str]) -> str:
     for rank, other in others:
         if other != said:
             return (
-                f"rank {first} calls {said}, but rank {rank} calls {other}: every process that "
-                "shares the model must do the same"
+                f"process rank {first} calls {said}, but process rank {rank} calls {other}: every "
+                "process that shares the model must do the same"
             )
     return _AGREED
 
@@ -98,6 +98,6 @@ def _compared(answers: dict[int, str]) -> str:
 def _missed(ranks: list[int], timeout: timedelta) -> str:
     shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
     return (
-        f"of the processes that share the model, {len(ranks)} (rank {shown}) did not come in "
-        f"{timeout.total_seconds():g} s: every one must call it, before the same step"
+        f"{len(ranks)} of the processes that share the model (process rank {shown}) did not call "
+        f"it within {timeout.total_seconds():g} s: every one must call it, before the same step"
     )

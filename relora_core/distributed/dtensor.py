@@ -1,4 +1,4 @@
-"""Operations on DTensors. Nothing imports this before there is one: that takes half a second."""
+"""Operations on DTensors, imported with the first DTensor: the import takes half a second."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _APART = (
     "W is sharded and its factors are not: shard them with it, or leave W out of FSDP2 too "
     "(ignored_params)"
 )
-# Seen in 2.8, and not in 2.13.
+# `full_tensor` puts rows in the wrong place in torch 2.8, and no longer in 2.13.
 _MISPLACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
 
@@ -30,7 +30,7 @@ def full(tensor: Tensor) -> Tensor:
     """Return the whole tensor on every process, by one all-gather.
 
     Raises:
-        ValueError: where torch would put its parts together in another order.
+        ValueError: if this version of torch would assemble the shards in the wrong order.
     """
     assert isinstance(tensor, DTensor)
     strided = {_dim(p) for p in tensor.placements if is_strided_shard(p)}
@@ -43,27 +43,27 @@ def full(tensor: Tensor) -> Tensor:
             over = " x ".join(map(str, sizes))
             raise ValueError(
                 f"torch {torch.__version__} gathers shards of FSDP2 over tensor parallelism "
-                f"rightly only if they are even; got {tensor.shape[dim]} rows over {over} "
-                "processes: use torch 2.13, or a width that they divide"
+                f"correctly only if they are even; got {tensor.shape[dim]} rows over {over} "
+                "processes: use torch 2.13, or a width divisible by their number"
             )
     return tensor.full_tensor()
 
 
 def replicated(tensor: Tensor) -> Tensor:
-    """Return the whole tensor as one that computes with sharded ones; differentiable."""
+    """Return `tensor` replicated over its mesh; differentiable."""
     assert isinstance(tensor, DTensor)
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def spread_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return `whole`, which every process has, as a DTensor on the mesh of a sharded `like`."""
+    """Return `whole`, which every process holds, as a replicated DTensor on the mesh of `like`."""
     assert isinstance(like, DTensor)
     placements = [Replicate()] * like.device_mesh.ndim
     return DTensor.from_local(whole, like.device_mesh, placements, run_check=False)
 
 
 def new_factors(W: Tensor, A: tuple[int, ...], B: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return empty A and B of these shapes, split where W is: see `_sharding.new_factors`."""
+    """Return empty A and B of these shapes, split as W is: see `_sharding.new_factors`."""
     assert isinstance(W, DTensor)
     rows, columns = _along(W)
     return _empty_like(W, A, columns), _empty_like(W, B, rows)
@@ -76,7 +76,7 @@ def _empty_like(W: DTensor, shape: tuple[int, ...], placements: list[Placement])
 
 
 def _along(W: DTensor, batch_dims: int = 0) -> tuple[list[Placement], list[Placement]]:
-    """Return how B and A lie where W does: B has its rows, A its columns, both its matrices."""
+    """Return placements of B, split like W's rows, and A, like its columns; a bank splits both."""
     dims = [_dim(p) for p in W.placements]
     both = list(zip(dims, W.placements, strict=True))
     rows = [p if dim is not None and dim <= batch_dims else Replicate() for dim, p in both]
@@ -85,15 +85,15 @@ def _along(W: DTensor, batch_dims: int = 0) -> tuple[list[Placement], list[Place
 
 
 def split_dim(W: Tensor) -> int | None:
-    """Return the dimension that tensor parallelism splits W over, on a mesh of one dimension."""
+    """Return the dimension of W that tensor parallelism splits, if its mesh is 1D; else None."""
     assert isinstance(W, DTensor)
     return _dim(W.placements[0]) if W.device_mesh.ndim == 1 else None
 
 
 def once(tensor: Tensor) -> Tensor:
-    """Return the whole of `tensor` on one process and zero on the others, to be summed over them.
+    """Return the whole of `tensor` on one process and zero on the others, for a later sum.
 
-    Each has the gradient of the sum, so that it needs no summing.
+    Every process receives the gradient of the sum, so the gradient needs no reduction.
     """
     assert isinstance(tensor, DTensor)
     whole = tensor.to_local()
@@ -101,14 +101,14 @@ def once(tensor: Tensor) -> Tensor:
 
 
 def summing(tensor: Tensor) -> Tensor:
-    """Return the whole of `tensor`, its gradient being the sum of what the processes compute."""
+    """Return the whole of `tensor`; its gradient is summed over the processes."""
     whole = replicated(tensor)
     assert isinstance(whole, DTensor)
     return whole.to_local(grad_placements=[Partial()])
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Return the whole of `tensor`, whose gradient is left to be summed by what made it."""
+    """Return the whole of `tensor`; the operation that produced it sums its gradient."""
     assert isinstance(tensor, DTensor)
     whole = tensor if all(p.is_replicate() for p in tensor.placements) else replicated(tensor)
     assert isinstance(whole, DTensor)
@@ -116,19 +116,19 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def last_split(tensor: Tensor) -> Tensor:
-    """Return this process's part of `tensor` along the last dimension."""
+    """Return this process's part of `tensor`, split along its last dimension."""
     assert isinstance(tensor, DTensor)
     return tensor.redistribute(placements=[Shard(tensor.ndim - 1)]).to_local()
 
 
 def columns_of(y: Tensor, W: Tensor) -> Tensor:
-    """Return the output of which every process holds the columns of its rows of W."""
+    """Return the output as a DTensor; each process holds the columns that its rows of W give."""
     assert isinstance(W, DTensor)
     return _from_part(y, W.device_mesh, [Shard(y.ndim - 1)], [*y.shape[:-1], W.shape[0]])
 
 
 def parts_of_sum(y: Tensor, W: Tensor) -> Tensor:
-    """Return the output that is the sum of every process's `y`."""
+    """Return the output as a DTensor: the sum of every process's `y`."""
     assert isinstance(W, DTensor)
     return DTensor.from_local(y, W.device_mesh, [Partial()], run_check=False)
 
@@ -156,7 +156,7 @@ def row_parts(W: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_once(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return B and A split wherever W is: see `_sharding.split_once`."""
+    """Return B and A, each split wherever W is split: see `_sharding.split_once`."""
     assert isinstance(W, DTensor)
     rows, columns = _along(W)
     inner, mesh = W.to_local().shape[1:], W.device_mesh
@@ -176,7 +176,7 @@ def _divided(placements: list[Placement], W: DTensor, dim: int) -> list[Placemen
 
 
 def _dim(placement: Placement) -> int | None:
-    # Not is_shard(): the strided shards of FSDP2 over tensor parallelism deny it.
+    # Not is_shard(), which is False for the strided shards of FSDP2 over tensor parallelism.
     return getattr(placement, "dim", None)
 
 
@@ -188,7 +188,10 @@ def _placed(tensor: Tensor, placements: list[Placement]) -> Tensor:
 
 
 def sharded_like(part: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Return the tensor of `shape`, `like`'s if None, of which every process holds its `part`."""
+    """Return one tensor, laid out as `like`, from the `part` of each process.
+
+    `shape` is the shape of the whole tensor; if None, that of `like`.
+    """
     assert isinstance(like, DTensor)
     if shape is not None:
         return _from_part(part, like.device_mesh, like.placements, shape)
@@ -212,10 +215,10 @@ def _from_part(
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of `whole` that this process holds of `like`. No communication."""
+    """Return this process's part of `whole`, laid out as `like`. No communication."""
     assert isinstance(like, DTensor)
     placed = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return placed.to_local().to(like.device)  # FSDP2's CPU offload: not the mesh's device
+    return placed.to_local().to(like.device)  # not the mesh's device under FSDP2's CPU offload
 
 
 def sharded_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -226,7 +229,7 @@ def sharded_rows(whole: Tensor, mesh: DeviceMesh) -> Tensor:
 
 @torch.no_grad()
 def gathered(tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Return every tensor whole, of which some are sharded: see `_sharding.gathered`."""
+    """Return the tensors whole, gathering the sharded ones: see `_sharding.gathered`."""
     found = list(tensors)
     together: dict[object, list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -248,7 +251,7 @@ def gathered(tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Ten
 
 
 def _rows_alike(tensor: Tensor) -> tuple[DeviceMesh, int] | None:
-    """Return the dimension of a mesh over which alone a tensor is split, by rows; else None."""
+    """Return the mesh and its only dimension that splits the tensor, if by rows; else None."""
     if not isinstance(tensor, DTensor):
         return None
     split = [d for d, p in enumerate(tensor.placements) if not p.is_replicate()]
@@ -258,7 +261,7 @@ def _rows_alike(tensor: Tensor) -> tuple[DeviceMesh, int] | None:
 
 
 def _gather_rows_(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Gather tensors that `_rows_alike` says the same of, padded to as many rows of each rank."""
+    """Gather tensors with equal `_rows_alike`, padded to the same number of rows per process."""
     alike = _rows_alike(tensors[0])
     assert alike is not None
     mesh, dim = alike

@@ -1,4 +1,4 @@
-"""FSDP2's state, as far as a restart must know it: what is gathered, what waits to be reduced."""
+"""The part of FSDP2's state that a restart needs: gathered parameters and unreduced gradients."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,24 +15,24 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def fsdp_owns(module: nn.Module) -> bool:
-    """Whether `fully_shard` of `module`, or of one around it, shards `module`'s own parameters.
+    """Whether `fully_shard`, on `module` or a module around it, owns `module`'s own parameters.
 
-    While they are gathered, nothing at `module` tells them from plain ones: FSDP2 has to be asked.
+    While they are gathered they look like plain parameters, so only FSDP2's own state can tell.
     """
     return any(owner_of(parameter) is module for parameter in _parameters())
 
 
 def unreduced_gradients(modules: Iterable[nn.Module]) -> set[int]:
-    """Return the ids of those modules of whose parameters FSDP2 keeps gradients to be reduced yet.
+    """Return the ids of those of `modules` for which FSDP2 holds unreduced gradients.
 
-    They are whole, and in no `grad`: `set_requires_gradient_sync(False)` accumulates them so.
+    `set_requires_gradient_sync(False)` accumulates such gradients whole, and outside `grad`.
     """
     wanted = set(map(id, modules))
     return wanted & {id(owner_of(p)) for p in _parameters() if has_unreduced_gradient(p)}
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Whether FSDP1 keeps parameters of `model` in flat ones."""
+    """Whether FSDP1 has flattened parameters of `model`."""
     if not _is_used():
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -41,7 +41,7 @@ def is_flat(model: nn.Module) -> bool:
 
 
 def reshard_owners_(modules: Iterable[nn.Module]) -> None:
-    """Make the FSDP2 modules that own parameters of `modules` hold their shards again."""
+    """Reshard the FSDP2 modules that own parameters of `modules`."""
     wanted = set(map(id, modules))
     for owner, parameters in fully_sharded_modules() if wanted and _is_used() else ():
         if not wanted.isdisjoint(id(owner_of(p)) for p in parameters):
@@ -49,11 +49,10 @@ def reshard_owners_(modules: Iterable[nn.Module]) -> None:
 
 
 def reshard_(model: nn.Module) -> None:
-    """Make every FSDP2 module of `model` hold its shards again.
+    """Reshard every FSDP2 module of `model`.
 
-    After a forward without backward, the root's parameters (and, with
-    `reshard_after_forward=False`, all of them) are gathered copies, and a write to a copy is
-    lost when FSDP drops it.
+    After a forward without backward, the root's parameters (with `reshard_after_forward=False`,
+    all parameters) are gathered copies. A write to a copy is lost when FSDP frees the copy.
     """
     for module in _owners(model):
         _reshard_(module)

@@ -21,11 +21,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def mesh_dims(tensor: Tensor) -> int:
-    """Return over how many dimensions of a mesh `tensor` is laid: 0 for a plain one."""
+    """Return the number of dimensions of `tensor`'s mesh; 0 for a plain tensor."""
     return cast("DTensor", tensor).device_mesh.ndim if is_sharded(tensor) else 0
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Whether `parallelize_module` has split `module`'s own parameters, and nothing has since."""
+    """Whether `parallelize_module`, and nothing after it, has split `module`'s own parameters."""
     own = module.parameters(recurse=False)
     return is_split_by_hand(module) and all(mesh_dims(p) <= 1 for p in own)

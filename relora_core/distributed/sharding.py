@@ -1,6 +1,6 @@
-"""Operations on tensors that may be spread over processes; a plain tensor is its own whole.
+"""Operations on tensors that may be sharded over processes; a plain tensor counts as whole.
 
-Those on DTensors lie in `dtensor.py`, and are imported with the first one.
+The operations on DTensors are in `dtensor.py`, which is imported with the first DTensor.
 """
 
 import math
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def sharers(model: nn.Module) -> list[int]:
-    """Return the ranks of the processes that share `model`; empty if there is no sign of any."""
+    """Return the process ranks that share `model`; empty if nothing shows that it is shared."""
     if not dist.is_initialized() or dist.get_backend() == "fake":
         return []
     for module in model.modules():
@@ -32,16 +32,15 @@ def sharers(model: nn.Module) -> list[int]:
 
 
 def sharding(tensor: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":
-    """Return what two tensors share if their parts lie on the same processes; None if whole.
+    """Return a key that is equal for tensors split over the same processes; None if whole.
 
-    It is the mesh and those of its dimensions, of two processes or more, over which the tensor is
-    split.
+    The key is the mesh and the mesh dimensions, of two processes or more, that split the tensor.
     """
     if not is_sharded(tensor):
         return None
     sharded = cast("DTensor", tensor)
     mesh = sharded.device_mesh
-    # Not is_shard(): the strided shards of FSDP2 over tensor parallelism deny it.
+    # Not is_shard(), which is False for the strided shards of FSDP2 over tensor parallelism.
     split = [
         d for d, p in enumerate(sharded.placements) if not p.is_replicate() and mesh.size(d) > 1
     ]
@@ -49,12 +48,12 @@ def sharding(tensor: Tensor) -> "tuple[DeviceMesh, tuple[int, ...]] | None":
 
 
 def shard_sum(counts: Tensor, like: Tensor | None) -> Tensor:
-    """Add `counts` up, in place, over the processes that `like` is split over."""
+    """Sum `counts`, in place, over the processes that `like` is split over."""
     return _reduced(counts, like, dist.ReduceOp.SUM)
 
 
 def shard_max(values: Tensor, like: Tensor) -> Tensor:
-    """Take the largest of `values`, in place, over the processes that `like` is split over."""
+    """Take the maximum of `values`, in place, over the processes that `like` is split over."""
     return _reduced(values, like, dist.ReduceOp.MAX)
 
 
@@ -71,7 +70,7 @@ def full(tensor: Tensor) -> Tensor:
     """Return the whole tensor on every process: one all-gather if sharded, else `tensor` itself.
 
     Raises:
-        ValueError: where torch would put its parts together in another order.
+        ValueError: if this version of torch would assemble the shards in the wrong order.
     """
     if not is_sharded(tensor):
         return tensor
@@ -81,7 +80,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def replicated(tensor: Tensor) -> Tensor:
-    """Return the whole tensor as one that computes with sharded ones; differentiable."""
+    """Return the tensor, replicated over its mesh if it is a DTensor; differentiable."""
     if not is_sharded(tensor):
         return tensor
     from relora_core.distributed import dtensor
@@ -90,7 +89,7 @@ def replicated(tensor: Tensor) -> Tensor:
 
 
 def spread_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return `whole`, which every process has, as a DTensor on the mesh of a sharded `like`."""
+    """Return `whole`, which every process holds, replicated on the mesh of a sharded `like`."""
     if not is_sharded(like):
         return whole
     from relora_core.distributed import dtensor
@@ -101,8 +100,8 @@ def spread_like(whole: Tensor, like: Tensor) -> Tensor:
 def new_factors(W: Tensor, rank: int, batch_dims: int) -> tuple[Tensor, Tensor]:
     """Return empty A, `(rank, in)`, and B, `(out, rank)`, split where tensor parallelism splits W.
 
-    Where it splits W's rows it splits B's, and where W's columns A's. Of a bank, both have its
-    `batch_dims` leading dimensions before.
+    If W is split by rows, B is; if by columns, A is. For a bank, both start with its `batch_dims`
+    leading dimensions.
     """
     bank, (out, *inner) = W.shape[:batch_dims], W.shape[batch_dims:]
     A = (*bank, rank, math.prod(inner))
@@ -115,7 +114,7 @@ def new_factors(W: Tensor, rank: int, batch_dims: int) -> tuple[Tensor, Tensor]:
 
 
 def split_dim(W: Tensor) -> int | None:
-    """Return the dimension that tensor parallelism splits W over, on a mesh of one dimension."""
+    """Return the dimension of W that tensor parallelism splits, if its mesh is 1D; else None."""
     if not is_sharded(W):
         return None
     from relora_core.distributed import dtensor
@@ -133,8 +132,8 @@ def sharded_rows(whole: Tensor, mesh: "DeviceMesh") -> Tensor:
 def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return this process's block of W, the block's rows of B and its columns of A, `(rank, ...)`.
 
-    Only what is not here yet of B and A is gathered; of a bank that is split by its matrices,
-    nothing. A whole W beside sharded factors (left out of FSDP by `ignored_params`) is one block.
+    Only the missing parts of B and A are gathered; for a bank split by its matrices, nothing is.
+    A whole W with sharded factors (W left out of FSDP by `ignored_params`) is one block.
     """
     if not is_sharded(W):
         return W, full(B), full(A)
@@ -144,7 +143,7 @@ def parts(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_parts(W: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this process's rows of a W that is whole or split by rows, and those rows of B."""
+    """Return this process's rows of W, whole or split by rows, and the same rows of B."""
     if not is_sharded(W):
         return W, full(B)
     from relora_core.distributed import dtensor
@@ -153,10 +152,10 @@ def row_parts(W: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_once(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return B, `(out, rank)`, and A, `(rank, ...)`, of `parts`, split wherever W is.
+    """Return B, `(out, rank)`, and A, `(rank, ...)`, of `parts`, split wherever W is split.
 
-    What W's processes hold in common of a factor is divided among them, without communication; but
-    where W is split by rows and by columns, those of one row or column keep it in common.
+    A factor that W's processes hold in common is divided among them, without communication. If W
+    is split by rows and columns, the processes of one row or column keep holding it in common.
     """
     if not is_sharded(W):
         return B, A.view(A.shape[0], *W.shape[1:])
@@ -166,7 +165,10 @@ def split_once(W: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sharded_like(part: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Return the tensor of `shape`, `like`'s if None, of which every process holds its `part`."""
+    """Return one tensor, laid out as `like`, from the `part` of each process.
+
+    `shape` is the shape of the whole tensor; if None, that of `like`.
+    """
     if not is_sharded(like):
         return part
     from relora_core.distributed import dtensor
@@ -175,7 +177,7 @@ def sharded_like(part: Tensor, like: Tensor, shape: Sequence[int] | None = None)
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of `whole` that this process holds of `like`. No communication."""
+    """Return this process's part of `whole`, laid out as `like`. No communication."""
     whole = whole.to(like.device, non_blocking=True)
     if not is_sharded(like):
         return whole
@@ -192,19 +194,20 @@ def copy_from_full_(target: Tensor, whole: Tensor) -> None:
 
 @torch.no_grad()
 def copy_rows_(target: Tensor, rows: Tensor, like: Tensor) -> None:
-    """Copy `rows` into `target`, which has the rows of `like`; each whole or sharded by rows.
+    """Copy this process's `rows` into `target`, which has as many rows in all as `like`.
 
     Args:
-        target: what is changed; whole beside a sharded `like`, it takes a gather.
-        rows: of all its rows those that this process holds of `like`.
-        like: a matrix.
+        target: the tensor to change, whole or sharded by rows. If it is whole and `like` is
+            sharded, this takes a gather.
+        rows: the rows that this process holds in the layout of `like`.
+        like: a matrix, whole or sharded by rows.
     """
     copy_all_(((target, rows, like),))
 
 
 @torch.no_grad()
 def copy_all_(copies: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Do what `copy_rows_` does for each (target, rows, like); gathers alike are one collective."""
+    """Apply `copy_rows_` to each (target, rows, like); gathers in one layout share a collective."""
     targets, sharded = [], []
     for target, rows, like in copies:
         if is_sharded(like) and not is_sharded(target):
@@ -219,11 +222,11 @@ def copy_all_(copies: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
 
 
 def gathered(tensors: Sequence[Tensor], into: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Return every tensor whole; those that are split by rows alike share one all-gather.
+    """Return every tensor whole; tensors with the same row sharding share one all-gather.
 
     Args:
-        tensors: sharded or not.
-        into: where each is put, if given; of a whole one nothing is copied.
+        tensors: the tensors, sharded or not.
+        into: a tensor for each result, if given. A tensor that is whole already is not copied.
     """
     if not any(map(is_sharded, tensors)):
         return list(tensors)

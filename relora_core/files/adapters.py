@@ -1,4 +1,4 @@
-"""The factors of the cycle that is under way, as files that PEFT reads and writes."""
+"""The factors of the current cycle, as files that PEFT reads and writes."""
 
 import json
 import math
@@ -34,7 +34,7 @@ _PATIENCE = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class _Key:
-    """What PEFT has no place for: of the draws, and a trained scale's exact value."""
+    """What PEFT's files have no place for: the key of the draws and the exact trained scale."""
 
     seed: int
     restart: int
@@ -44,26 +44,26 @@ class _Key:
 def save_adapters(
     model: nn.Module, directory: str | os.PathLike[str], *, base: str | None = None
 ) -> Path:
-    """Write A and B of every site as an adapter of PEFT's, which `PeftModel.from_pretrained` reads.
+    """Write A and B of every site as a PEFT adapter, which `PeftModel.from_pretrained` reads.
 
     The adapter belongs to the model's current W, after the merges so far: save W (the state dict)
-    with it. Other trained parameters, such as biases and norms, are not in it. The seed and restart
-    number of each site are saved beside the tensors, where PEFT does not look. Every process must
-    call it; sharded factors are gathered one at a time, and process rank 0 writes.
+    with it. The adapter does not contain other trained parameters, such as biases and norms. The
+    seed and restart number of each site are saved in the file's metadata, which PEFT ignores. Every
+    process must call this; sharded factors are gathered one at a time, and process rank 0 writes.
 
     Args:
-        model: with low-rank sites on the weights of Linear, Embedding or Conv1d to Conv3d, or on
-            banks of experts; not changed.
-        directory: made if absent; `adapter_model.safetensors` and `adapter_config.json` in it are
-            each replaced whole.
-        base: name or path of the model that it belongs to, as PEFT's config notes it.
+        model: a model with low-rank sites on the weights of Linear, Embedding or Conv1d to Conv3d,
+            or on banks of experts; it is not changed.
+        directory: the directory to write to, made if absent. Each of the two files in it,
+            `adapter_model.safetensors` and `adapter_config.json`, is replaced whole.
+        base: the name or path of the base model, for PEFT's config.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if there is no site, one that PEFT has no right place for, a factor that is not
-            finite, or a restart that was broken off. Nothing is written then.
+        ValueError: if there is no site, if PEFT's format cannot hold a site, if a factor is not
+            finite, or if a restart was interrupted. Nothing is written then.
 
     Examples:
         >>> import tempfile
@@ -106,24 +106,24 @@ def save_adapters(
 
 
 def load_adapters(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Fill A and B of every site from an adapter of PEFT's, this library's or another's.
+    """Fill A and B of every site from a PEFT adapter, whichever library wrote it.
 
-    The sites and the adapter must be the same, of the same rank and scale; a trained scale takes
-    the adapter's. Where the adapter was written by `save_adapters`, the sites go on with its seeds
-    and restart numbers, so that the next redraw is the one that would have come. Every process
-    must call it, and reads the files. An optimizer's own copies of the factors, such as
-    schedule-free's `z`, are set to the loaded values; moments do not change.
+    The adapter must cover exactly the model's sites, with the same ranks and scales; a trained
+    scale takes the adapter's value. If `save_adapters` wrote the adapter, the sites continue with
+    its seeds and restart numbers, so the next redraw is the one that the saved model would have
+    made. Every process must call this, and reads the files itself. An optimizer's own copies of the
+    factors, such as schedule-free's `z`, are set to the loaded values; moments do not change.
 
     Args:
-        model: with low-rank sites, sharded or not.
-        directory: of the adapter.
+        model: a model with low-rank sites, sharded or not.
+        directory: the directory of the adapter.
 
     Raises:
-        ValueError: if a file is absent, damaged or of something else than W + s B A, or does not
-            fit the model, or the model's parameters are FSDP's gathered copies. Nothing is changed
-            then.
-        OutOfStepError: of processes that share the model, if one of them refuses or does not come.
-            Nothing is changed then.
+        ValueError: if a file is absent or damaged, describes something other than W + s B A, or
+            does not fit the model; if the model's parameters are FSDP's gathered copies. Nothing
+            is changed then.
+        OutOfStepError: if only some of the processes that share the model call this, or one of
+            them raises an error. Nothing is changed then.
 
     Examples:
         >>> import tempfile
@@ -163,8 +163,8 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
     if expected != tensors.keys():
         absent, other = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
         raise ValueError(
-            f"{directory} does not fit the model: it lacks {absent[:3] or 'nothing'} and has "
-            f"{other[:3] or 'nothing'} beside (of {len(absent)} and {len(other)})"
+            f"{directory} does not fit the model: it lacks {len(absent)} tensors (first: "
+            f"{absent[:3]}) and has {len(other)} that the model lacks (first: {other[:3]})"
         )
     found = {}
     for name, site in sites.items():
@@ -173,14 +173,14 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
         shapes = [tuple(tensor.shape) for tensor in own]
         if shapes != list(forms[name].shapes(site.rank)):
             raise ValueError(
-                f"{directory}: {name} needs factors of shapes {forms[name].shapes(site.rank)}; got "
-                f"{shapes}"
+                f"{directory}: factors of {name} must have shapes {forms[name].shapes(site.rank)}; "
+                f"got {shapes}"
             )
         scale, trained = scales.of(forms[name].target, site.rank), site.low_rank.lora_scale
         if trained is None and not math.isclose(scale, site.scale):
             raise ValueError(
                 f"{directory}: {name} has the scale {scale:g} there and {site.scale:g} in the "
-                "model: register the site with that alpha"
+                "model: register the site with the adapter's alpha"
             )
         key = keys.get(name)
         if key is not None and math.isclose(scale, key.scale):
@@ -189,7 +189,7 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
         A, B = (factor.to(dtype) for factor in forms[name].from_peft(own))
         new = torch.tensor([scale], dtype=dtype if trained is None else trained.dtype)
         if not all(tensor.isfinite().all() for tensor in (A, B, new)):
-            raise ValueError(f"{directory}: {name} does not fit into {dtype}")
+            raise ValueError(f"{directory}: {name} has values that {dtype} cannot hold")
         found[name] = (A, B, new, key)
     return found
 
@@ -207,5 +207,5 @@ def _keys(metadata: dict[str, str], file: Path) -> dict[str, _Key]:
     for name, key in keys.items():
         whole = all(type(n) is int and 0 <= n < 2**63 for n in (key.seed, key.restart))
         if not whole or not isinstance(key.scale, float) or not math.isfinite(key.scale):
-            raise ValueError(f"{file} is damaged: of {name!r} it says {key}")
+            raise ValueError(f"{file} is damaged: its entry for {name!r} is {key}")
     return keys

@@ -16,7 +16,7 @@ from relora_core.files.whole import refuse_irregular
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Each makes of an adapter something else than W + s B A, or of W another W.
+# With one of these options an adapter is not W + s B A, or W is not the plain weight.
 _OTHER = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -30,7 +30,7 @@ _OTHER = (
     "use_qalora",
     "velora_config",
 )
-# What reading a file of somebody else's can end in.
+# The errors that reading a foreign file can raise.
 _MALFORMED = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RecursionError, re.error),
@@ -43,12 +43,12 @@ class Form:
     """How PEFT keeps the factors of one kind of module.
 
     Args:
-        keys: of its tensors, under `place`.
+        keys: the names of the two tensors, under `place`.
         place: the qualified name of the module.
-        target: what PEFT's patterns are matched against: of a bank its Parameter's name.
+        target: the name that PEFT's patterns are matched against; for a bank, its Parameter's name.
         W: the shape of the weight.
-        kind: "linear", as convolutions too; "embedding", whose weight is the transpose of PEFT's
-            product; "bank", or "transposed bank" of matrices `(in, out)`.
+        kind: "linear", which includes convolutions; "embedding", whose weight is the transpose of
+            PEFT's product; "bank"; or "transposed bank", whose matrices are `(in, out)`.
     """
 
     keys: tuple[str, str]
@@ -59,7 +59,7 @@ class Form:
 
     @property
     def is_bank(self) -> bool:
-        """Whether PEFT has it among the Parameters that it targets by name."""
+        """Whether PEFT targets this weight as a Parameter, by name (`target_parameters`)."""
         return self.kind in ("bank", "transposed bank")
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -72,7 +72,7 @@ class Form:
         return (rank, *self.W[1:]), (self.W[0], rank, *(1,) * (len(self.W) - 2))
 
     def to_peft(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """Return the two tensors of `A` and `B`."""
+        """Return PEFT's two tensors for A and B, by name."""
         rank = A.shape[-2]
         if self.kind in ("embedding", "transposed bank"):
             A, B = B.mT, A.mT
@@ -82,7 +82,7 @@ class Form:
         return {f"{self.place}.{key}": t.reshape(shape) for key, t, shape in pairs}
 
     def from_peft(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return A and B of the two tensors."""
+        """Return A and B from PEFT's two tensors."""
         A, B = tensors
         if self.is_bank:
             E, rank = self.W[0], A.shape[0] // self.W[0]
@@ -95,22 +95,22 @@ class Form:
 def form_of(
     name: str, module: nn.Module, tensor_name: str, W: tuple[int, ...], banks: Sequence[str]
 ) -> Form:
-    """Return the form of a site, or raise ValueError if PEFT has no right one for it.
+    """Return the form of a site, or raise ValueError if PEFT's format cannot hold it.
 
     Args:
-        name: of the site.
-        module: that it is a tensor of.
-        tensor_name: the tensor's name in it.
+        name: the name of the site.
+        module: the module that owns the site's tensor.
+        tensor_name: the tensor's name in the module.
         W: the weight's shape.
         banks: the names of the module's sites that are banks, in the order of its Parameters.
     """
     if tensor_name in banks and len(W) == 3 and W[0] > 1:
         place = name if tensor_name == "weight" else name.removesuffix(tensor_name)[:-1]
-        # PEFT wraps the module once for each, the first innermost.
+        # PEFT wraps the module once for each bank; the first bank's wrapper is the innermost.
         within = "base_layer." * (len(banks) - 1 - banks.index(tensor_name))
         keys = (f"{within}lora_A.weight", f"{within}lora_B.weight")
         if place:
-            turned = getattr(module, "is_transposed", False)  # as PEFT asks
+            turned = getattr(module, "is_transposed", False)  # PEFT reads the same attribute
             return Form(
                 keys, place, f"{place}.{tensor_name}", W, "transposed bank" if turned else "bank"
             )
@@ -120,14 +120,14 @@ def form_of(
         plain = isinstance(module, _CONVOLUTIONS) and (
             module.groups == 1 and module.padding_mode == "zeros" and set(module.dilation) == {1}
         )
-        # Attention computes with its out_proj's weight, past what PEFT puts in its place.
+        # nn.MultiheadAttention reads out_proj's weight itself and bypasses PEFT's wrapper.
         linear = isinstance(module, nn.Linear)
         if plain or (linear and not isinstance(module, NonDynamicallyQuantizableLinear)):
             return Form(("lora_A.weight", "lora_B.weight"), name, name, W)
     raise ValueError(
-        f"{name or 'the model itself'}: PEFT's format holds adapters of the weight of Linear, "
-        "Embedding and Conv1d to Conv3d (without groups, dilation or another padding than zeros) "
-        "and of banks of two matrices or more, each within a model; got "
+        f"{name or 'the model itself'}: a site in PEFT's format must be the weight of a Linear, "
+        "Embedding or Conv1d to Conv3d (without groups or dilation, padded with zeros) or a bank "
+        "of two matrices or more, inside a model; got "
         f"{tensor_name} of {type(module).__name__}"
     )
 
@@ -138,10 +138,10 @@ def configuration(
     base: str | None,
     banks: Collection[str],
 ) -> dict[str, Any]:
-    """Return what `adapter_config.json` holds, for sites by name, `banks` among them."""
+    """Return the contents of `adapter_config.json` for sites by name; some are `banks`."""
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     usual_rank, usual_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    # PEFT takes these for patterns, which may end anywhere: an exact one each.
+    # PEFT reads the names as patterns that also match the end of longer names, so each is anchored.
     exact = {name: f"^{re.escape(name)}" for name in ranks}
     return {
         "peft_type": "LORA",
@@ -167,9 +167,9 @@ class Scales:
     """The rule by which an adapter's configuration gives each module its scale.
 
     Args:
-        alpha: where no pattern matches.
-        patterns: alphas by regular expression, the first that matches counts.
-        by_root: whether alpha is divided by the rank's square root.
+        alpha: the alpha where no pattern matches.
+        patterns: alphas by regular expression; the first that matches applies.
+        by_root: whether alpha is divided by the square root of the rank (rsLoRA).
     """
 
     alpha: float
@@ -186,7 +186,7 @@ def read_scales(file: Path) -> Scales:
     """Return the scales of `adapter_config.json`.
 
     Raises:
-        ValueError: if it is absent, damaged, or of something else than W + s B A.
+        ValueError: if the file is absent or damaged, or describes anything but W + s B A.
     """
     try:
         refuse_irregular(file)
@@ -197,30 +197,30 @@ def read_scales(file: Path) -> Scales:
         if config.get("init_lora_weights", True) not in _PLAIN_INITS:
             other.append("init_lora_weights")
         if other:
-            raise ValueError(f"{', '.join(other)} make of it another thing than W + s B A")
+            raise ValueError(f"with {', '.join(other)} the adapter is not W + s B A")
         patterns = {
             _compiled(pattern): _finite(alpha)
             for pattern, alpha in (config.get("alpha_pattern") or {}).items()
         }
         return Scales(_finite(config["lora_alpha"]), patterns, bool(config.get("use_rslora")))
     except _MALFORMED as error:
-        raise ValueError(f"{file} is no LoRA adapter's configuration: {error!r:.300}") from None
+        raise ValueError(f"{file} must be a LoRA adapter's configuration: {error!r:.300}") from None
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of `adapter_model.safetensors`, and its metadata.
 
     Raises:
-        ValueError: if it is absent or damaged, or a tensor is not finite and floating point.
+        ValueError: if the file is absent or damaged, or a tensor is not finite floating point.
     """
     try:
         refuse_irregular(file)
         with safe_open(file, framework="pt") as found:
-            # safe_open is no mapping: it has keys() only.
+            # safe_open is not a mapping: it only has keys().
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
             metadata = dict(found.metadata() or {})
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no adapter's tensors: {error}") from None
+        raise ValueError(f"{file} must hold the tensors of an adapter: {error}") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{file}: {name} must be finite and floating point")
@@ -228,17 +228,17 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """Return a module pattern as PEFT reads it, if trying it on a name cannot take for ever.
+    """Return a module pattern as PEFT reads it; refuse one that could take forever to match.
 
-    Python's engine goes back over each choice that a pattern leaves, so that few of them multiply.
+    Python's engine backtracks over every choice in a pattern, so even a few choices multiply.
     """
     plain = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets are one character each
     repeats = len(re.findall(r"[*+]", plain))
     choices = len(re.findall(r"[|?]", plain))
     if len(pattern) > 1000 or repeats > 2 or choices > 8 or re.search(r"\)[*+?{]|\{|\(\?", plain):
         raise ValueError(
-            f"the pattern {pattern!r:.60} is too intricate: it may have two * or +, eight | or ?, "
-            "and none of them behind a group"
+            "a pattern must have at most two * or +, at most eight | or ?, and none of them after "
+            f"a group; got {pattern!r:.60}"
         )
     return re.compile(rf"(.*\.)?({pattern})$")
 

@@ -25,13 +25,13 @@ from relora_core.sites.site import (
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state dict as if it had never had low-rank sites.
 
-    Every site's `weight` is W + s B A under its plain name, and no wrapper shows in any name, so
-    that it loads into the plain module. The model is not changed. Sharded tensors stay sharded;
+    Every site's `weight` is W + s B A under its plain name, and names contain no wrappers, so the
+    state dict loads into the plain module. The model is not changed. Sharded tensors stay sharded;
     tensors that are not sites share memory with the model.
 
     Raises:
-        ValueError: if a site is not in the state dict of `model`, because a wrapper renames or
-            copies what is in it; under FSDP1; after a merge that was broken off.
+        ValueError: if the state dict of `model` lacks a site, because a wrapper renames or copies
+            its entries; under FSDP1; after an interrupted merge.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -49,7 +49,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     these tensors and the sites continue from it.
 
     Raises:
-        ValueError: if a W is split (`split_bases_`), so that no memory holds all of it.
+        ValueError: if a W is split (`split_bases_`), because no single tensor then holds all of it.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -65,12 +65,12 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     """Write the merged weights to `directory/model.safetensors` under plain names.
 
-    Every rank must call it; sharded tensors are gathered one at a time and rank 0 writes. The
-    file appears whole or not at all, and the other ranks do not wait for it.
+    Every process must call this; sharded tensors are gathered one at a time, and process rank 0
+    writes. The file appears whole or not at all. The other processes do not wait for it.
 
     Args:
-        model: with or without low-rank sites; not changed.
-        directory: made if absent.
+        model: a model with or without low-rank sites; it is not changed.
+        directory: the directory to write to, made if absent.
 
     Returns:
         The file's path.
@@ -94,7 +94,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             raise TypeError(f"safetensors holds tensors only; {name} is {type(tensor).__name__}")
         whole = full(tensor)
         if writes:
-            # Tied tensors are written once each: a reader expects every name.
+            # Tied tensors are written once under each name, because readers expect every name.
             tensors[name] = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,13 +116,14 @@ def _memory(site: Site) -> Tensor:
 def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, Tensor]:
     """Return the state dict with each site's tensors in place of W, A and B.
 
-    Sites are found in it by W's memory, not by its name: wrappers rename, and answer for others.
+    Sites are found in it by W's memory, not by W's name, because wrappers rename entries and
+    forward attributes.
     """
     refuse_unsupported(model)
     model = unwrapped(model)
     sites = list(low_rank_sites(model))
     refuse_torn(sites)
-    state = model.state_dict()  # first: under FSDP2 it puts shards in place of what is gathered
+    state = model.state_dict()  # first, because under FSDP2 it reshards gathered parameters
     by_memory = {memory_of(site.weight): site for _, site in sites}
     inside: dict[str, tuple[str, Site]] = {}
     for key, tensor in state.items():
@@ -131,14 +132,14 @@ def _plain(model: nn.Module, tensor_of: Callable[[Site], Tensor]) -> dict[str, T
         if found is not None:
             inside[key.removesuffix("original")] = (plain_name(key), found)
     if len(by_memory) < len(sites):
-        raise ValueError("two low-rank sites have one W: untie them, by a copy of it for each")
+        raise ValueError("two low-rank sites share one W: untie them, with a copy of W for each")
     met = {id(site) for _, site in inside.values()}
     missed = [name for name, site in sites if id(site) not in met]
     if missed:
         raise ValueError(
-            f"the state dict of {type(model).__name__} has no W of {len(missed)} low-rank sites "
-            f"(first: {missed[0] or 'the module itself'}): it renames or copies them. Give the "
-            "model that is inside of it"
+            f"the state dict of {type(model).__name__} lacks the W of {len(missed)} low-rank sites "
+            f"(first: {missed[0] or 'the module itself'}), because this wrapper renames or copies "
+            "them: give the model inside it"
         )
 
     plain: dict[str, Tensor] = {}
@@ -160,6 +161,6 @@ def _is_base(key: str, tensor: object) -> bool:
 
 
 def _prefixes(key: str) -> Iterator[str]:
-    """Iterate over what a key begins with, up to a dot."""
+    """Iterate over the prefixes of a key that end with a dot."""
     parts = key.split(".")
     return (".".join(parts[:end]) + "." for end in range(1, len(parts)))

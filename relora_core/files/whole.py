@@ -13,13 +13,13 @@ from torch import Tensor
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Give a path to write to: what lies there then takes the place of `file`, or goes.
+    """Yield a path to write to; its content replaces `file`, or is removed after an error.
 
-    Of a link the file that it leads to is replaced, and the link stays.
+    If `file` is a symbolic link, the file that it points to is replaced and the link stays.
 
     Raises:
-        ValueError: if `file` is there and no regular file.
-        OSError: if it is a link that leads to itself.
+        ValueError: if `file` exists and is not a regular file.
+        OSError: if `file` is a symbolic link that points to itself.
 
     Examples:
         >>> import tempfile
@@ -31,14 +31,14 @@ def replaced(file: Path) -> Iterator[Path]:
     """
     try:
         file = file.resolve()
-    except RuntimeError:  # Python 3.11 and 3.12; later ones find it absent
-        raise OSError(f"{file} is a link that leads to itself") from None
+    except RuntimeError:  # Python 3.11 and 3.12; to later versions the file is absent
+        raise OSError(f"{file} is a symbolic link that points to itself") from None
     if file.exists():
         refuse_irregular(file)
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # of this writer alone
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # this writer's alone
     partial.touch(exist_ok=False)
     try:
-        mode = partial.stat().st_mode  # as the umask has it, whoever writes
+        mode = partial.stat().st_mode  # the umask's, which some writers would change
         yield partial
         partial.chmod(mode)
         with partial.open("rb+") as written:
@@ -49,10 +49,10 @@ def replaced(file: Path) -> Iterator[Path]:
 
 
 def refuse_irregular(file: Path) -> None:
-    """Raise ValueError if what is there is a directory, a device, a pipe or a socket.
+    """Raise ValueError if `file` is a directory, a device, a pipe or a socket.
 
     Raises:
-        FileNotFoundError: if nothing is there.
+        FileNotFoundError: if `file` does not exist.
     """
     if not file.exists():
         raise FileNotFoundError(f"{file} is absent")
@@ -64,7 +64,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str,
     """Write a safetensors file.
 
     Raises:
-        OSError: if it cannot be written; safetensors has an error of its own for that.
+        OSError: if the file cannot be written; safetensors itself would raise its own error.
     """
     try:
         save_file(dict(tensors), file, metadata=metadata)

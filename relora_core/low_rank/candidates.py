@@ -10,20 +10,20 @@ from relora_core._torch_private import CONVOLUTION, has_hooks, is_wrapper
 from relora_core.distributed.local import is_sharded, is_tensor_parallel, local
 from relora_core.distributed.sharding import split_dim
 
-# Each computes with a tensor of more than two dimensions as one matrix, `(out, ...)`.
+# These modules use a tensor of more than two dimensions as one matrix, `(out, ...)`.
 _WHOLE = (CONVOLUTION, nn.Bilinear)
 
 
 def batch_dims_of(module: nn.Module, tensor_name: str, given: int | None = None) -> int:
-    """Return how many dimensions of a tensor number matrices.
+    """Return the number of leading batch dimensions of a tensor.
 
     Args:
-        module: that owns it.
-        tensor_name: its name.
-        given: for a tensor of more than two dimensions that is no convolution's.
+        module: the module that owns the tensor.
+        tensor_name: the tensor's name in the module.
+        given: the number for a tensor of more than two dimensions that is not a convolution's.
 
     Raises:
-        ValueError: for such a tensor if `given` is None: it may be a bank.
+        ValueError: if `given` is None for such a tensor, because it may be a bank.
     """
     base = module._parameters[tensor_name]
     assert base is not None
@@ -31,9 +31,9 @@ def batch_dims_of(module: nn.Module, tensor_name: str, given: int | None = None)
         return 0
     if given is None:
         raise ValueError(
-            f"{type(module).__name__}.{tensor_name} has shape {tuple(base.shape)}: if it is a bank "
-            "of matrices, such as one for each expert, give batch_dims=1, and each has factors of "
-            "its own; if it is one matrix, give batch_dims=0"
+            f"{type(module).__name__}.{tensor_name} has shape {tuple(base.shape)}: give "
+            "batch_dims=1 if it is a bank of matrices, such as one for each expert (each matrix "
+            "then has its own factors), or batch_dims=0 if it is one matrix"
         )
     return given
 
@@ -57,13 +57,13 @@ def check_target(module: nn.Module, tensor_name: str) -> nn.Parameter:
         )
     if isinstance(module, nn.Embedding) and split_dim(base) == 0:
         raise ValueError(
-            f"{kind}.{tensor_name} is split by rows, of which each process knows its own alone: "
+            f"{kind}.{tensor_name} is split by rows, and each process can look up only its own: "
             "use ColwiseParallel for an embedding with a low-rank site"
         )
     if has_hooks(base):
         raise ValueError(
-            f"{kind}.{tensor_name} has hooks, which are called with its gradient, and W has none "
-            "once it is frozen: remove them, and set them on lora_A and lora_B afterwards"
+            f"{kind}.{tensor_name} has gradient hooks, which would not run once W is frozen: "
+            "remove them, and set them on lora_A and lora_B afterwards"
         )
     if getattr(module, "max_norm", None) is not None:
         raise ValueError(
@@ -89,11 +89,11 @@ def _refuse_packed(module: nn.Module, tensor_name: str, base: nn.Parameter) -> N
     packed = isinstance(module, nn.Linear) and tensor_name == "weight" and not is_sharded(base)
     if packed and tuple(base.shape) != features:
         raise TypeError(
-            f"{kind} has shape {tuple(base.shape)} in a layer of {features[0]} x {features[1]}, so "
-            "that it is packed, and a merge cannot write to it: add sites to the plain weight"
+            f"{kind} has shape {tuple(base.shape)} in a layer of {features[0]} x {features[1]}: it "
+            "is packed, and a merge cannot write to it: add sites to the plain weight"
         )
     if base.is_meta and hasattr(module, "_hf_hook"):
         raise TypeError(
-            f"{kind} is offloaded by hooks, which put it back before each use and take no writes: "
+            f"{kind} is offloaded by hooks, which restore it before each use and lose any write: "
             "bring the model to a device first"
         )

@@ -5,19 +5,19 @@ from torch import Tensor
 
 
 def split(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `value` rounded to bfloat16, and as int16 what `join` needs to undo the rounding.
+    """Return `value` rounded to bfloat16, and the int16 that `join` needs to undo the rounding.
 
-    A tie rounds away from zero: rounding it to even, as torch does, could not be undone.
+    A tie rounds away from zero, because torch's rounding to even could not be undone.
 
     Args:
-        value: fp32, of any shape. Every NaN becomes torch's own.
+        value: an fp32 tensor of any shape. Every NaN becomes torch's default NaN.
 
     Examples:
         >>> upper, low = split(torch.tensor([1.0, 1.0 + 2**-20]))
         >>> upper, low
         (tensor([1., 1.], dtype=torch.bfloat16), tensor([0, 8], dtype=torch.int16))
     """
-    # The bits of CUDA's NaN would carry into the sign.
+    # Rounding the bits of CUDA's NaN would carry into the sign bit.
     bits = torch.where(value.isnan(), torch.nan, value).view(torch.int32)
     upper = (bits + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
     return upper, bits.to(torch.int16)

@@ -31,34 +31,36 @@ from relora_core.randomness import keyed_uniform
 class LowRank(nn.Module):
     r"""The parametrization $W \mapsto W + s B A$, with $s$ = `alpha / rank`.
 
-    $A$ starts at `kaiming_uniform(a=sqrt(5))`, that is uniform in $\pm 1/\sqrt{in}$, and $B$ at
-    zero, so the function is unchanged at first and $B$ has a gradient from the first step. The
-    draw depends on nothing but (`seed`, `name`, the number of redraws so far), so every rank of
-    every world size draws the same. Seed and number travel in the state dict.
+    $A$ starts at `kaiming_uniform(a=sqrt(5))`, which is uniform in $\pm 1/\sqrt{in}$, and $B$ at
+    zero, so the function is unchanged at first and $B$ has a gradient from the first step. A draw
+    depends only on (`seed`, `name`, the number of redraws so far), so every process at every world
+    size draws the same $A$. The seed and that number are saved in the state dict.
 
     This is LoRA's initialization. The ReLoRA authors' released code zeroes both factors at first,
     which trains neither until the first restart.
 
     Args:
-        base: $W$, `(out, ...)`; $A$ is `(rank, in)` and $B$ `(out, rank)` in its dtype and on its
-            device, `in` being the product of the other dimensions. Of a $W$ that tensor
-            parallelism has split by rows $B$ is split as $W$, by columns $A$.
-        batch_dims: how many leading dimensions of $W$ number matrices of their own, each with
-            its own A and B: 1 for a bank `(E, out, in)`, A `(E, rank, in)`, B `(E, out, rank)`.
+        base: $W$, `(out, ...)`. $A$, `(rank, in)`, and $B$, `(out, rank)`, have its dtype and
+            device; `in` is the product of the other dimensions. If tensor parallelism has split
+            $W$ by rows, $B$ is split in the same way; if by columns, $A$ is.
+        batch_dims: the number of leading batch dimensions of $W$. Each matrix has its own A and B:
+            with 1, for a bank `(E, out, in)`, A is `(E, rank, in)` and B is `(E, out, rank)`.
         rank: $r$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
-        seed: of every draw, from 0 to 2**63 - 1.
-        name: what tells this site's draws from another's; `add_low_rank_` gives the module's name.
-        dropout: of the low-rank path's input while training, from 0 to below 1; for tensors that
-            only `F.linear` uses. What is merged is s B A, the mean over what dropout does.
+        seed: the seed of every draw, from 0 to 2**63 - 1.
+        name: distinguishes this site's draws from those of other sites; `add_low_rank_` gives the
+            module's name.
+        dropout: the dropout probability on the low-rank path's input while training, at least 0 and
+            below 1; only for tensors that `F.linear` alone uses. A merge adds s B A, the mean over
+            dropout.
         trainable_scale: whether $s$ is a Parameter, `lora_scale` of shape `(1,)`, that starts at
             `alpha / rank`. A merge uses its value, and a redraw keeps it. (The authors' code
-            zeroes it at a merge, after which neither it nor A and B have a gradient.)
+            zeroes $s$ at a merge, and then none of $s$, $A$ and $B$ has a gradient.)
 
     Raises:
         ValueError: if `base` has fewer than two dimensions, or an argument is out of range; under
-            tensor parallelism also for dropout and for other than two dimensions.
-        TypeError: if `base` is not a floating-point tensor, or `rank` or `seed` no int.
+            tensor parallelism, also if there is dropout or `base` is not two-dimensional.
+        TypeError: if `base` is not a floating-point tensor, or `rank` or `seed` is not an int.
 
     Examples:
         >>> site = LowRank(torch.zeros(4, 6), rank=2, alpha=8)
@@ -71,10 +73,10 @@ class LowRank(nn.Module):
     merged_copy: nn.Parameter | None
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Refuse `module.weight = value`, which would have to be split in W and B A.
+        """Refuse `module.weight = value`, because a value cannot be split into W and B A.
 
         Raises:
-            NotImplementedError: always. (At registration torch asks, and takes it for a no.)
+            NotImplementedError: always. (Torch calls this at registration and accepts the error.)
         """
         raise NotImplementedError(
             "a low-rank site's weight is computed, and cannot be assigned or changed in place "
@@ -103,36 +105,36 @@ class LowRank(nn.Module):
         self.name = name
         self.dropout = dropout
         self.restart = 0
-        # The number that a restart which is under way gives, and whether it is within a merge.
+        # The number that a restart in progress will set; whether a merge is between its two writes.
         self.restarting: int | None = None
         self.torn = False
-        # What `split_bases_` makes of W: its dtype before, and the bits that it lacks since.
+        # Set by `split_bases_`: the dtype that W had, and the low bits that W lacks since then.
         self.split_from: torch.dtype | None = None
         self.low_bits: Tensor | None = None
-        # What `keep_merged_` makes: [V | B], V = W + s B A in the dtype of the computation.
+        # Set by `keep_merged_`: [V | B], with V = W + s B A in the dtype of the computation.
         self.register_parameter("merged_copy", None)
-        # Of which factors it was made, and whether a step of theirs makes it anew.
+        # The tensors, with versions, that it was made from; whether optimizer steps rebuild it.
         self._made_of: dict[int, int] | None = None
         self.followed = False
-        # What remove_low_rank gives back: whether W was trained, and its place among the others.
+        # Restored by remove_low_rank: whether W was trained, and its place among the Parameters.
         self.base_requires_grad = base.requires_grad
         self.base_successors: tuple[str, ...] = ()
         A, B = new_factors(base, rank, batch_dims)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
-        self.mesh_dims = mesh_dims(A)  # that FSDP2 adds to
+        self.mesh_dims = mesh_dims(A)  # without those that FSDP2 adds
         self.lora_scale = nn.Parameter(base.new_empty(1)) if trainable_scale else None
         self.reset_parameters()
 
     @property
     def scale(self) -> float | Tensor:
-        """The factor s of every use of B A, the merge included; a tensor if it is trained."""
+        """The scale s of B A, in every use and in merges; a tensor if it is trained."""
         return self.alpha / self.rank if self.lora_scale is None else replicated(self.lora_scale)
 
     def forward(self, base: Tensor) -> LazyWeight:
         """Return the lazy W + s B A.
 
         Raises:
-            ValueError: if a merge was broken off after its first write.
+            ValueError: if a merge was interrupted after its first write.
         """
         self.refuse_torn(self.name)
         dropout = self.dropout if self.training else 0.0
@@ -141,7 +143,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set A to its current draw, B to zero, s to its start; needed after `to_empty`."""
+        """Set A to its current draw, B to zero, s to its initial value; needed after `to_empty`."""
         self.refuse_gathered()
         self._draw_(self.restart)
         if self.lora_scale is not None:
@@ -149,14 +151,14 @@ class LowRank(nn.Module):
 
     @property
     def batch_dims(self) -> int:
-        """How many leading dimensions of W number matrices of their own."""
+        """The number of leading batch dimensions of W."""
         return self.lora_A.ndim - 2
 
     def redraw_(self) -> None:
         """Set A to its next draw and B to zero; a trained s stays."""
         self.refuse_gathered()
         self._draw_(self.restart + 1)
-        self.restart += 1  # last: a draw that was broken off is drawn again
+        self.restart += 1  # last, so that an interrupted draw is repeated
 
     @torch.no_grad()
     def _draw_(self, restart: int) -> None:
@@ -166,30 +168,30 @@ class LowRank(nn.Module):
                 seed=self.seed,
                 name=self.name,
                 restart=restart,
-                pinned=self.lora_A.is_cuda,  # copied from there, the host need not wait
+                pinned=self.lora_A.is_cuda,  # so that the host does not wait for the copy
             )
             copy_from_full_(self.lora_A, draw)
         self.lora_B.zero_()
 
     def is_fully_sharded(self) -> bool:
-        """Whether FSDP2 owns the factors, be they shards now or gathered."""
+        """Whether FSDP2 owns the factors, whether they are sharded or gathered now."""
         return mesh_dims(self.lora_A) > self.mesh_dims or fsdp_owns(self)
 
     def refuse_gathered(self) -> None:
         """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost."""
         if mesh_dims(self.lora_A) == self.mesh_dims and fsdp_owns(self):
             raise ValueError(
-                f"the parameters of {self.name or 'a low-rank site'} are gathered, and what is "
-                "written to them now would be lost: call reshard() of the FSDP module that owns "
-                "them first, or pass the whole model"
+                f"the parameters of {self.name or 'a low-rank site'} are gathered, and a write to "
+                "them now would be lost: call reshard() on the FSDP module that owns them first, "
+                "or pass the whole model"
             )
 
     def update(self, base: Tensor, whole_A: Tensor | None = None) -> Update:
-        """Return this process's block of s B A; what it lacks of A (and rarely of B) is gathered.
+        """Return this process's block of s B A; missing parts of A (rarely of B) are gathered.
 
         Args:
             base: W.
-            whole_A: A, if it has been gathered; W is whole then, or split by rows.
+            whole_A: the whole A, if it has been gathered already; W must be whole or split by rows.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies, or a split W has been
@@ -199,7 +201,7 @@ class LowRank(nn.Module):
         self.refuse_torn(self.name)
         self._refuse_converted(base)
         A, s = self.lora_A.detach(), self.scale
-        if isinstance(s, Tensor):  # into A, in fp32 at least: 16 bits would round the product
+        if isinstance(s, Tensor):  # scale A in fp32 at least: 16 bits would round the product
             A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
         W, B = base.detach(), self.lora_B.detach()
         block = parts(W, B, A) if whole_A is None else (*row_parts(W, B), whole_A)
@@ -207,14 +209,14 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merge_into_(self, base: Tensor, update: Update | None = None) -> None:
-        """Zero B and add the s B A that it was to `base`: together they keep the function.
+        """Zero B and add its former s B A to `base`; the function does not change.
 
-        Sharded by rows, it needs A whole and neither W nor B. The host does not wait, but for the
+        If W is sharded by rows, A is gathered and neither W nor B is. The host waits only for the
         low bits of a split W.
 
         Args:
             base: W.
-            update: what `self.update(base)` returned, if it was asked for already.
+            update: the result of `self.update(base)`, if it has been computed already.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies.
@@ -226,7 +228,7 @@ class LowRank(nn.Module):
             total = update.add_(self.exact(base))
             self._move_(self.lora_B, self._halves_write(base, total))
             return
-        # Matrix by matrix of a bank, if the process holds the same ones of B as of W.
+        # A bank merges matrix by matrix, if the process holds the same matrices of B as of W.
         whole = local(self.lora_B).shape[:-2] != update.B.shape[:-2]
         if whole:
             writes = [one.prepared(one.W) for one in update.matrices()]
@@ -237,7 +239,7 @@ class LowRank(nn.Module):
             self._move_(B, one.prepared(one.W))
 
     def _move_(self, B: Tensor, write: Callable[[], object]) -> None:
-        """Zero B, then write to W what it held: broken off between, nothing is counted twice."""
+        """Zero B, then write its update to W; if interrupted between, nothing is added twice."""
         self.torn = True
         B.zero_()
         write()
@@ -245,7 +247,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merged(self, base: Tensor) -> Tensor:
-        """Return W + s B A, sharded as W: what a merge would make of W."""
+        """Return W + s B A, sharded as W: the value of W after a merge."""
         total = self.update(base).add_(self.exact(base).clone())
         return sharded_like(total.to(self.split_from or base.dtype), base)
 
@@ -257,7 +259,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merge_and_redraw_(self, base: Tensor, update: Update) -> None:
-        """Add s B A to `base`, draw a new A and zero B: V of a merged copy stays as it is."""
+        """Add s B A to `base`, draw a new A and zero B; V of a merged copy does not change."""
         known = self._made_of in (_SHARDED, _versions(self.lora_A, self.lora_B, base))
         self.merge_into_(base, update)
         self.redraw_()
@@ -269,15 +271,15 @@ class LowRank(nn.Module):
             self.refresh_(base, zero=True)
 
     def note_made(self, base: Tensor) -> None:
-        """Note of which factors the merged copy is."""
+        """Record which factors the merged copy was made from."""
         sharded = is_sharded(self.lora_A) or is_sharded(base)
         self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
 
     def _fresh_copy(self, base: Tensor) -> nn.Parameter | None:
-        """Return the merged copy, made anew if it is not of these factors; None if they are others.
+        """Return the merged copy, rebuilt if the factors have changed; None if it cannot be used.
 
-        Compiled, or over factors that FSDP2 has gathered, it cannot be known: there, what changes
-        factors makes it anew, `keep_merged_` says what.
+        A change cannot be seen when compiled, or when FSDP2 has gathered the factors. Then the
+        calls that change factors rebuild the copy; `keep_merged_` lists them.
         """
         assert self.merged_copy is not None
         if base.dtype.itemsize <= self.merged_copy.dtype.itemsize:  # converted since
@@ -300,16 +302,16 @@ class LowRank(nn.Module):
         return self.merged_copy
 
     def copy_shape(self, base: Tensor) -> tuple[int, int]:
-        """Return the shape of [V | B], in rows that a GPU reads in whole words."""
+        """Return the shape of [V | B], its rows padded to a multiple of 8 entries for GPUs."""
         return base.shape[0], -(-(math.prod(base.shape[1:]) + self.rank) // 8) * 8
 
     @torch.no_grad()
     def refresh_(self, base: Tensor, *, zero: bool = False) -> None:
-        """Make the merged copy anew from W, A and B, if there is one.
+        """Rebuild the merged copy from W, A and B, if there is one.
 
         Args:
             base: W.
-            zero: whether B is known to be zero: A need not be gathered then.
+            zero: whether B is known to be zero; A is then not gathered.
         """
         if self.merged_copy is None or self.lora_A.is_meta:
             return
@@ -324,9 +326,10 @@ class LowRank(nn.Module):
         self.note_made(base)
 
     def rows_of_copy(self, base: Tensor) -> tuple[Tensor, bool]:
-        """Return rows for [V | B] where this process has W's, and whether they are the copy's own.
+        """Return memory for this process's rows of [V | B], and whether it is the copy's own.
 
-        They are where the copy is sharded as W is. Otherwise they are new, to be copied into it.
+        It is the copy's own if the copy is sharded as W is. Otherwise it is new memory, to be
+        copied into the copy.
         """
         assert self.merged_copy is not None
         own = local(self.merged_copy)
@@ -336,7 +339,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def make_rows_(self, rows: Tensor, update: Update) -> None:
-        """Set rows of [V | B] by the operation by which a merge adds: V is what it leaves in W."""
+        """Set rows of [V | B], adding as a merge does: V is W after a merge, rounded."""
         update.sum_into_(rows[:, : self.lora_A.shape[1]])
         self._fill_(rows, None, update.B)
 
@@ -348,7 +351,7 @@ class LowRank(nn.Module):
         rows[:, inner + self.rank :].zero_()
 
     def exact(self, base: Tensor) -> Tensor:
-        """Return this process's part of W; of a split W its fp32 value, made anew.
+        """Return this process's part of W; for a split W, its fp32 value as a copy.
 
         Raises:
             ValueError: if a split W has been converted or sharded since.
@@ -361,14 +364,14 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def set_exact_(self, base: Tensor, value: Tensor) -> None:
-        """Set this process's part of W to `value`; of a split W both halves."""
+        """Set this process's part of W to `value`; for a split W, both halves."""
         if self.low_bits is None:
             local(base).copy_(value)
             return
         self._halves_write(base, value)()
 
     def _halves_write(self, base: Tensor, value: Tensor) -> Callable[[], object]:
-        """Return what sets both halves of a split W to `value`, and takes no more memory."""
+        """Return a function that sets both halves of a split W and allocates no memory."""
         self._refuse_converted(base)
         assert self.low_bits is not None
         upper, low = split(value)
@@ -379,7 +382,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def split_(self, base: nn.Parameter) -> None:
-        """Turn `base` into the nearest bfloat16, and keep what it lacks: see `split_bases_`."""
+        """Round `base` to bfloat16 and keep the bits that it then lacks: see `split_bases_`."""
         self.split_from = base.dtype
         value, base.data = base.data, base.data.bfloat16()
         self.low_bits = torch.zeros(base.shape, dtype=torch.int16, device="cpu")
@@ -388,7 +391,7 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def unsplit_(self, base: nn.Parameter) -> None:
-        """Undo `split_`, W's value as exact as its dtype before holds it."""
+        """Undo `split_`: W has its earlier dtype again, with its value rounded to that dtype."""
         if self.split_from is not None:
             base.data = self.exact(base).to(self.split_from)
         self.split_from = self.low_bits = None
@@ -397,8 +400,8 @@ class LowRank(nn.Module):
         if self.low_bits is not None and (base.dtype != torch.bfloat16 or is_sharded(base)):
             now = "sharded" if is_sharded(base) else str(base.dtype)
             raise ValueError(
-                f"{self.name or 'a low-rank site'}: W was split into bfloat16 and the bits below "
-                f"it, and is {now} now, so that they no longer fit: convert and shard before "
+                f"{self.name or 'a low-rank site'}: a split W must stay bfloat16 and whole; it is "
+                f"now {now}, and its low bits no longer match: convert and shard before "
                 "split_bases_, and leave W out of FSDP2 by ignored_params"
             )
 
@@ -418,23 +421,23 @@ class LowRank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a deep copy has: a merged copy to be made anew, which no step follows."""
+        """Return the state of a deep copy, whose merged copy is stale and not rebuilt by steps."""
         return self.__dict__ | {"_made_of": None, "followed": False}
 
     def _apply(self, *arguments: Any) -> "LowRank":
-        self._made_of = None  # a converted copy is not what is made of converted factors
+        self._made_of = None  # a converted copy differs from one made from converted factors
         super()._apply(*arguments)  # type: ignore[no-untyped-call]
         return self
 
     def get_extra_state(self) -> Tensor:
         """Return the key of the draws and alpha, `[seed, restart, bits of alpha]`, as int64.
 
-        Beside sharded factors it is a DTensor that every process has whole: some loaders ask each
-        entry of a state dict for its mesh. Of a restart that was broken off two bits of `restart`
-        tell, so that one that follows the load finishes it.
+        With sharded factors it is a replicated DTensor, because some loaders ask each entry of a
+        state dict for its mesh. Two bits of `restart` record an interrupted restart, so that the
+        next restart after loading finishes it.
 
         Raises:
-            ValueError: if a merge was broken off after its first write.
+            ValueError: if a merge was interrupted after its first write.
         """
         self.refuse_torn(self.name)
         restart = self.restart
@@ -446,14 +449,14 @@ class LowRank(nn.Module):
 
     @property
     def _extra_state(self) -> Tensor:
-        """The key as an attribute, where a loader looks for what an entry replaces."""
+        """The key as an attribute, because loaders look up the value that an entry replaces."""
         return self.get_extra_state()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the key of the draws from a state dict.
 
         Raises:
-            ValueError: if it was saved with another alpha, which would be another function.
+            ValueError: if it was saved with another alpha, which would change the function.
         """
         state = local(state)
         seed, restart, _ = (int(value) for value in state.tolist())
@@ -461,18 +464,18 @@ class LowRank(nn.Module):
         if alpha != self.alpha:
             raise ValueError(
                 f"{self.name or 'this low-rank site'} was saved with alpha={alpha:g} and has "
-                f"alpha={self.alpha:g}: register it with the saved one"
+                f"alpha={self.alpha:g}: register it with the saved alpha"
             )
         self.seed, self.restart = seed, restart % _REDRAWN
         redrawn = self.restart if restart & _REDRAWN else self.restart + 1
         self.restarting = redrawn if restart & _UNDER_WAY else None
 
     def refuse_torn(self, name: str) -> None:
-        """Raise ValueError, with the site's name, if a merge was broken off while it wrote."""
+        """Raise ValueError, with the site's name, if a merge was interrupted while it wrote."""
         if self.torn:
             raise ValueError(
-                f"the merge of {name or 'the site'} was broken off while it wrote, so that W may "
-                "lack its update: load a checkpoint from before, into a new model"
+                f"the merge of {name or 'the site'} was interrupted while it wrote, so W may lack "
+                "its update: load an earlier checkpoint into a new model"
             )
 
     def extra_repr(self) -> str:
@@ -480,15 +483,15 @@ class LowRank(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha:g}, seed={self.seed}, restart={self.restart}"
 
 
-# Bits beside the number of redraws in a saved key: a restart was under way, and had redrawn this.
+# Flags beside the number of redraws in a saved key: a restart in progress, this site redrawn.
 _UNDER_WAY, _REDRAWN = 1 << 62, 1 << 61
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Of factors that FSDP2 shards: their gathered copies say nothing of them.
+# For factors that FSDP2 shards: the versions of their gathered copies tell nothing.
 _SHARDED: dict[int, int] = {-1: -1}
 
 
 def _versions(*tensors: Tensor) -> dict[int, int]:
-    """Return how often each tensor has been written to, by its identity."""
+    """Return how often each tensor has been written to, by the tensor's id."""
     return {id(tensor): version_of(tensor) for tensor in tensors}
 
 
@@ -510,7 +513,7 @@ def check_low_rank(
         )
     if base.ndim < 2:
         shape = tuple(base.shape)
-        raise ValueError(f"a low-rank weight needs two dimensions or more; got shape {shape}")
+        raise ValueError(f"a low-rank weight must have two dimensions or more; got shape {shape}")
     if base.dtype not in _DTYPES:
         raise TypeError(
             "a low-rank weight must be float16, bfloat16, float32 or float64, for a merge to add "
@@ -519,7 +522,7 @@ def check_low_rank(
     if base.layout != torch.strided:
         raise TypeError(f"a low-rank weight must be dense; got {base.layout}")
     if base.numel() == 0:
-        raise ValueError(f"a low-rank weight needs entries; got shape {tuple(base.shape)}")
+        raise ValueError(f"a low-rank weight must have entries; got shape {tuple(base.shape)}")
     if overlaps_itself(local(base.detach())):
         raise ValueError(
             "a low-rank weight must have memory for each entry, and this one is expanded: give the "
@@ -535,8 +538,8 @@ def check_low_rank(
         )
     if batch_dims and dropout:
         raise ValueError(
-            f"dropout acts on the input of F.linear, and a bank has many; got dropout={dropout:g}: "
-            "leave it out"
+            "a bank must be without dropout, which acts on the one input of F.linear; got "
+            f"dropout={dropout:g}: leave it out"
         )
     out, inner = base.shape[batch_dims], math.prod(base.shape[batch_dims + 1 :])
     if not 1 <= rank <= min(out, inner):
@@ -547,15 +550,16 @@ def check_low_rank(
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be positive and finite; got {alpha}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be from 0 to below 1; got {dropout}")
+        raise ValueError(f"dropout must be at least 0 and below 1; got {dropout}")
     if is_sharded(base) and base.ndim != 2:
         raise ValueError(
-            f"under tensor parallelism a low-rank weight is a matrix; got shape {tuple(base.shape)}"
+            "under tensor parallelism a low-rank weight must be a matrix; got shape "
+            f"{tuple(base.shape)}"
         )
     if is_sharded(base) and dropout:
         raise ValueError(
-            "under tensor parallelism every process would drop other entries of one input: leave "
-            f"dropout out; got dropout={dropout:g}"
+            "under tensor parallelism each process would drop different entries of the same input; "
+            f"got dropout={dropout:g}: leave it out"
         )
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be between 0 and 2**63 - 1; got {seed}")

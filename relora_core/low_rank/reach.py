@@ -17,17 +17,17 @@ _PASSED_OVER = (nn.Module, Optimizer, type, ModuleType, str, bytes, int, float, 
 def tensors_in(value: Any, *, objects: int) -> Iterator[Tensor]:
     """Iterate over the tensors that a value holds.
 
-    Modules and optimizers are passed over, as each has its own.
+    Modules and optimizers are skipped, because their tensors belong to them.
 
     Args:
-        value: anything.
-        objects: how many objects deep to look, beside containers and functions.
+        value: any object.
+        objects: how many objects deep to look; containers and functions do not count.
     """
     seen: set[int] = set()
     waiting = [(value, objects)]
     while waiting:
         one, left = waiting.pop()
-        kind = type(one)  # not isinstance: proxies answer for what they stand for
+        kind = type(one)  # not isinstance: proxies pass for the objects that they wrap
         if issubclass(kind, Tensor):
             yield one
             continue
@@ -49,7 +49,7 @@ def tensors_in(value: Any, *, objects: int) -> Iterator[Tensor]:
 
 
 def attributes_of(one: object) -> dict[str, Any]:
-    """Return an object's own attributes, those in slots among them."""
+    """Return an object's own attributes, including those in slots."""
     slots = (name for cls in type(one).__mro__ for name in _slots(cls))
     found = {name: getattr(one, name) for name in slots if hasattr(one, name)}
     return found | getattr(one, "__dict__", {})
@@ -66,7 +66,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 
 def _parts(one: Any) -> list[Any]:
-    """Return what a function, a method or a partial refers to, its globals left out."""
+    """Return what a function, a method or a partial refers to, except globals."""
     if isinstance(one, FunctionType):
         cells = [_contents(cell) for cell in one.__closure__ or ()]
         return [*cells, *(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
@@ -78,5 +78,5 @@ def _parts(one: Any) -> list[Any]:
 def _contents(cell: CellType) -> object:
     try:
         return cell.cell_contents
-    except ValueError:  # empty yet
+    except ValueError:  # still empty
         return None

@@ -1,4 +1,4 @@
-"""One low-rank site: make a tensor of a module W + s B A with W frozen, and unmake it."""
+"""One low-rank site: a tensor computed as W + s B A with W frozen, registered and removed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,36 +27,37 @@ def register_low_rank(
 ) -> nn.Module:
     r"""Parametrize `module.<tensor_name>` as $W + s B A$ and freeze $W$.
 
-    Linear layers, embeddings and other products with the tensor then compute two paths and never
-    form the sum or $W$'s gradient; every other operation receives the materialized sum. The
-    Parameter moves, as the same object, to `module.parametrizations.<tensor_name>.original`, and
-    its gradient is dropped. Do this before `fully_shard` and before building the optimizer.
+    Linear layers, embeddings and other products with the tensor then compute two paths, which
+    form neither the sum nor $W$'s gradient. Every other operation receives the materialized sum.
+    The same Parameter object moves to `module.parametrizations.<tensor_name>.original`, and its
+    gradient is dropped. Call this before `fully_shard` and before building the optimizer.
 
     Args:
         module: the module to change in place.
-        tensor_name: its Parameter to parametrize, of two or more dimensions.
+        tensor_name: the name of the Parameter to parametrize; it has two or more dimensions.
         rank: $r$, from 1 to `min(out, in)`.
-        alpha: $s$ = `alpha / rank`; `rank` if None.
-        seed: of every draw of $A$.
+        alpha: the numerator of $s$ = `alpha / rank`; `rank` if None.
+        seed: the seed of every draw of $A$.
         name: distinguishes this site's draws from those of other sites with the same seed. If it
             is empty, the first `restart_`, `reinit_` or `merge_` of a model sets it to the site's
             name in that model.
-        dropout: of the low-rank path's input while training; for tensors that only `F.linear`
-            uses.
-        trainable_scale: whether $s$ is trained, from `alpha / rank` on.
+        dropout: the dropout probability on the low-rank path's input while training; only for
+            tensors that `F.linear` alone uses.
+        trainable_scale: whether $s$ is trained, starting at `alpha / rank`.
         batch_dims: the number of leading batch dimensions: 1 for a bank of experts `(E, out, in)`,
             each with its own A and B, `(E, rank, in)` and `(E, out, rank)`; 0 for one matrix, where
-            `in` is all dimensions but the first. None means 0 for a matrix, a convolution and
-            nn.Bilinear; for any other tensor, give a number.
+            `in` is the product of all dimensions but the first. None means 0 for a matrix, a
+            convolution or nn.Bilinear; any other tensor needs a number.
 
     Returns:
         `module`.
 
     Raises:
-        ValueError: if the tensor is absent, tied, expanded, already parametrized or sharded, has
-            hooks, may be a bank, or an argument is out of range. Nothing is changed then.
-        TypeError: if the tensor is not of 16, 32 or 64 bits in floating point, packed, quantized,
-            sparse or offloaded, or `rank` or `seed` no int.
+        ValueError: if the tensor is absent, tied, expanded, already parametrized or sharded, or has
+            hooks; if it may be a bank and `batch_dims` is None; if an argument is out of range.
+            Nothing is changed then.
+        TypeError: if the tensor is not a float of 16, 32 or 64 bits; if it is packed, quantized,
+            sparse or offloaded; if `rank` or `seed` is not an int.
 
     Examples:
         >>> layer = register_low_rank(nn.Linear(6, 4), rank=2)
@@ -81,30 +82,30 @@ def register_low_rank(
 
 
 def make_site_(module: nn.Module, tensor_name: str, **options: Any) -> nn.Module:
-    """Make a site of a tensor that is known to be untied; `options` are LowRank's."""
+    """Turn a tensor that is known to be untied into a site; `options` are those of LowRank."""
     base = check_target(module, tensor_name)
     low_rank = LowRank(base, **options)
     names = list(module._parameters)
     low_rank.base_successors = tuple(names[names.index(tensor_name) + 1 :])
     low_rank.train(module.training)
-    # unsafe: torch would check that the parametrization returns a tensor, and ours is lazy.
+    # unsafe: torch would check that the parametrization returns a tensor; a LazyWeight is none.
     parametrize.register_parametrization(module, tensor_name, low_rank, unsafe=True)
     owner = low_rank_owner(module, tensor_name)
     owner.register_load_state_dict_pre_hook(_mend)  # type: ignore[no-untyped-call]  # torch's own
     share_class_(module)
     base.requires_grad_(False)
-    base.grad = None  # or an optimizer that still holds W would go on stepping it
+    base.grad = None  # otherwise an optimizer that still holds W would keep updating it
     return module
 
 
 def remove_low_rank(
     module: nn.Module, tensor_name: str = "weight", *, merge: bool = True
 ) -> nn.Module:
-    """Make `module.<tensor_name>` a plain Parameter again: the object it was before.
+    """Make `module.<tensor_name>` a plain Parameter again: the same object as before.
 
     Args:
         module: the module to change in place.
-        tensor_name: its low-rank tensor.
+        tensor_name: the name of its low-rank tensor.
         merge: whether to keep the function by adding s B A to W first; otherwise the update is
             dropped.
 
@@ -112,8 +113,8 @@ def remove_low_rank(
         `module`.
 
     Raises:
-        ValueError: if there is no low-rank site there, or it is sharded; if W is tied and `merge`
-            asks to write to it.
+        ValueError: if `module.<tensor_name>` is not a low-rank site, or is sharded; if W is tied
+            and `merge` is true.
 
     Examples:
         >>> layer = nn.Linear(6, 4)
@@ -134,10 +135,11 @@ def remove_low_rank(
         refuse_ties({tensor_name: (low_rank_owner(module, tensor_name), "original")})
         low_rank.merge_into_(base)
     low_rank.unsplit_(base)
-    own_class_(module)  # from which torch removes the property
+    own_class_(module)  # torch removes the property from the class
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     base.requires_grad_(low_rank.base_requires_grad)
-    # torch appends it, which would renumber an optimizer made from module.parameters().
+    # torch appends W as the last Parameter. Its old place is restored, because an optimizer made
+    # from module.parameters() numbers its state by their order.
     for name in low_rank.base_successors:
         if name in module._parameters:
             module._parameters[name] = module._parameters.pop(name)
@@ -147,7 +149,7 @@ def remove_low_rank(
 
 
 def _mend(owner: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others: object) -> None:
-    """Take note that a W, whose merge may have been broken off, is loaded anew."""
+    """Clear the torn mark of a site when its W is loaded from a state dict."""
     if prefix + "original" in state_dict:
         for low_rank in owner.children():
             assert isinstance(low_rank, LowRank)
@@ -155,13 +157,13 @@ def _mend(owner: nn.Module, state_dict: Mapping[str, Any], prefix: str, *others:
 
 
 def _refuse_second(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Raise ValueError if a site's tensor is being parametrized once more."""
+    """Raise ValueError if a site's tensor is being parametrized a second time."""
     if not isinstance(module, parametrize.ParametrizationList) or name == "0":
         return
     if isinstance(submodule, nn.Module) and isinstance(module[0], LowRank):
         raise ValueError(
-            f"{type(submodule).__name__} would parametrize a low-rank site once more, and neither "
-            "exports nor merges would know it: leave one of them out"
+            f"{type(submodule).__name__} would parametrize a low-rank site a second time, which "
+            "neither exports nor merges would take into account: use only one of the two"
         )
 
 
@@ -178,7 +180,7 @@ def low_rank_and_base(module: nn.Module, tensor_name: str) -> tuple[LowRank, nn.
 
 
 def low_rank_owner(module: nn.Module, tensor_name: str) -> parametrize.ParametrizationList:
-    """Return torch's module of a site, in which W and the parametrization are."""
+    """Return the ParametrizationList of a site, which holds W and the parametrization."""
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
     found = lists[tensor_name]
@@ -188,7 +190,7 @@ def low_rank_owner(module: nn.Module, tensor_name: str) -> parametrize.Parametri
 
 def low_rank_tensors(module: nn.Module) -> list[str]:
     """Return the names of `module`'s own tensors that are low-rank sites."""
-    # Not as an attribute: wrappers (checkpointed, compiled) answer for the module inside them.
+    # Not getattr: wrappers (checkpointing, compile) forward attributes to the inner module.
     lists = module._modules.get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
         return []
@@ -200,7 +202,7 @@ def low_rank_tensors(module: nn.Module) -> list[str]:
 
 
 def bank_names(module: nn.Module) -> list[str]:
-    """Return the names of `module`'s low-rank banks, in the order that its Parameters had."""
+    """Return the names of `module`'s low-rank banks, in the original order of its Parameters."""
     names: list[str] = []
     for name in low_rank_tensors(module):
         if low_rank_and_base(module, name)[0].batch_dims:
@@ -210,7 +212,7 @@ def bank_names(module: nn.Module) -> list[str]:
 
 
 def _came_before(module: nn.Module, first: str, second: str) -> bool:
-    """Whether `first`, which was registered before `second`, came before it as a Parameter."""
+    """Whether Parameter `first` preceded `second`; its site was registered before `second`'s."""
     return second in low_rank_and_base(module, first)[0].base_successors
 
 

@@ -1,7 +1,7 @@
-"""One class for all modules of a class that have the same low-rank tensors.
+"""One shared class for all modules of one class that have the same low-rank tensors.
 
-Torch gives each parametrized module a class of its own. `torch.compile` guards on the class: twelve
-equal blocks would be twelve graphs, of which it keeps eight and runs the other blocks eagerly.
+Torch gives each parametrized module its own class, and `torch.compile` guards on the class. Twelve
+equal blocks would then need twelve graphs; it keeps eight and runs the other blocks eagerly.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ _classes: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDic
 
 
 def share_class_(module: nn.Module) -> None:
-    """Give `module`, which torch has parametrized, the class that all like it have.
+    """Give `module`, which torch has parametrized, the class that all modules like it share.
 
-    A module with parametrizations of others besides keeps its own.
+    A module that also has parametrizations from elsewhere keeps its own class.
     """
     lists = module.parametrizations
     assert isinstance(lists, nn.ModuleDict)
@@ -43,9 +43,9 @@ def _is_site(found: nn.Module) -> bool:
 
 
 def own_class_(module: nn.Module) -> None:
-    """Give `module` a class of its own again, that may be changed without changing others.
+    """Give `module` its own class again, which can be changed without affecting other modules.
 
-    Not only a shared class belongs to others: a deepcopy has the class of its original.
+    This also applies to a class that is not shared: a deepcopy has the class of its original.
     """
     cls = type(module)
     members = _members(cls)
@@ -55,7 +55,7 @@ def own_class_(module: nn.Module) -> None:
 
 
 class _Shared(type):
-    """The type of shared classes, from which torch would remove a tensor of all at once."""
+    """The metaclass of shared classes; it keeps torch from removing a tensor of all at once."""
 
     def __delattr__(cls, name: str) -> None:
         raise AttributeError(
@@ -76,7 +76,7 @@ def _parting(shared: type) -> Callable[[nn.Module, str], None]:
     """Return the `__delattr__` of a shared class."""
 
     def part(module: nn.Module, name: str) -> None:
-        """Delete an attribute; a tensor, which torch is to parametrize, apart from the others."""
+        """Delete an attribute; for a tensor, give the module its own class first."""
         if type(module) is shared and (name in module._parameters or name in module._buffers):
             own_class_(module)
             delattr(module, name)

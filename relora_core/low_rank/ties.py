@@ -17,14 +17,15 @@ from relora_core.distributed.local import local
 from relora_core.low_rank.reach import tensors_in
 
 Owner = tuple[nn.Module, str]
-# An address space (a device, or one storage without addresses), and what is spanned of it.
+# An address space (a device, or a storage without addresses), and the begin and end in it.
 Memory = tuple[object, int, int]
 
 
 def memory_of(tensor: Tensor) -> Memory:
-    """Return where this process's part of a tensor lies, and the addresses that it spans.
+    """Return the address space of this process's part of a tensor, and the addresses it spans.
 
-    Addresses and not storages: NumPy and DLPack give one memory several storages.
+    Ties are found by address, not by storage, because NumPy and DLPack give one memory several
+    storages.
     """
     part = local(tensor.detach())
     space: object = part.device
@@ -62,9 +63,9 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _interleave(a: Tensor, b: Tensor, ahead: int) -> bool:
-    """Whether two tensors, of which `a` begins so many entries after `b`, have one in common.
+    """Whether two tensors have an entry in common; `a` begins `ahead` entries after `b`.
 
-    Columns of one matrix span its memory, and need not.
+    Two columns of one matrix span overlapping memory, but have no entry in common.
     """
     begin_a, begin_b = max(ahead, 0), max(-ahead, 0)
     taken = torch.zeros(max(begin_a + _span(a), begin_b + _span(b)), dtype=torch.bool)
@@ -73,7 +74,7 @@ def _interleave(a: Tensor, b: Tensor, ahead: int) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two entries of a tensor may lie in one place.
+    """Whether two entries of a tensor may share one address.
 
     Examples:
         >>> overlaps_itself(torch.zeros(4, 1).expand(4, 2)), overlaps_itself(torch.zeros(4, 2).t())
@@ -96,7 +97,7 @@ class Owners:
     """The owners of tensors, found by address.
 
     Args:
-        owned: owners with what they own.
+        owned: pairs of an owner and its tensor.
     """
 
     def __init__(self, owned: Iterable[tuple[Owner, Tensor]]) -> None:
@@ -121,7 +122,7 @@ class Owners:
         spans, last = self._spans.get(space, []), self._last.get(space, [])
         found = []
         index = bisect_left(spans, (end,)) - 1
-        while index >= 0 and last[index] > begin:  # or none before it reaches so far
+        while index >= 0 and last[index] > begin:  # otherwise no earlier span reaches this far
             owner, other = self._owned[spans[index][2]]
             if spans[index][1] > begin and (other is tensor or share_memory(other, tensor)):
                 found.append(owner)
@@ -132,16 +133,17 @@ class Owners:
 def owned_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
     """Iterate over the modules' own Parameters and buffers."""
     for module in modules:
-        for kind in ("_parameters", "_buffers"):  # not an attribute: wrappers answer for others
+        for kind in ("_parameters", "_buffers"):  # not getattr: wrappers forward attributes
             for name, tensor in module.__dict__.get(kind, {}).items():
                 if isinstance(tensor, Tensor):
                     yield (module, name), tensor
 
 
 def kept_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
-    """Iterate over single tensors that other attributes keep, in containers and closures too.
+    """Iterate over single tensors that other attributes hold, in containers and closures too.
 
-    Several in one attribute are a listing, to clip gradients say, and nothing computes with it.
+    Several tensors in one attribute are taken for a mere list, for clipping gradients say, that
+    nothing computes with.
     """
     for module in modules:
         for name, value in module.__dict__.items():
@@ -151,7 +153,7 @@ def kept_by(modules: Iterable[nn.Module]) -> Iterator[tuple[Owner, Tensor]]:
                     yield (module, name), next(iter(kept.values()))
 
 
-# Hooks are found as such, and a recurrent layer makes its list of weights at each forward.
+# Left out: torch's own attributes, and the list of weights that a recurrent layer keeps rebuilding.
 _OWN = frozenset({*nn.Module().__dict__, "_flat_weights"})
 
 
@@ -163,21 +165,21 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def living_modules() -> list[nn.Module]:
-    """Return every module that there is, of whatever model; those that gc.freeze hides aside."""
+    """Return every existing module of any model, except those that gc.freeze hides."""
     classes = {nn.Module}
     waiting = [nn.Module]
     while waiting:
         new = set(waiting.pop().__subclasses__()) - classes
         classes |= new
         waiting += new
-    # Not isinstance: proxies answer for what they stand for.
+    # Not isinstance: proxies pass for the objects that they wrap.
     return [one for one in gc.get_objects() if type(one) in classes]
 
 
 def may_be_tied(module: nn.Module, tensor_name: str) -> bool:
-    """Whether something beside `module` refers to its Parameter, or to its memory.
+    """Whether anything besides `module` refers to its Parameter, or to the Parameter's memory.
 
-    An optimizer does too; but where nothing does, no module needs to be looked at.
+    That may be an optimizer only. But if nothing does, no other module needs to be searched.
     """
     alone = nn.Module()
     alone.weight = nn.Parameter(torch.empty(1))
@@ -191,22 +193,22 @@ def _references(module: nn.Module, tensor_name: str) -> tuple[int, int, bool]:
     if not _has_memory(parameter):
         return 0, 0, False
     part = local(parameter.detach())
-    # Memory that another library has lent (NumPy, DLPack) may be lent to others.
+    # Memory borrowed from another library (NumPy, DLPack) may be shared with others, too.
     lent = not part.untyped_storage().resizable()
     return sys.getrefcount(parameter), users_of_storage(part), lent
 
 
 def refuse_ties(tensors: Mapping[str, Owner], *, kept: bool = False) -> None:
-    """Raise ValueError if a module of whatever model has one of these tensors under another name.
+    """Raise ValueError if a module of any model has one of these tensors under another name.
 
     Args:
-        tensors: Parameters of modules, by the name to give in the error.
+        tensors: the owners of the Parameters, by the name to show in the error.
         kept: whether to look into other attributes too (`kept_by`).
     """
     suspects = {name: owner for name, owner in tensors.items() if may_be_tied(*owner)}
     if not suspects or not _other_owners(suspects, kept):
         return
-    gc.collect()  # what only waits to be collected owns nothing
+    gc.collect()  # modules that are only waiting for collection do not count
     for name, (module, tensor_name) in _other_owners(suspects, kept).items():
         other = f"{tensor_name} of a {type(module).__name__}"
         if isinstance(module, ParametrizationList):
@@ -232,9 +234,9 @@ def _other_owners(tensors: Mapping[str, Owner], kept: bool) -> dict[str, Owner]:
 
 
 def _stands_for(other: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is what `torch.jit.trace` or `torch.export` made of a parametrization.
+    """Whether `torch.jit.trace` or `torch.export` made `other` from the parametrization `module`.
 
-    It has the factors too, and computes with them.
+    Such a module holds the factors, too, and computes with them.
     """
     if not isinstance(module, ParametrizationList) or isinstance(other, ParametrizationList):
         return False

@@ -1,4 +1,4 @@
-"""Copies of parameters that an optimizer keeps beside its state, where no redraw reaches them."""
+"""Copies of parameters that an optimizer keeps outside its state, where no redraw reaches them."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,24 +11,24 @@ from relora_core.distributed.local import local
 from relora_core.low_rank.reach import attributes_of, tensors_in
 from relora_core.low_rank.ties import Owners, living_modules, owned_by
 
-# Objects are followed so far from the optimizer: beyond lie trainers, with all that they know.
+# How many objects deep the search goes: deeper lie trainers, with everything they refer to.
 _OBJECTS = 2
 # A shorter vector may be anything, such as a table of codes.
 _FLAT = 1024
 
 
 def refuse_copies(optimizers: Iterable[Optimizer], params: Iterable[nn.Parameter]) -> None:
-    """Raise ValueError if optimizers hold what look like copies of parameters.
+    """Raise ValueError if optimizers hold tensors that look like copies of parameters.
 
-    That is, for half of those that have two dimensions or more, a tensor of the same shape; or one
-    vector as long as all together; or a vector for each. They are looked for in the optimizers'
-    attributes and hooks, in the options of their groups, in containers and objects there, and
-    among the attributes of the parameters. What lies in the parameters' own memory is none, and
-    `state` is for declarations to tell.
+    Three things look like copies: tensors with the shapes of at least half of the parameters that
+    have two or more dimensions; one vector as long as all parameters together; or one vector for
+    each parameter. The search covers the attributes, hooks and group options of the optimizers,
+    containers and objects in them, and the attributes of the parameters. Tensors in the parameters'
+    own memory are not copies, and `state` is left to declarations.
 
     Args:
-        optimizers: from the outermost to the innermost.
-        params: those that are reset.
+        optimizers: the optimizers, from the outermost to the innermost.
+        params: the parameters to reset.
     """
     optimizers, params = list(optimizers), list(params)
     groups = [list(group["params"]) for group in optimizers[0].param_groups]
@@ -49,8 +49,8 @@ def refuse_copies(optimizers: Iterable[Optimizer], params: Iterable[nn.Parameter
                 f"{place} holds tensors of the parameters' shapes ({tuple(found[0].shape)}), such "
                 "as slow or averaged copies: a redraw would not reach them, and steps would go "
                 "back to the old parameters. Keep them in `state` and declare them by "
-                "relora_core.declare_moments(copies=...), or leave the wrapper out; what no step "
-                "reads can be kept where no optimizer refers to it"
+                "relora_core.declare_moments(copies=...), or leave the wrapper out; tensors that "
+                "no step reads can be kept where no optimizer refers to them"
             )
 
 
@@ -65,7 +65,7 @@ class _Sought:
         self.each = Counter(p.numel() for p in self.matrices)
 
     def copies(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return those that together look like copies."""
+        """Return those of `tensors` that together look like copies."""
         found = [t for t in tensors if t.shape in self.shapes]
         if 2 * len(found) >= max(len(self.matrices), 1):
             return found
@@ -77,19 +77,19 @@ class _Sought:
         return vectors if len(self.matrices) > 1 and alike >= self.each else []
 
     def _is_all(self, vector: Tensor) -> bool:
-        """Whether a vector has the entries of all parameters, and some more to be even."""
+        """Whether a vector is as long as all parameters together, with some padding at most."""
         return any(n <= vector.numel() <= n + max(n // 100, _FLAT) for n in self.lengths)
 
 
 def _in_models() -> set[int]:
-    """Return the identities of the Parameters of every module, lists left out: they may be any."""
+    """Return the ids of all modules' tensors, without parameter lists, which may hold copies."""
     lists = (nn.ParameterList, nn.ParameterDict)
     modules = [module for module in living_modules() if not issubclass(type(module), lists)]
     return {id(tensor) for _, tensor in owned_by(modules)}
 
 
 def _places(optimizers: list[Optimizer], params: list[nn.Parameter]) -> Iterator[tuple[str, Any]]:
-    """Iterate over what optimizers and parameters hold beside states, each with its name."""
+    """Iterate over (name, value) of what optimizers and parameters hold outside `state`."""
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         for name, value in attributes_of(optimizer).items():
@@ -101,6 +101,6 @@ def _places(optimizers: list[Optimizer], params: list[nn.Parameter]) -> Iterator
     noted: dict[str, list[Any]] = {}
     for p in params:
         for name, value in vars(p).items():
-            if "grad" not in name:  # where engines accumulate it
+            if "grad" not in name:  # some engines accumulate gradients there
                 noted.setdefault(name, []).append(value)
     yield from ((f"Parameter.{name}", values) for name, values in noted.items())

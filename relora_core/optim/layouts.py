@@ -1,4 +1,4 @@
-"""The layout of one parameter's state, for each optimizer class."""
+"""The contents of one parameter's optimizer state, for each optimizer class."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,14 +14,15 @@ class StateLayout:
     """The keys of `optimizer.state[p]`, by what a reset does to them.
 
     Args:
-        moments: running averages, each of the parameter's shape. The first leads: a joint mask is
-            chosen by its magnitudes.
-        others: left alone.
-        clock: counts of steps, each with the value it begins at.
+        moments: running averages, each of the parameter's shape. The first is the leading one: its
+            magnitudes choose a joint mask.
+        others: keys that a reset leaves alone.
+        clock: step counts, each with its initial value.
         shared: statistics that many entries share, of another shape than the parameter's. Only a
             full reset zeroes them.
-        copies: values of the parameter that steps go on from. A reset sets them to the parameter.
-        codes: for a moment that may be kept in 8 bits, the keys of its table and of its blocks'
+        copies: copies of the parameter that later steps start from. A reset sets them to the
+            parameter.
+        codes: for each moment that may be kept in 8 bits, the keys of its table and of its block
             scales.
     """
 
@@ -58,7 +59,7 @@ TORCH: dict[type[Optimizer], StateLayout] = {
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later
     TORCH[torch.optim.Muon] = _MOMENTUM
 
-# Other libraries' classes go by name: none is imported.
+# Other libraries' classes are known by name, so that none is imported.
 _SCHEDULE_FREE_ADAM = StateLayout(("exp_avg_sq",), clock={}, copies=("z",))
 _SCHEDULE_FREE_SGD = StateLayout((), clock={}, copies=("z",))
 FOREIGN = {
@@ -79,7 +80,7 @@ FOREIGN = {
     ),
 }
 
-# Wrappers that keep copies in the state of what is in them, by their keys there.
+# Wrappers that keep copies in the inner optimizer's state, with the keys of those copies.
 _WRAPPERS = {
     "schedulefree.wrap_schedulefree.ScheduleFreeWrapper": ("z",),
     "schedulefree.wrap_schedulefree_reference.ScheduleFreeWrapperReference": ("x", "y", "z"),
@@ -106,7 +107,7 @@ def declare_moments(
     clock: Mapping[str, float] | None = None,
     copies: Iterable[str] = (),
 ) -> None:
-    """Tell resets what the state of an optimizer class consists of.
+    """Declare what the state of an optimizer class consists of, so that it can be reset.
 
     Shape alone does not identify a moment: a reset of all state of the parameter's shape would wipe
     ASGD's averaged weights, Rprop's step sizes and the uint8 codes of 8-bit optimizers, whose code
@@ -117,14 +118,14 @@ def declare_moments(
         moments: keys of `optimizer.state[p]` that are running averages of the gradient or of its
             powers, of the parameter's shape. The first one's magnitudes choose a joint mask.
         others: keys that a reset leaves alone.
-        clock: keys that count the parameter's steps, each with the value it begins at;
-            `{"step": 0}` if None. `reset_step` writes them.
-        copies: keys of values of the parameter that steps go on from, such as a copy in higher
+        clock: keys of the parameter's step counts, each with its initial value; `{"step": 0}` if
+            None. `reset_step` sets them to it.
+        copies: keys of copies of the parameter that later steps start from, such as one in higher
             precision. A reset sets them to the parameter, which a restart has redrawn.
 
     Raises:
         TypeError: if `optimizer_class` is not a subclass of `torch.optim.Optimizer`.
-        ValueError: if `moments`, `copies` and `others` are empty.
+        ValueError: if `moments`, `copies` and `others` are all empty.
 
     Examples:
         >>> class Signum(torch.optim.SGD):
@@ -136,7 +137,7 @@ def declare_moments(
     begins = _STEP if clock is None else dict(clock)
     layout = StateLayout(tuple(moments), tuple(others), begins, copies=tuple(copies))
     if not (layout.moments or layout.copies or layout.others):
-        raise ValueError("moments is empty: name at least one key of the optimizer's state")
+        raise ValueError("moments must name a key of the optimizer's state or more; got none")
     _declared[optimizer_class] = layout
 
 
@@ -151,7 +152,7 @@ def refuse_unfit(optimizer: Optimizer) -> None:
 
 
 def copies_beside(optimizer_class: type[Optimizer]) -> tuple[str, ...]:
-    """Return the keys under which a wrapper keeps copies in the state of what is in it."""
+    """Return the keys under which a wrapper keeps copies in the inner optimizer's state."""
     return _WRAPPERS.get(_name(optimizer_class), ())
 
 
@@ -163,26 +164,26 @@ def copies_of_wrappers() -> set[str]:
 def layout_of(
     optimizer: Optimizer, state: Mapping[str, object], beside: Iterable[str] = ()
 ) -> StateLayout:
-    """Return the layout of an optimizer's class, checked against one parameter's `state`.
+    """Return the StateLayout of an optimizer's class, checked against one parameter's `state`.
 
     Args:
-        optimizer: whose state it is.
-        state: of one parameter.
-        beside: keys of copies that wrappers around it keep there.
+        optimizer: the optimizer that holds the state.
+        state: the state of one parameter.
+        beside: the keys of copies that wrappers of the optimizer keep in that state.
 
     Raises:
-        ValueError: if the class is not known, or has keys that its layout lacks.
+        ValueError: if the class is not known, or the state has keys that its StateLayout lacks.
     """
     name = type(optimizer).__name__
     fix = (
         f"relora_core.declare_moments({name}, [<moments>], copies=[<copies of the parameters that "
-        "steps go on from or back to>], others=[<the rest>])"
+        "later steps read>], others=[<the rest>])"
     )
     layout = known_layout(type(optimizer))
     if layout is None:
         raise ValueError(
-            f"which of {name}'s states {sorted(state)} are moments is not known: declare them with "
-            f"{fix}"
+            f"it is not known which of {name}'s states {sorted(state)} are moments: declare them "
+            f"with {fix}"
         )
     layout = replace(layout, copies=(*layout.copies, *beside))
     unknown = set(state) - layout.keys
@@ -195,7 +196,7 @@ def layout_of(
 
 
 def known_layout(optimizer_class: type[Optimizer]) -> StateLayout | None:
-    """Return the layout of an optimizer class or of the nearest parent that has one."""
+    """Return the StateLayout of an optimizer class, or of the nearest parent that has one."""
     for cls in optimizer_class.__mro__:
         layout = _declared.get(cls) or TORCH.get(cls) or FOREIGN.get(_name(cls))
         if layout is not None:

@@ -1,4 +1,4 @@
-"""The moments of an optimizer's state, as values to rank and entries to zero."""
+"""The moments of an optimizer's state, as magnitudes to compare and entries to zero."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,26 +23,26 @@ from relora_core.optim.quantized import QuantizedMoment, TableMoment, is_quantiz
 
 
 class Moment(Protocol):
-    """A running average, whatever it is kept as."""
+    """A running average, in whatever format it is stored."""
 
     @property
     def tensor(self) -> Tensor:
-        """What it is kept as, of the parameter's shape and sharded as it is."""
+        """The stored tensor, with the parameter's shape and sharding."""
 
     @property
     def has_zero(self) -> bool:
-        """Whether every entry can be made zero by itself."""
+        """Whether every single entry can be set to zero."""
 
     def values(self) -> Tensor:
-        """Return what it stands for, floating point and sharded as `tensor`."""
+        """Return the values that are stored, as floating point, sharded as `tensor`."""
 
     def zero_where_(self, mask: Tensor) -> None:
-        """Zero the entries of this rank's part that `mask` marks; the others keep their bits."""
+        """Zero the entries of this process's part that `mask` marks; others keep their bits."""
 
 
 @dataclass(frozen=True)
 class PlainMoment:
-    """A moment that is what it stands for."""
+    """A moment that is stored as its values."""
 
     tensor: Tensor
     has_zero: bool = True
@@ -58,16 +58,16 @@ class PlainMoment:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """What a reset works on of one parameter.
+    """The state of one parameter that a reset works on.
 
     Args:
-        index: of the parameter among those asked for.
-        parameter: itself.
-        moments: of its shape, the leading one first.
-        shared: statistics of other shapes.
-        copies: of its values.
-        state: the optimizer's own dict of it.
-        clock: keys of `state` that count steps, and where they begin.
+        index: the parameter's index among those asked for.
+        parameter: the parameter.
+        moments: its moments, of its shape, the leading one first.
+        shared: its statistics of other shapes.
+        copies: the optimizer's copies of it.
+        state: the optimizer's own state dict of it.
+        clock: the keys of `state` that count steps, with their initial values.
     """
 
     index: int
@@ -79,25 +79,25 @@ class ParameterState:
     clock: Mapping[str, float]
 
 
-# One, or all that step a model.
+# One optimizer, or all that step a model.
 Optimizers = Optimizer | Iterable[Optimizer] | Mapping[Any, Optimizer]
 
 
 def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[ParameterState]:
-    """Return what there is to reset of each parameter.
+    """Return the state to reset of each parameter.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that keeps it as `optim`
             (ZeroRedundancyOptimizer), `optimizer` (accelerate, Lightning) or in `optimizers`
             (torchtitan); or several, in a list, tuple or dict.
-        params: some of their parameters. One that has no state yet, or whose state lies on another
-            rank, is passed over.
+        params: some of their parameters. A parameter that has no state yet, or whose state is on
+            another process, is skipped.
 
     Raises:
         ValueError: if a parameter is not the optimizer's, the optimizer cannot be reset, or its
             state has undeclared keys.
-        TypeError: if it is no optimizer, or a moment is neither floating point nor in codes that
-            are known.
+        TypeError: if `optimizer` is not an optimizer, or a moment is neither floating point nor in
+            a known code.
     """
     params, several = list(params), optimizers_of(optimizer)
     inner = [one for outer in several for one in inner_optimizers(outer)]
@@ -109,16 +109,16 @@ def find_states(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[P
     if missing:
         raise ValueError(
             f"{missing} of {len(params)} parameters are not in the optimizer: build it after "
-            "add_low_rank_ and fully_shard, from the parameters that require gradients, and give "
-            "all of several as a list. An engine that steps copies of its own (DeepSpeed's fp32 "
-            "masters) cannot restart: a redraw would not reach them"
+            "add_low_rank_ and fully_shard, from the parameters that require gradients; if there "
+            "are several optimizers, give all of them as a list. An engine that steps its own "
+            "copies (DeepSpeed's fp32 masters) cannot restart: a redraw would not reach them"
         )
     found = []
     for outer in several:
         beside = {key for one in layers_of(outer) for key in copies_beside(type(one))}
         for one in inner_optimizers(outer):
             for index, p in enumerate(params):
-                # Never state[p]: it is a defaultdict, and an entry made by looking breaks others.
+                # Never state[p]: it is a defaultdict, and an empty entry would break other code.
                 state = one.state.get(p)
                 if state:
                     found.append(_state_of(one, index, p, state, beside))
@@ -133,10 +133,10 @@ def held_by(optimizer: Optimizers, params: Iterable[nn.Parameter]) -> list[nn.Pa
 
 
 def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
-    """Return the optimizers that were given as one, in a list, tuple or dict.
+    """Return the optimizers in `optimizer`: one, or a list, tuple or dict of several.
 
     Raises:
-        TypeError: if one is no optimizer.
+        TypeError: if one of them is not an optimizer.
         ValueError: if there is none.
     """
     if isinstance(optimizer, Mapping):
@@ -159,7 +159,7 @@ def optimizers_of(optimizer: Optimizers) -> list[Optimizer]:
 def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
     """Yield the torch optimizers that hold the state behind `optimizer`.
 
-    A wrapper is one of them where it keeps states beside those of what is in it.
+    A wrapper counts as one of them if it keeps state of its own.
     """
     inside = _all_inside(optimizer)
     states = [id(one.state) for one in inside if one is not None]
@@ -172,7 +172,7 @@ def inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def layers_of(optimizer: Optimizer) -> list[Optimizer]:
-    """Return an optimizer and those inside of it, from the outermost to the innermost."""
+    """Return an optimizer and those inside it, from the outermost to the innermost."""
     inside = (one for one in _all_inside(optimizer) if one is not None)
     return [optimizer, *(layer for one in inside for layer in layers_of(one))]
 
@@ -192,7 +192,7 @@ def _inside(optimizer: Optimizer) -> Optimizer | None:
 
 @torch.no_grad()
 def renew_copies_(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
-    """Set an optimizer's copies of `params`, which steps go on from, to what they are now."""
+    """Set an optimizer's copies of `params`, which later steps start from, to their values now."""
     layout = known_layout(type(optimizer))
     if layout is None:
         return

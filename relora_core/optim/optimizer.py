@@ -27,13 +27,14 @@ def _delegated(name: str) -> Any:
 class ResettableOptimizer(Optimizer):
     """Any torch optimizer, with `reset_` as a method.
 
-    It keeps nothing of its own and copies nothing: state, groups, defaults and hooks are the inner
+    The wrapper has no state of its own. State, groups, defaults and hooks are the inner
     optimizer's, looked up at each use, so schedulers, GradScaler, distributed checkpoints and
-    `load_state_dict` work on either. It counts no steps: a checkpoint library may call `step` to
-    make state, and a GradScaler calls it for updates that are skipped.
+    `load_state_dict` work on the wrapper as on the inner optimizer. It counts no steps, because
+    not every call of `step` is one: a checkpoint library may call `step` to create state, and a
+    GradScaler calls it for updates that are skipped.
 
     Args:
-        inner: the optimizer.
+        inner: the optimizer to wrap.
 
     Raises:
         TypeError: if `inner` is not a `torch.optim.Optimizer`.
@@ -72,7 +73,7 @@ class ResettableOptimizer(Optimizer):
         """Step the inner optimizer."""
         return self.inner.step(closure)
 
-    # The inner step runs the hooks; torch would wrap this one to run them a second time.
+    # The inner step runs the hooks; without this mark, torch would run them a second time here.
     step.hooked = True  # type: ignore[attr-defined]
 
     def reset_(
@@ -113,8 +114,8 @@ class ResettableOptimizer(Optimizer):
         self.inner.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:
-        # What the inner one has beyond torch's interface. Looking for `inner` itself, or for a
-        # protocol, before it is set must not come back here.
+        # Attributes of the inner optimizer beyond torch's interface. Before `inner` is set, a
+        # lookup of `inner` itself or of a dunder name must not recurse into this method.
         if name == "inner" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.inner, name)

@@ -16,9 +16,9 @@ from relora_core.randomness import keyed_uniform
 def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
     r"""Zero the smallest entries of `tensor` by magnitude, exactly $k$ of them.
 
-    $k = \lfloor \texttt{ratio} \cdot (n - 1) \rfloor + 1$ of $n$ entries: what is at or below the
-    quantile at `ratio` goes, and among equals the first in memory order go first, so that the
-    count is exact. The rest keeps its bits. A `DTensor` is pruned by its global order.
+    $k = \lfloor \texttt{ratio} \cdot (n - 1) \rfloor + 1$ of $n$ entries: those at or below the
+    quantile at `ratio`. Among equal magnitudes the first in memory order are zeroed first, so the
+    count is exact. All other entries keep their bits. A `DTensor` is pruned by its global order.
 
     The authors' code keeps `abs(x) > torch.quantile(abs(x), ratio)`: the same mask without ties,
     but it empties a tensor of equal values and fails above 2**24 entries.
@@ -44,7 +44,7 @@ def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
     check_ratio(ratio, "ratio")
     check_prunable(tensor)
     if has_nan([tensor]):
-        raise ValueError("cannot rank a tensor that holds NaN: find what produced it")
+        raise ValueError("a tensor to prune must hold no NaN: find what produced it")
     (mask,) = magnitude_masks([tensor], ratio)
     zero_where_(tensor, mask)
     return tensor
@@ -55,13 +55,13 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
     r"""Zero entries of `tensor` chosen at random, exactly as many as `magnitude_prune_` would.
 
     $k = \lfloor \texttt{ratio} \cdot (n - 1) \rfloor + 1$ of $n$ entries, each set of them as
-    likely as any other. The choice depends on `seed` and the shape alone, so every process of every
-    world size makes the same; the global generator is left alone.
+    likely as any other. The choice depends only on `seed` and the shape, so every process at every
+    world size makes the same choice. The global generator is left alone.
 
     Args:
         tensor: floating point, any shape, changed in place.
         ratio: from 0 to 1; 1 zeroes everything.
-        seed: of the choice.
+        seed: the seed of the choice.
 
     Returns:
         `tensor`.
@@ -84,14 +84,14 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
 
 
 def magnitude_masks(tensors: Iterable[Tensor], ratio: float) -> list[Tensor]:
-    """Mark the entries of this rank's parts of `tensors` that `magnitude_prune_` zeroes."""
-    # torch ranks no 8-bit floats
+    """Mark the entries of this process's parts of `tensors` that `magnitude_prune_` zeroes."""
+    # torch cannot sort 8-bit floats
     ranked = (tensor.float() if tensor.dtype.itemsize == 1 else tensor for tensor in tensors)
     return smallest((tensor, drop_count(tensor.numel(), ratio)) for tensor in ranked)
 
 
 def random_mask(tensor: Tensor, ratio: float, key: str) -> Tensor:
-    """Mark the entries of this rank's part of `tensor` that a draw of this key chooses."""
+    """Mark the entries of this process's part of `tensor` that a draw with this key chooses."""
     draw = keyed_uniform(f"{key}/prune", tensor.shape, bound=1.0)
     (mask,) = smallest([(draw, drop_count(draw.numel(), ratio))])
     return local_part(mask, tensor)
@@ -99,15 +99,15 @@ def random_mask(tensor: Tensor, ratio: float, key: str) -> Tensor:
 
 @torch.no_grad()
 def zero_where_(tensor: Tensor, mask: Tensor) -> None:
-    """Zero the entries of this rank's part of `tensor` that `mask` marks."""
+    """Zero the entries of this process's part of `tensor` that `mask` marks."""
     part = local(tensor)
-    if part.dtype.itemsize == 1:  # torch fills no 8-bit floats; their zero is the byte 0
+    if part.dtype.itemsize == 1:  # torch cannot fill 8-bit floats; their zero is the byte 0
         part = part.view(torch.uint8)
     part.masked_fill_(mask, 0)
 
 
 def has_nan(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of `tensors` holds NaN, on any rank; waits for the device once.
+    """Whether any of `tensors` holds NaN, on any process; waits for the device once.
 
     Tensors that are sharded over the same processes share one collective.
     """
@@ -115,7 +115,7 @@ def has_nan(tensors: Iterable[Tensor]) -> bool:
     shards: dict[object, Tensor] = {}
     for tensor in tensors:
         place = (sharding(tensor), tensor.device)
-        # A sum is NaN if an entry is, and also for inf - inf: the sum of magnitudes is not.
+        # A plain sum is also NaN for inf - inf; a sum of magnitudes is NaN only if an entry is.
         together.setdefault(place, []).append(_sum_of_magnitudes(local(tensor.detach())))
         shards.setdefault(place, tensor)
     sums = [shard_sum(torch.stack(own), shards[place]).sum() for place, own in together.items()]
@@ -123,7 +123,7 @@ def has_nan(tensors: Iterable[Tensor]) -> bool:
 
 
 def _sum_of_magnitudes(tensor: Tensor) -> Tensor:
-    if tensor.dtype.itemsize == 1:  # torch adds no 8-bit floats
+    if tensor.dtype.itemsize == 1:  # torch cannot add 8-bit floats
         tensor = tensor.float()
     wide = torch.promote_types(tensor.dtype, torch.float32)
     total: Tensor = torch.linalg.vector_norm(tensor, 1, dtype=wide)
@@ -147,4 +147,4 @@ def check_ratio(ratio: float, name: str) -> None:
 def check_prunable(tensor: Tensor) -> None:
     """Raise TypeError unless `tensor` is floating point."""
     if not tensor.is_floating_point():
-        raise TypeError(f"magnitudes need a floating-point tensor; got {tensor.dtype}")
+        raise TypeError(f"a tensor to prune must be floating point; got {tensor.dtype}")

@@ -1,6 +1,7 @@
-"""Moments kept in 8 or 4 bits: what their codes stand for, and which code is zero.
+"""Moments kept in 8 or 4 bits: the values of their codes, and the code of zero.
 
-An entry is zeroed by its code alone. Its block's scale stays, and so do the values of all others.
+An entry is zeroed through its code alone. The scale of its block and the values of all other
+entries do not change.
 """
 
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ class TableMoment:
 
     Args:
         tensor: the codes, uint8.
-        table: of 256 values, zero among them: number 127 if they are signed, else 0.
-        scales: one a block, in memory order.
+        table: the 256 values of the codes. Zero is among them: value 127 if they are signed, else
+            value 0.
+        scales: one scale per block, in memory order.
 
     Raises:
-        ValueError: if there is not one scale for 256 codes.
+        ValueError: if there is not one scale for every 256 codes.
     """
 
     tensor: Tensor
@@ -43,13 +45,13 @@ class TableMoment:
             )
 
     def values(self) -> Tensor:
-        """Return what the codes stand for."""
+        """Return the values of the codes."""
         flat = self.tensor.flatten()
         scales = self.scales.repeat_interleave(_BLOCK)[: flat.numel()]
         return (self.table[flat.int()] * scales).view(self.tensor.shape)
 
     def zero_where_(self, mask: Tensor) -> None:
-        """Write the code of zero where `mask` says."""
+        """Write the code of zero where `mask` is set."""
         self.tensor.masked_fill_(mask, _zero_code(self.table))
 
 
@@ -57,28 +59,28 @@ class TableMoment:
 class QuantizedMoment:
     """A moment of torchao: a tensor subclass with codes, a scale for each block, and a table.
 
-    The table of the 4-bit second moment, 1/16 to 1, has no zero: only a block that goes whole is
-    zeroed there, by its scale.
+    The table of the 4-bit second moment, 1/16 to 1, has no zero. There, only a whole block can be
+    zeroed, through its scale.
 
     Args:
-        tensor: the subclass, or a sharded tensor of such parts.
+        tensor: the tensor subclass, or a DTensor with such local parts.
     """
 
     tensor: Tensor
 
     @property
     def has_zero(self) -> bool:
-        """Whether every entry can be made zero by itself."""
+        """Whether every single entry can be set to zero."""
         part: Any = local(self.tensor)
         return type(part).__name__ != "OptimState4bit" or bool(part.signed)
 
     def values(self) -> Tensor:
-        """Return what the codes stand for, in fp32."""
+        """Return the values of the codes, in fp32."""
         part: Any = local(self.tensor)
         return sharded_like(part.dequantize(torch.float32), self.tensor)
 
     def zero_where_(self, mask: Tensor) -> None:
-        """Write the code of zero where `mask` says, and the scale of blocks that go whole."""
+        """Write the code of zero where `mask` is set, and zero the scales of blocks it fills."""
         part: Any = local(self.tensor)
         gone = mask.flatten()
         kind = type(part).__name__
@@ -94,7 +96,7 @@ class QuantizedMoment:
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Whether this is a moment of torchao's, sharded or not."""
+    """Whether this is a torchao moment, sharded or not."""
     return type(local(tensor)).__name__ in _TORCHAO
 
 

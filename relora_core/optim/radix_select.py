@@ -9,7 +9,7 @@ from torch import Tensor
 from relora_core.distributed.local import local
 from relora_core.distributed.sharding import local_part, shard_sum, sharding
 
-_DIGIT = 11  # bits a pass looks at
+_DIGIT = 11  # bits per radix pass
 _CHUNK = 2**18  # entries worked on at once, so that they stay in the cache
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -17,8 +17,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def drop_count(entries: int, ratio: float) -> int:
     """Return how many of `entries` the prune rule drops: floor(ratio * (entries - 1)) + 1.
 
-    Keeping what lies strictly above that order statistic is the same mask as the ReLoRA authors'
-    `abs(x) > quantile(abs(x), ratio)`, ties aside; so ratio 0 drops one entry and 1 drops all.
+    Without ties, the entries that are kept are those of the ReLoRA authors'
+    `abs(x) > quantile(abs(x), ratio)`. So ratio 0 drops one entry, and ratio 1 drops all.
     """
     return 0 if entries == 0 else math.floor(ratio * (entries - 1)) + 1
 
@@ -26,17 +26,19 @@ def drop_count(entries: int, ratio: float) -> int:
 def smallest(tensors: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
     """Mark the `count` entries of smallest magnitude in each tensor; ties go to the lower index.
 
-    The index is that in the whole tensor, so that a sharded tensor has the same mask as on one
+    The index is the one in the whole tensor, so a sharded tensor gets the same mask as on one
     device. Tensors of one dtype that are sharded over the same processes share their collectives:
     at most six for each dimension of the mesh (nine for fp64), for any number of tensors. All
-    other tensors are read one at a time.
+    other tensors are processed one at a time.
 
     Args:
-        tensors: floating point of 16 bits or more, of any shape, without NaN, sharded or not; each
-            with its count, from 1 to the number of the whole tensor's entries (0 of an empty one).
+        tensors: pairs of a tensor and its count. The tensor is floating point of 16 bits or more,
+            without NaN, of any shape, sharded or not. The count is from 1 to the number of entries
+            in the whole tensor (0 if the tensor is empty).
 
     Returns:
-        For each tensor a bool mask of this rank's part. Off the CPU the host never waits.
+        For each tensor, a bool mask of this process's part. Except on the CPU, the host never
+        waits.
     """
     masks: dict[int, Tensor] = {}
     together: dict[object, dict[int, tuple[Tensor, int]]] = {}
@@ -77,8 +79,8 @@ def _of_shards(shards: Sequence[Tensor], counts: Sequence[int], *, on_cpu: bool)
     rows = _Counted if on_cpu else _Sorted
     threshold, left, ties = _kth([rows(p) for p in parts], counts, _width(parts[0]), shards[0])
     masks = [_at_most(part, t) for part, t in zip(parts, threshold, strict=True)]
-    # Among equals by their place in the whole tensor. Every process sees the same counts, and
-    # agrees on whether that is needed; off the CPU to look would be to wait.
+    # Ties are broken by the index in the whole tensor. Every process sees the same counts, so all
+    # agree on whether that is needed. Off the CPU, reading the counts would make the host wait.
     if not on_cpu or bool((left < ties).any()):
         equal = [_key(part) == t for part, t in zip(parts, threshold, strict=True)]
         places = [_places(shard) for shard in shards]
@@ -101,11 +103,12 @@ def _kth(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the `counts[i]`-th smallest key of each row by a radix select over `width` bits.
 
-    Each pass counts how often every value of the next bits occurs among the keys that agree with
-    the result so far, over all processes that share `like`, and so learns those bits of it.
+    Each pass finds the next bits of the result. It takes the keys whose higher bits agree with the
+    result so far, and counts every value of their next bits over all processes that share `like`.
 
     Returns:
-        The keys; how many of the equal ones are counted in; and how many equal ones there are.
+        The keys found; for each, how many equal keys are among the `counts[i]` smallest; and how
+        many equal keys there are in all.
     """
     wanted = torch.as_tensor(counts, device=rows[0].device)
     found = torch.zeros_like(wanted)
@@ -124,7 +127,7 @@ def _kth(
 
 
 class _Counted:
-    """Keys counted one by one: for the CPU, where a look at the counts costs nothing."""
+    """Keys counted one by one, for the CPU, where reading the counts costs nothing."""
 
     def __init__(self, flat: Tensor) -> None:
         self.device = flat.device
@@ -142,7 +145,7 @@ class _Counted:
 
 
 class _Sorted:
-    """Keys sorted once, then counted by searching: for devices, which nothing waits for."""
+    """Keys sorted once, then counted by binary search, for GPUs: the host does not wait."""
 
     def __init__(self, flat: Tensor) -> None:
         self.device = flat.device
@@ -162,7 +165,7 @@ def _width(flat: Tensor) -> int:
 
 
 def _key(values: Tensor) -> Tensor:
-    """Return integers in the order of the magnitudes: their bits."""
+    """Return the bits of the magnitudes as integers, which have the order of the magnitudes."""
     if not values.is_floating_point():
         return values
     return values.abs().view(_INTEGERS[values.itemsize])
@@ -185,6 +188,6 @@ def _chunks(flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def _places(shard: Tensor) -> Tensor:
-    """Return the index in the whole tensor of each entry of this rank's part."""
+    """Return, for each entry of this process's part, its index in the whole tensor."""
     whole = torch.arange(shard.numel(), device=local(shard).device).view(shard.shape)
     return local_part(whole, shard).flatten()

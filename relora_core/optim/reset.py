@@ -1,4 +1,4 @@
-"""Reset the moments of some parameters, in any optimizer."""
+"""The reset of some parameters' moments, in any optimizer."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +19,13 @@ Rule = Literal["magnitude", "random"]
 
 @dataclass(frozen=True)
 class Reset:
-    """How moments are reset.
+    """The options of a reset.
 
     Args:
         prune_ratio: from 0 to 1, the fraction to zero; 1 zeroes all.
-        masks: "joint", one for a parameter's moments, or "independent", one for each.
-        rule: "magnitude", the smallest go, or "random".
-        reset_step: whether the parameters' step counts begin anew.
+        masks: "joint", one mask for all moments of a parameter, or "independent", one for each.
+        rule: "magnitude" zeroes the smallest entries, "random" a random choice.
+        reset_step: whether the parameters' step counts start again.
 
     Raises:
         ValueError: if a value is none of these.
@@ -49,10 +49,10 @@ class ResetReport:
     """What a reset did.
 
     Args:
-        entries: the number of entries of all moments considered. Sharded moments count with
-            all their shards; those that ZeroRedundancyOptimizer keeps on another process are not
-            counted.
-        zeroed: how many of them the masks zeroed, exactly.
+        entries: the number of entries in all moments that the reset considered. Sharded moments
+            count with all their shards; moments that ZeroRedundancyOptimizer keeps on another
+            process do not count.
+        zeroed: exactly how many of these entries the masks zeroed.
     """
 
     entries: int
@@ -60,7 +60,7 @@ class ResetReport:
 
     @property
     def zeroed_fraction(self) -> float:
-        """`zeroed / entries`, 0 where there was no state yet."""
+        """`zeroed / entries`; 0 if there was no state yet."""
         return self.zeroed / self.entries if self.entries else 0.0
 
 
@@ -76,34 +76,37 @@ def reset_optimizer_(
 ) -> ResetReport:
     r"""Prune the optimizer's moments of `params`.
 
-    With one joint mask a parameter's moments are zeroed together, where the leading one (for
-    Adam $m$ = `exp_avg`) is smallest. The authors' code differs: it prunes each moment
-    separately ("independent"). That leaves $m \ne 0$ where $v = 0$. While $B = 0$, the gradient
-    of $A$ is zero, and $A$ then moves by `lr * m / eps` in a step. Hyperparameters, the states of
-    all other parameters and, unless asked for, step counts do not change. 8-bit moments are zeroed
-    through their codes, and all other values keep their bits. Copies of a parameter from which
-    later steps start, such as schedule-free's `z`, are set to the parameter.
+    A joint mask zeroes the same entries in all moments of a parameter: those where the leading
+    moment (for Adam $m$ = `exp_avg`) is smallest. The authors' code instead prunes each moment
+    separately ("independent"), which leaves entries with $m \ne 0$ and $v = 0$. While $B = 0$, the
+    gradient of $A$ is zero, so a step moves such an entry of $A$ by `lr * m / eps`.
+
+    Hyperparameters and the states of all other parameters do not change, nor do step counts unless
+    `reset_step` is true. 8-bit moments are zeroed through their codes, and all other values keep
+    their bits. Copies of a parameter that later steps start from, such as schedule-free's `z`, are
+    set to the parameter.
 
     Args:
         optimizer: any torch optimizer whose moments are known (see `declare_moments`), or a
             wrapper around one; or a list, tuple or dict of several.
-        params: some of its parameters.
+        params: the parameters whose moments to prune; all are the optimizer's.
         prune_ratio: from 0 to 1, the fraction to zero as in `magnitude_prune_`; 1 zeroes all.
         masks: "joint" or "independent".
         rule: "magnitude", or "random" as in `random_prune_`.
-        reset_step: whether to begin the parameters' step counts anew, so that Adam corrects the
-            bias of its new moments as it did at first. The authors' code never does.
-        seed: of the random rule, which is also keyed by the parameter's place in `params`.
+        reset_step: whether to start the parameters' step counts again, so that Adam corrects the
+            bias of the new moments as at the start of training. The authors' code never does this.
+        seed: the seed of the random rule, which is also keyed by each parameter's index in
+            `params`.
 
     Returns:
         A `ResetReport`.
 
     Raises:
         ValueError: if an argument is out of range, a parameter is not the optimizer's, its state
-            has undeclared keys, or a moment holds NaN; if the optimizer keeps factored statistics
-            only, or codes without a zero (4 bits), and `prune_ratio` is not 1; if it counts no
-            steps for each parameter and `reset_step` is asked for. Nothing is changed then.
-        TypeError: if a moment is neither floating point nor in codes that are known.
+            has undeclared keys, or a moment holds NaN; if `prune_ratio` is below 1 and the
+            optimizer keeps only factored statistics, or 4-bit codes without a zero; if `reset_step`
+            is true and the optimizer counts no steps per parameter. Nothing is changed then.
+        TypeError: if a moment is neither floating point nor in a known code.
 
     Examples:
         >>> p = nn.Parameter(torch.ones(100))
@@ -127,21 +130,21 @@ def plan_reset(
 ) -> list[ParameterState]:
     """Return the states that a reset will change, or raise what `reset_optimizer_` raises.
 
-    Without communication, and without a look at values: `refuse_nan` is for those.
+    This neither communicates nor reads any values; `refuse_nan` checks those.
     """
     states = find_states(optimizer, params)
     for state in states:
         if state.shared and not state.moments and reset.prune_ratio < 1:
             raise ValueError(
-                "the optimizer keeps factored statistics, which no entry of a parameter owns, so "
-                f"they cannot be pruned; got prune_ratio={reset.prune_ratio:g}: give 1, which "
+                "the optimizer keeps factored statistics, which many entries of a parameter share, "
+                f"so they cannot be pruned; got prune_ratio={reset.prune_ratio:g}: give 1, which "
                 "zeroes them"
             )
         if not all(moment.has_zero for moment in state.moments) and reset.prune_ratio < 1:
             raise ValueError(
-                "the optimizer's 4-bit codes have none for zero in the second moment, so that it "
-                f"cannot be pruned; got prune_ratio={reset.prune_ratio:g}: give 1, which zeroes it "
-                "by its scales, or use 8 bits"
+                "the optimizer's 4-bit second moment has no code for zero, so it cannot be pruned; "
+                f"got prune_ratio={reset.prune_ratio:g}: give 1, which zeroes it through its "
+                "scales, or use 8 bits"
             )
         if reset.reset_step and not state.clock:
             raise ValueError(
@@ -157,8 +160,8 @@ def refuse_nan(states: Sequence[ParameterState]) -> None:
     shared = (statistic for state in states for statistic in state.shared)
     if has_nan(itertools.chain(moments, shared)):
         raise ValueError(
-            "the optimizer's moments hold NaN, which has no magnitude: go back to a checkpoint "
-            "from before, and skip steps whose gradients are not finite"
+            "the optimizer's moments hold NaN, which has no magnitude: go back to an earlier "
+            "checkpoint, and skip steps whose gradients are not finite"
         )
 
 
@@ -166,7 +169,7 @@ def refuse_nan(states: Sequence[ParameterState]) -> None:
 def apply_reset_(
     states: Sequence[ParameterState], reset: Reset, keys: Sequence[str]
 ) -> ResetReport:
-    """Prune what `plan_reset` returned; `keys` of random masks are by the parameters' places."""
+    """Prune what `plan_reset` returned; `keys` key the random masks, one for each parameter."""
     entries = zeroed = 0
     moments = [moment for state in states for moment in state.moments]
     for moment, mask in zip(moments, _masks(states, reset, keys), strict=True):

@@ -1,7 +1,8 @@
-"""The steps that torch's optimizers have taken: by which gradients, and of which parameters.
+"""The steps that torch's optimizers have taken: their gradients and their parameters.
 
-A restart may come upon gradients: of a step that is done, in a loop that clears them before its
-next backward, or of one that is to come, half accumulated. Only these belong to a step yet.
+A restart may find gradients on the factors. Either a finished step has used them, in a loop that
+clears gradients before its next backward, or they are half accumulated for a step that has not run
+yet. Only the second kind is still needed.
 """
 
 from collections.abc import Iterable
@@ -16,17 +17,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from relora_core._torch_private import version_of
 from relora_core.distributed.local import local
 
-# Of each optimizer the gradients of its last step, by identity, and how often each was written to.
+# For each optimizer, the gradients of its last step, by id, and how often each was written to.
 _last: WeakKeyDictionary[Optimizer, dict[int, tuple[ref[Tensor], int]]] = WeakKeyDictionary()
 
 
 @dataclass
 class _Seen:
-    """The identities of the parameters that an optimizer held in its steps.
+    """The ids of the parameters that an optimizer held in its steps.
 
     Args:
-        held: all of them.
-        reached: those that had a gradient in some step.
+        held: the ids of all of them.
+        reached: the ids of those that had a gradient in some step.
     """
 
     held: set[int]
@@ -37,13 +38,13 @@ _seen: WeakKeyDictionary[Optimizer, _Seen] = WeakKeyDictionary()
 
 
 def was_stepped(grad: Tensor) -> bool:
-    """Whether a torch optimizer has stepped by a gradient as it is now."""
+    """Whether a torch optimizer has stepped with this gradient, unchanged since then."""
     found = (gradients.get(id(grad)) for gradients in _last.values())
     return any(one and one[0]() is grad and one[1] == version_of(local(grad)) for one in found)
 
 
 def passed_over(params: Iterable[Tensor]) -> bool:
-    """Whether an optimizer that held some of `params` has stepped, and none ever had a gradient."""
+    """Whether an optimizer that held some of `params` has stepped, but none had a gradient."""
     own = set(map(id, params))
     return any(own & seen.held for seen in _seen.values()) and not any(
         own & seen.reached for seen in _seen.values()
@@ -51,7 +52,7 @@ def passed_over(params: Iterable[Tensor]) -> bool:
 
 
 def steppers() -> list[Optimizer]:
-    """Return the optimizers that have taken a step and are there yet."""
+    """Return the optimizers that have taken a step and still exist."""
     return list(_last)
 
 

@@ -1,12 +1,12 @@
 """Products of W + s B A with another operand, in two paths: the sum is never formed.
 
-V = W + s B A is a matrix, `(m, n)`, or a bank of them, `(E, m, n)`; then A is `(E, r, n)` and B
-`(E, m, r)`. A product is linear in V, so that it is the product of W and, beside it, those of the
-two factors, one after the other:
+V = W + s B A is a matrix, `(m, n)`, or a bank of matrices, `(E, m, n)`, with A `(E, r, n)` and B
+`(E, m, r)`. A product is linear in V, so it is the product with W plus the product with the two
+factors, one after the other:
 
     x V = x W + s (x B) A        V x = W x + s B (A x)
 
-W's gradient is formed where W is trained; the gradients of A and B are of the factors' sizes.
+W's gradient is formed only if W is trained; the gradients of A and B have the factors' shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,22 +32,22 @@ def left_product(product: Product, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s
 
 
 def in_whole_words(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors with zeros beside, in rows of 16 bytes as a grouped product needs them."""
+    """Return the factors, their rank zero-padded to whole 16-byte words for a grouped product."""
     lacking = -A.shape[-2] % (16 // A.element_size())
     return (F.pad(A.mT, (0, lacking)).mT, F.pad(B, (0, lacking))) if lacking else (A, B)
 
 
 def split_equation(equation: str, operands: Sequence[Any], place: int) -> tuple[str, bool] | None:
-    """Return the equation of an einsum in which two factors stand for one operand.
+    """Return the equation of an einsum with one operand replaced by its two factors.
 
     Args:
-        equation: in letters.
-        operands: as many as it has.
-        place: of the operand, a matrix or a bank, which is to be left out.
+        equation: the equation of the einsum, in letters.
+        operands: the operands of the einsum.
+        place: the index of the operand to replace, a matrix or a bank.
 
     Returns:
-        The equation over the other operands and then the two factors; and whether the first of
-        them is A. None where the factors must be multiplied by each other.
+        The equation over the other operands followed by the two factors, and whether A is the
+        first of the two. None if the factors would have to be multiplied by each other.
 
     Examples:
         >>> split_equation("eti,eoi->eto", [None, None], 1)
@@ -77,7 +77,7 @@ def split_equation(equation: str, operands: Sequence[Any], place: int) -> tuple[
 def einsum(
     equation: str, operands: Sequence[Any], place: int, A: Tensor, B: Tensor, s: float
 ) -> Any:
-    """Return the part of an einsum that is s B A's in place of one operand; None as above."""
+    """Return the einsum with s B A as one operand; None where `split_equation` returns None."""
     split = split_equation(equation, operands, place)
     if split is None:
         return None

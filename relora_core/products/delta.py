@@ -15,9 +15,9 @@ class Update:
     """A block of W + s B A: some rows and columns of W, those rows of B, those columns of A.
 
     Args:
-        W: the block, in W's own memory; of a bank, some of its matrices.
-        B: its rows of B, `(rows, rank)`, or `(matrices, rows, rank)`.
-        A: its columns of A, `(rank, columns)`, or `(matrices, rank, columns)`.
+        W: the block, in W's own memory; for a bank, some of its matrices.
+        B: the block's rows of B, `(rows, rank)`, or `(matrices, rows, rank)`.
+        A: the block's columns of A, `(rank, columns)`, or `(matrices, rank, columns)`.
         s: the scale.
     """
 
@@ -27,7 +27,7 @@ class Update:
     s: float
 
     def matrices(self) -> "Iterator[Update]":
-        """Iterate over a bank's matrices; a matrix is its only one."""
+        """Iterate over a bank's matrices; a single matrix yields itself."""
         if self.B.ndim == 2:
             yield self
         else:
@@ -35,13 +35,13 @@ class Update:
                 yield from Update(W, B, A, self.s).matrices()
 
     def add_(self, total: Tensor) -> Tensor:
-        """Add s B A to `total`, the block's value, in place: in fp32 at least, rounded once."""
+        """Add s B A to `total`, the block's value, in place: in fp32 at least, and round once."""
         for one, update in zip(_matrices(total, self.B.ndim - 2), self.matrices(), strict=True):
             update.prepared(one)()
         return total
 
     def prepared(self, total: Tensor) -> Callable[[], object]:
-        """Return what adds s B A to `total`, a matrix, and takes no memory that could run out."""
+        """Return a function that adds s B A to the matrix `total` and allocates no memory."""
         wide = self._wide(total)
         product = self._product(wide)
         if total.dtype == wide and total.is_contiguous():
@@ -50,7 +50,7 @@ class Update:
         return lambda: total.copy_(sum.view(total.shape))
 
     def sum_into_(self, total: Tensor) -> Tensor:
-        """Set `total`, `(rows, columns)`, to W + s B A: added as a merge does, then rounded."""
+        """Set `total`, `(rows, columns)`, to W + s B A, added as in a merge and then rounded."""
         wide = self._wide(self.W)
         return torch.add(self.W.to(wide).flatten(1), self._product(wide), alpha=self.s, out=total)
 
@@ -65,7 +65,7 @@ class Update:
     def square(self) -> Tensor:
         """Return the squared Frobenius norm of the block's s B A, in fp32 at least.
 
-        It is s² tr((Bᵀ B)(A Aᵀ)), of two r x r products; not finite if a factor is not.
+        It is s² tr((Bᵀ B)(A Aᵀ)), from two r x r products; it is not finite if a factor is not.
         """
         if autocasts(self.A.device.type):
             with torch.autocast(self.A.device.type, enabled=False):

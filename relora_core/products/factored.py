@@ -11,7 +11,7 @@ from relora_core.products.one_path import following
 
 
 class Factored:
-    """W + s B A, not formed; `LazyWeight` says of its arguments what they are."""
+    """W + s B A, not formed; `LazyWeight` documents the arguments."""
 
     base: Tensor
     lora_A: Tensor
@@ -29,9 +29,9 @@ class Factored:
         dropout: float = 0.0,
         merged: Tensor | None = None,
     ) -> None:
-        if isinstance(scale, Tensor):  # into A, so that s is a number wherever it is used
+        if isinstance(scale, Tensor):  # scale A, so that s is a number wherever it is used
             lora_A, scale = scale * lora_A, 1.0
-        # Past its own refusal.
+        # Not by assignment: LazyWeight refuses it.
         object.__setattr__(self, "base", base)
         object.__setattr__(self, "lora_A", lora_A)
         object.__setattr__(self, "lora_B", lora_B)
@@ -44,7 +44,7 @@ class Factored:
         if self.dropout:
             raise ValueError(
                 "dropout acts on the input of F.linear, and this operation needs the weight "
-                f"whole; got dropout={self.dropout:g}: register the tensor without it"
+                f"whole; got dropout={self.dropout:g}: register the tensor without dropout"
             )
         if self.merged is not None:
             return following(self.merged[:, : self.shape[1]], self.delta())
@@ -61,7 +61,7 @@ class Factored:
 
     @property
     def batch_dims(self) -> int:
-        """How many leading dimensions number matrices of their own."""
+        """The number of leading batch dimensions."""
         return self.lora_A.ndim - 2
 
     def has_paths(self) -> bool:
@@ -94,7 +94,7 @@ class Factored:
 
 
 def as_stored(device: str) -> AbstractContextManager[object]:
-    """Return the context in which autocast of a kind of device is off."""
+    """Return a context in which autocast is off for this kind of device."""
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""The form in which each function uses a lazy weight: two paths where there are, else the sum."""
+"""The form in which each function uses a lazy weight: two paths if possible, else the sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from relora_core.products.linear import autocasts, computes_in, low_rank_linear,
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    """Return what `F.linear` does."""
+    """Return what `F.linear` returns."""
     others = (input, bias)
     plain = not any(isinstance(t, Factored) for t in others) and not input.is_nested
     if isinstance(weight, Factored) and plain:
@@ -29,14 +29,14 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             return parallel_linear(low_rank_linear, input, W, A, B, s, bias)
         narrower = torch.promote_types(input.dtype, W.dtype) == W.dtype
         if narrower and input.is_floating_point() and not autocasts(W.device.type):
-            # As layers do that are kept in fp32 within a 16-bit model, if their weight is a Tensor.
+            # Layers kept in fp32 inside a 16-bit model cast like this if their weight is a Tensor.
             input = input.to(W.dtype)
         return low_rank_linear(input, W, A, B, s, bias, weight.dropout)
     return F.linear(*materialized((input, weight, bias)))
 
 
 def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
-    """Return the product of two of which one is lazy."""
+    """Return the product of two operands, one of which is lazy."""
     right = isinstance(b, Factored)
     lazy, x = (b, a) if right else (a, b)
     if not (isinstance(x, Tensor) and lazy.has_paths()) or holds_lazy(x) or x.is_nested:
@@ -48,7 +48,7 @@ def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
             return linear(x.t(), lazy).t()
         return func(*materialized((a, b)))
     W, A, B = lazy.base, lazy.lora_A.to(lazy.dtype), lazy.lora_B.to(lazy.dtype)
-    if x.ndim == 1:  # as a matrix, or the second factor would take its first product for one
+    if x.ndim == 1:  # as a matrix: a batch of vectors, (E, r), would pass for one matrix
         if right:
             return right_product(func, x.unsqueeze(0), W, A, B, lazy.scale).squeeze(-2)
         return left_product(func, x.unsqueeze(1), W, A, B, lazy.scale).squeeze(-1)
@@ -56,7 +56,7 @@ def product_of(func: Callable[..., Any], a: Any, b: Any) -> Any:
 
 
 def sum_with_product(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    """Return what `torch.addmm` does, as of a linear with a bias where it is one."""
+    """Return what `torch.addmm` returns; a linear with a bias is computed as one."""
     vector = isinstance(input, Tensor) and input.ndim == 1 and (beta, alpha) == (1, 1)
     if vector and isinstance(mat2, Factored) and mat2.ndim == 2 and mat2.has_paths():
         return linear(mat1, mat2.transposed(), input)
@@ -64,10 +64,10 @@ def sum_with_product(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha
 
 
 def in_order(x: Any, weight: Any) -> tuple[Any, Any]:
-    """Return the operands of @ in their order, of which dynamo (2.8 to 2.13) puts a tensor first.
+    """Return the operands of @ in their true order; dynamo (2.8 to 2.13) puts the tensor first.
 
     Raises:
-        ValueError: where both orders have fitting shapes.
+        ValueError: if the shapes fit in both orders.
     """
     if not isinstance(weight, Factored):
         return x, weight
@@ -75,7 +75,7 @@ def in_order(x: Any, weight: Any) -> tuple[Any, Any]:
     left = x.shape[max(x.ndim - 2, 0)] == weight.shape[-1]
     if left and right:
         raise ValueError(
-            "torch.compile does not tell weight @ x from x @ weight, and both fit: write "
+            "torch.compile cannot tell weight @ x from x @ weight, and both shapes fit: write "
             "torch.matmul(x, weight)"
         )
     return (weight, x) if left else (x, weight)
@@ -84,7 +84,7 @@ def in_order(x: Any, weight: Any) -> tuple[Any, Any]:
 def grouped_product(
     input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    """Return what `torch._grouped_mm` does."""
+    """Return what `torch._grouped_mm` returns."""
     right = isinstance(mat2, Factored)
     lazy, x = (mat2, input) if right else (input, mat2)
     if holds_lazy(x) or not lazy.has_paths() or not lazy.batch_dims or bias is not None:
@@ -100,7 +100,7 @@ def grouped_product(
 
 
 def einsum_of(equation: Any, *operands: Any) -> Any:
-    """Return what `torch.einsum` does."""
+    """Return what `torch.einsum` returns."""
     if isinstance(equation, str):
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = tuple(operands[0])
@@ -124,23 +124,23 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Return what `F.embedding` does."""
+    """Return what `F.embedding` returns."""
     if max_norm is not None:
         raise ValueError(
             "an embedding with max_norm rewrites its weight at every look-up, which a low-rank "
             f"site forbids; got max_norm={max_norm}: build the embedding without it"
         )
-    if scale_grad_by_freq or weight.dropout:  # which refuses dropout
+    if scale_grad_by_freq or weight.dropout:  # materialize raises an error for dropout
         whole = weight.materialize()
         return F.embedding(input, whole, padding_idx, None, norm_type, True, sparse)
     W, A, B, s = weight.base, weight.lora_A, weight.lora_B, weight.scale
-    # Autocast would round s B A, beside rows of W that it does not round.
+    # Autocast would round s B A, but not the rows of W that it is added to.
     with as_stored(weight.device.type):
         return low_rank_embedding(input, W, A, B, s, padding_idx, sparse)
 
 
 def materialized(value: Any) -> Any:
-    """Return a value, or what is in it, with the sum in place of each lazy weight."""
+    """Return a value, or a container, with each lazy weight in it materialized."""
     if isinstance(value, Factored):
         return value.materialize()
     if isinstance(value, (tuple, list)):

@@ -38,27 +38,28 @@ class LazyWeight(Factored):
     r"""What `module.weight` evaluates to at a low-rank site: $W + s B A$, not yet formed.
 
     `F.linear`, `F.embedding` and products (matmul, bmm, grouped products, einsum) compute two
-    paths; every other function, method or operator receives the materialized tensor, so that any
-    module is right and those are fast. Of a bank `weight[i]` is the lazy weight of one matrix, and
-    a transpose is lazy too. It is no tensor, as `isinstance` says: `torch.compile` cannot trace
-    tensor subclasses inside the layer that owns them.
+    paths. Every other function, method or operator receives the materialized tensor. So every
+    module computes the right result, and these functions are fast. For a bank, `weight[i]` is the
+    lazy weight of one matrix; a transpose is lazy too. A LazyWeight is not a Tensor, because
+    `torch.compile` cannot trace tensor subclasses inside the layer that owns them.
 
     Args:
-        base: $W$, of any shape `(out, ...)`, or a bank of such.
-        lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions; of a
-            bank, with its leading dimensions.
-        lora_B: $B$, `(out, rank)`; of a bank, likewise.
+        base: $W$, of any shape `(out, ...)`, or a bank of such matrices.
+        lora_A: $A$, `(rank, in)`, where `in` is the product of `base`'s other dimensions; for a
+            bank, after the bank's leading dimensions.
+        lora_B: $B$, `(out, rank)`; for a bank, after the bank's leading dimensions.
         scale: $s$; a tensor of one entry if it is trained.
         dropout: the probability with which `F.linear` zeroes each entry of the low-rank path's
-            input, the others growing by 1 / (1 - dropout): y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.
-        merged: [V | B], of which V = W + s B A is then all that is used of $W$; None without.
+            input, scaling the others by 1 / (1 - dropout): y = x Wᵀ + s (dropout(x) Aᵀ) Bᵀ.
+        merged: [V | B] with V = W + s B A, which is then used in place of $W$; None if there is no
+            merged copy.
 
     Raises:
-        ValueError: if there is dropout and anything but `F.linear` asks for the weight.
-        AttributeError: at an in-place method, `data` or `out=`: what is written would change a
-            temporary, and be lost; so would a hook or an attribute. A write to a view of it
-            (`weight.detach().zero_()`) is lost without notice: write to
-            `parametrizations.weight.original`.
+        ValueError: if `dropout` is set and anything but `F.linear` uses the weight.
+        AttributeError: for an in-place method, `data`, `out=`, a hook or setting an attribute: each
+            would change a temporary tensor and be lost. A write to a view
+            (`weight.detach().zero_()`) is lost without an error. Write to
+            `parametrizations.weight.original` instead.
 
     Examples:
         >>> W, A, B = torch.eye(2), torch.ones(1, 2), torch.ones(2, 1)
@@ -112,7 +113,7 @@ class LazyWeight(Factored):
         raise AttributeError(_lost("setting entries"))
 
     def unbind(self, dim: int = 0) -> tuple[Any, ...]:
-        """Return what there is along a dimension, each without it."""
+        """Return the slices along a dimension, each without that dimension."""
         if dim % self.ndim or not self.batch_dims:
             return self.materialize().unbind(dim)
         factors = zip(self.base.unbind(), self.lora_A.unbind(), self.lora_B.unbind(), strict=True)
@@ -163,7 +164,7 @@ class LazyWeight(Factored):
         if name.startswith("__"):
             raise AttributeError(name)
         _refuse_write(name)
-        if not hasattr(torch.Tensor, name):  # what somebody has noted on the Parameter
+        if not hasattr(torch.Tensor, name):  # an attribute that was set on the Parameter
             return getattr(self.base, name)
         return getattr(self.materialize(), name)
 
@@ -197,7 +198,7 @@ class LazyWeight(Factored):
             return args[0].transpose(*args[1:], **kwargs)
         if args and func is torch.unbind and holds_lazy(args[0]):
             return args[0].unbind(*args[1:], **kwargs)
-        if not torch.compiler.is_compiling():  # dynamo of torch 2.13 cannot read a name
+        if not torch.compiler.is_compiling():  # dynamo (torch 2.13) cannot read __name__
             written = args[0] if args else next(iter(kwargs.values()), None)
             if holds_lazy(written):
                 _refuse_write(getattr(func, "__name__", ""))
@@ -207,7 +208,7 @@ class LazyWeight(Factored):
 
 
 def _picks(index: Any) -> bool:
-    """Whether an index is of one dimension."""
+    """Whether an index selects along one dimension."""
     if isinstance(index, Tensor):
         return index.dtype not in (torch.bool, torch.uint8) or index.ndim == 1
     return isinstance(index, (int, slice, torch.SymInt)) and not isinstance(index, bool)
@@ -223,7 +224,7 @@ def _refuse_write(name: str) -> None:
 def _lost(write: str) -> str:
     return (
         f"{write} would change a temporary copy of the weight and be lost: a low-rank site's "
-        "weight is computed. Write to `parametrizations.weight.original`, and read by .detach()"
+        "weight is computed. Write to `parametrizations.weight.original`; read through .detach()"
     )
 
 

@@ -1,13 +1,13 @@
-"""The linear layer over W + s B A, and which of its forms computes it.
+"""The linear layer over W + s B A, and the choice of the form that computes it.
 
 Shapes: T tokens, n inputs, m outputs, r rank. x (T, n), W (m, n), A (r, n), B (m, r), b (m).
 
-Two paths, x Wᵀ + s (x Aᵀ) Bᵀ, are right over every W. The merged form, x (W + s B A)ᵀ, saves the
-products that apply B A beside W, 2 T r (m + n) operations, for forming the sum in forward and in
-backward, 4 m n r. It is right only where the sum is not rounded to 16 bits: over a 16-bit W that
-drops most of a small update. (Rounding the sum of an fp32 W, under autocast, would be right, but
-was measured to be slower than two paths.) So the merged form computes in fp32 and wider, from where
-it pays on; `docs/explanation/cost.md` has the measurements.
+Two paths, x Wᵀ + s (x Aᵀ) Bᵀ, are correct for every W. The merged form, x (W + s B A)ᵀ, saves the
+2 T r (m + n) operations that apply B A beside W, and costs 4 m n r operations to form the sum in
+forward and in backward. It is correct only if the sum is not rounded to 16 bits: with a 16-bit W,
+the rounding drops most of a small update. (Rounding the sum of an fp32 W, under autocast, would be
+correct, but measured slower than two paths.) So the merged form is used only in fp32 and wider, and
+only where it pays; `docs/explanation/cost.md` has the measurements.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from relora_core.products.merged import MergedLinear
 from relora_core.products.one_path import OnePathLinear, following
 from relora_core.products.two_paths import TwoPathLinear
 
-# In units of m n / (m + n) tokens. From 2 on the merged form takes fewer operations; what is above
-# that pays for its passes over W.
+# In units of m n / (m + n) tokens. From 2 on, the merged form takes fewer operations; the margin
+# above 2 makes up for its passes over W.
 MERGED_FROM = 5
 
 
@@ -32,10 +32,10 @@ def autocasts(device: str) -> bool:
 
 
 def needs_plain() -> bool:
-    """Whether `torch.func`, forward-mode differentiation, `torch.export` or a jit trace is at work.
+    """Whether `torch.func`, forward-mode differentiation, `torch.export` or a jit trace is active.
 
-    They see through plain operations: vmap has no rule for a write in place, a `jvp` of the
-    Function's own would keep `torch.compile` out, and an exported graph is for every batch.
+    All of these need plain operations: vmap has no rule for an in-place write, a `jvp` on the
+    Function would rule out `torch.compile`, and an exported graph must fit every batch size.
     """
     if is_exporting():
         return True
@@ -45,15 +45,15 @@ def needs_plain() -> bool:
 
 
 def pays_merged(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the merged form is right and fast, computing in `dtype`."""
+    """Whether the merged form is correct and faster when it computes in `dtype`."""
     m, n = weight.shape
     exact = weight.dtype == dtype and dtype in (torch.float32, torch.float64)
     if not exact:
         return False
-    pays: Any = tokens * (m + n) >= MERGED_FROM * m * n  # or a SymBool, as `tokens` may be one
+    pays: Any = tokens * (m + n) >= MERGED_FROM * m * n  # a SymBool if `tokens` is a SymInt
     if pays is True or pays is False:
         return bool(pays)
-    # Where the number of tokens depends on data, a compiler cannot ask: two paths are right.
+    # If the number of tokens depends on data, the compiler cannot branch on it: take two paths.
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return guard_or_false(pays)
@@ -68,12 +68,11 @@ def low_rank_linear(
     bias: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Apply `F.linear(input, weight + scale * lora_B @ lora_A, bias)`, its gradients factored.
+    """Apply `F.linear(input, weight + scale * lora_B @ lora_A, bias)`, with factored gradients.
 
-    The factors take part in `weight`'s dtype; under autocast everything takes part in autocast's,
-    as it does in `F.linear`. Between forward and backward the input is kept, and T r numbers more
-    in two paths; with dropout of the low-rank path's input, instead of the input what dropout made
-    of it, and its mask.
+    The factors are cast to `weight`'s dtype; under autocast everything is cast to autocast's dtype,
+    as in `F.linear`. For backward the input is kept and, in two paths, T r more numbers. With
+    dropout, the output of dropout and its mask are kept in place of the input.
     """
     if autocasts(input.device.type) and torch.float64 not in (input.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -107,7 +106,7 @@ def merged_linear(
 ) -> Tensor:
     """Apply `F.linear(input, V, bias)` with `both` = [V | B], V = W + scale * lora_B @ lora_A.
 
-    It is for computations in the dtype of `both`.
+    This is for computations in the dtype of `both` only.
     """
     dtype = both.dtype
     input, A, B = input.to(dtype), lora_A.to(dtype), lora_B.to(dtype)

@@ -19,8 +19,8 @@ class MergedLinear(torch.autograd.Function):
 
         dx = g V        dA = s (g B)ᵀ x        dB = s gᵀ (x Aᵀ)        db = Σ g
 
-    No (m, n) gradient exists unless W itself asks for one; V lives while it is used. V has the
-    bits that a merge leaves in W, so a merge does not change y by any.
+    No (m, n) gradient is formed unless W requires one, and V is freed after each use. V has the
+    same bits as W after a merge, so a merge leaves y bitwise unchanged.
     """
 
     @staticmethod
@@ -47,9 +47,9 @@ class MergedLinear(torch.autograd.Function):
 
 
 def _sum(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """Return W + s B A, by the operation by which a merge adds where there is a choice."""
+    """Return W + s B A, computed with the same operation as a merge where possible."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        # Inductor of torch 2.13 drops alpha from the sum of a product, and `out` has no derivative.
+        # Inductor of torch 2.13 drops alpha when adding a product, and `out=` has no derivative.
         return torch.addmm(W, B, A, alpha=s)
     V = B @ A
     return torch.add(W, V, alpha=s, out=V)

@@ -13,13 +13,13 @@ from relora_core.products.two_paths import scaled
 
 
 class OnePathLinear(torch.autograd.Function):
-    """y = x Vᵀ + b, where V stands beside B in one matrix [V | B].
+    """y = x Vᵀ + b, where V and B are stored side by side in one matrix [V | B].
 
-    With g the gradient of y, of which V and B take one product, [dx | h] = g [V | B]:
+    With g the gradient of y, one product gives both dx and h: [dx | h] = g [V | B]. Then:
 
         dx = g V        dA = s hᵀ x        dB = s gᵀ (x Aᵀ)        db = Σ g
 
-    V is what A and B have made of it, so that its derivatives are theirs, the second ones too.
+    V was computed from A and B, so first and second derivatives of y flow through A and B.
     """
 
     @staticmethod
@@ -56,5 +56,5 @@ class OnePathLinear(torch.autograd.Function):
 
 
 def following(value: Tensor, part: Tensor) -> Tensor:
-    """Return `value`, which holds `part` already, with the derivatives of `part`."""
+    """Return `value`, which already includes `part`, with the derivatives of `part`."""
     return value + (part - part.detach()).to(value.dtype)

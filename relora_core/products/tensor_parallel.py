@@ -1,8 +1,9 @@
 """The low-rank linear over a W that tensor parallelism has split: each process takes its block.
 
-With W, B split by rows each process computes its columns of y; with W, A split by columns a part of
-every y, which add up to it. Products, memory and messages are those of the linear without sites;
-beyond them only the gradient of the factor that is whole is summed over the processes.
+If W and B are split by rows, each process computes its columns of y. If W and A are split by
+columns, each process computes a partial y, and the partial results add up to y. Products, memory
+and communication are those of the linear without sites. In addition, only the gradient of the
+unsplit factor is summed over the processes.
 """
 
 from collections.abc import Callable
@@ -36,8 +37,8 @@ def parallel_linear(
     """Apply `F.linear(input, weight + scale * lora_B @ lora_A, bias)` to split tensors.
 
     Args:
-        linear: computes it of plain tensors.
-        input: a DTensor, as all of them.
+        linear: the function that computes the low-rank linear of plain tensors.
+        input: a DTensor, as are all the tensors here.
         weight: W, split over one dimension of a mesh.
         lora_A: A, split as W's columns.
         lora_B: B, split as W's rows.

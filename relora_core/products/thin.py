@@ -1,7 +1,8 @@
 """The sum of a thin product and a full one, the second added in place to the first.
 
-A thin product is bound by passes over memory, a full one by arithmetic: read as the addend of the
-full one, the thin one's result costs nothing. It is also rounded at its own size, which is smaller.
+A thin product is bound by memory bandwidth, a full one by arithmetic. If the full product reads the
+thin one's result as its addend, the addition is free. The thin product is also rounded before it is
+added, at its own smaller magnitude.
 """
 
 import torch
@@ -14,18 +15,19 @@ from relora_core._torch_private import is_dispatch_watched
 def sum_of_products(
     u: Tensor, v: Tensor, x: Tensor, w: Tensor, s: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """Return s u v + x w + bias, `(T, m)`, in memory that both products write to.
+    """Return s u v + x w + bias, `(T, m)`; both products write to the same memory.
 
-    Compiled, it is one operator of its own, because an in-place product becomes one into new
-    memory, for which the addend is copied first. So it is under a dispatch mode: selective
-    activation checkpointing can keep what an operator returns, and not what one wrote in place.
+    When compiled, this is one custom operator, because the compiler would otherwise copy the
+    addend and write the in-place product to new memory. Under a dispatch mode it is the same
+    operator, because selective activation checkpointing can keep what an operator returns, but not
+    what it writes in place.
 
     Args:
         u: `(T, r)`.
         v: `(r, m)`.
         x: `(T, n)`.
         w: `(n, m)`.
-        s: the factor of the thin product.
+        s: the scale of the thin product.
         bias: `(m,)`.
 
     Examples:
@@ -40,7 +42,7 @@ def sum_of_products(
 
 
 def _is_seen() -> bool:
-    """Whether a dispatch mode looks on where nothing is to be differentiated."""
+    """Whether a dispatch mode is active while gradients are off."""
     return is_dispatch_watched() and not torch.is_grad_enabled()
 
 
@@ -69,5 +71,5 @@ def _operations(
     *others: object,
     **known: object,
 ) -> int:
-    """Return its floating-point operations, from shapes."""
+    """Return the operator's number of floating-point operations, from shapes."""
     return 2 * u[0] * v[1] * (u[1] + x[1])

@@ -14,14 +14,14 @@ from relora_core.products.thin import sum_of_products
 class TwoPathLinear(torch.autograd.Function):
     """y = s u Bᵀ + x Wᵀ + b with u = x Aᵀ, which is kept for backward.
 
-    With g the gradient of y and h = g B, shared by two of them:
+    With g the gradient of y, and h = g B, which dx and dA share:
 
         dx = s h A + g W        dA = s hᵀ x        dB = s gᵀ u        db = Σ g
 
-    No (m, n) gradient exists unless W itself asks for one, and y and dx are the only tensors of
-    their sizes. For a second derivative, which has to find its way through u, it is formed again;
-    were it an output, what is kept would refer to itself, and torch 2.8 leaves that to Python's
-    collector where a recomputed forward stops early.
+    No (m, n) gradient is formed unless W requires one, and y and dx are the only tensors of their
+    sizes. For second derivatives, which flow through u, backward forms u again. If u were an output
+    instead, the saved tensors would form a reference cycle, which torch 2.8 leaves to Python's
+    garbage collector when a recomputed forward stops early.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Averages of merged weights, kept by torch's AveragedModel.
 
-Averages of W, A and B apart do not make the average of W + s B A: a mean of products is not the
-product of the means, and a restart draws another A. So an AveragedModel averages W + s B A, in the
-place of W and beside a B of zero, or of the plain weight where it was made before the site.
+Averaging W, A and B separately does not give the average of W + s B A: a mean of products is not
+the product of the means, and a restart draws a new A. So an AveragedModel averages W + s B A. It
+stores the average in W's place, with B zero, or in the plain weight if it was made before the site.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from relora_core.sites.site import clean_name, low_rank_sites, plain_name, unwra
 
 
 class _Merged:
-    """What an AveragedModel asks a model for, with W + s B A for W and zero for B."""
+    """A model as an AveragedModel reads it, with W + s B A in place of W and zero in place of B."""
 
     def __init__(self, model: nn.Module, averaged: nn.Module) -> None:
         self.model = unwrapped(model)
@@ -24,8 +24,8 @@ class _Merged:
 
     @torch.no_grad()
     def parameters(self) -> Iterator[Tensor]:
-        """Iterate over what goes into each parameter of the average, in its order."""
-        # All of it first: a refusal leaves the average as it is.
+        """Iterate over the new value for each parameter of the average, in the average's order."""
+        # The whole list first, so that an error leaves the average unchanged.
         return iter(list(self._parameters()))
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -45,10 +45,10 @@ class _Merged:
         for name, p in self.averaged.named_parameters():
             found = given.get(plain_name(clean_name(name)), p if id(p) in factors else None)
             if found is None or found.shape != p.shape:
-                now = "not" if found is None else f"one of shape {tuple(found.shape)}"
+                now = "lacks it" if found is None else f"has it with shape {tuple(found.shape)}"
                 raise ValueError(
-                    f"the average has {name}, {tuple(p.shape)}, and {type(self.model).__name__} "
-                    f"has {now}: give the model that it is the average of"
+                    f"the average has {name} with shape {tuple(p.shape)}, but "
+                    f"{type(self.model).__name__} {now}: give the model that was averaged"
                 )
             site = sites.get(id(found))
             if site is not None:
@@ -65,19 +65,19 @@ _update = AveragedModel.update_parameters
 
 
 def _update_merged(self: AveragedModel, model: nn.Module) -> None:
-    """Take the parameters of `model` into the average, merged where there are low-rank sites.
+    """Update the average with the parameters of `model`, merged at its low-rank sites.
 
     Raises:
-        ValueError: if a W is split into 16 bits and those below, in which no average adds up; if a
-            merge was broken off; if `model` lacks a parameter that the average has.
+        ValueError: if a W is split (`split_bases_`), because its average would be rounded to 16
+            bits; if a merge was interrupted; if `model` lacks a parameter that the average has.
     """
     if any(low_rank_sites(model)) or any(low_rank_sites(self.module)):
-        # It asks for nothing else of a model.
+        # torch's update reads nothing else of a model.
         _update(self, cast("nn.Module", _Merged(model, self.module)))
     else:
         _update(self, model)
 
 
-# In place of torch's own: an average may be a copy, unpickled, or older than the sites, so that no
-# class of ours would be its. Without sites it is torch's.
+# This replaces torch's own method. A subclass would miss averages that are copied, unpickled or
+# older than the sites. Without sites it does what torch's method does.
 AveragedModel.update_parameters = _update_merged  # type: ignore[method-assign]  # as said

@@ -14,21 +14,21 @@ from relora_core.sites.site import sites_of
 def split_bases_(model: nn.Module) -> None:
     """Store each site's W as the nearest bfloat16, and the 16 bits below it in host memory.
 
-    Forward and backward use the bfloat16; a merge adds s B A to the fp32 value of both, so nothing
-    of it is lost, however small it is. (A merge into a W of bfloat16 alone rounds most of a small
-    update away.) W takes 2 bytes an entry on its device, and 2 on the host, which are touched at
-    merges only. A and B stay as they are: fp32, say, computed in bfloat16 under autocast or under
-    FSDP2's mixed precision.
+    Forward and backward use the bfloat16 half. A merge adds s B A to the fp32 value of both halves,
+    so even a small update is not lost. (A merge into a W of bfloat16 alone rounds most of a small
+    update away.) W takes 2 bytes per entry on its device and 2 on the host, which are accessed only
+    at merges. A and B do not change; for example, they are fp32 and computed in bfloat16 under
+    autocast or under FSDP2's mixed precision.
 
-    For a W that is whole on this process: left out of FSDP2 (`fully_shard(ignored_params=...)`),
-    under DDP (split after wrapping, which makes the processes' weights equal), or on one device.
-    The state dict then has `low_bits` (int16) beside W; one of an fp32 W is split as it is loaded.
-    `merged_state_dict` gives the dtype that W had. What is to be written to W by hand, or to be
-    converted by `to`, should be before the split.
+    W must be whole on this process: on one device, left out of FSDP2
+    (`fully_shard(ignored_params=...)`), or under DDP (split after wrapping, because wrapping makes
+    the processes' weights equal). The state dict then has `low_bits` (int16) beside W; a state dict
+    with an fp32 W is split when it is loaded. `merged_state_dict` gives the dtype that W had. Write
+    to W by hand, or convert it by `to`, only before the split.
 
     Args:
-        model: with low-rank sites, whose W are fp32 or bfloat16; on the meta device it may be split
-            too, and filled by `load_state_dict`.
+        model: a model with low-rank sites, whose W are fp32 or bfloat16. A model on the meta device
+            may be split too, and is then filled by `load_state_dict`.
 
     Raises:
         ValueError: if there is no site, or a W is sharded or split already. Nothing is changed.
@@ -51,7 +51,7 @@ def split_bases_(model: nn.Module) -> None:
         if site.low_rank.split_from is not None:
             raise ValueError(f"{name} is split already")
         if site.low_rank.merged_copy is not None:
-            raise ValueError(f"{name} keeps a merged copy, which is made from a W in fp32")
+            raise ValueError(f"{name} keeps a merged copy: leave keep_merged_ or split_bases_ out")
         if site.weight.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"{name}: W must be float32 or bfloat16; got {site.weight.dtype}")
     for _, site in sites:
@@ -62,9 +62,9 @@ def split_bases_(model: nn.Module) -> None:
 
 
 def _both_halves(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Give both halves of a W that is being loaded, as `load_state_dict` calls it.
+    """Put both halves of W into a state dict that is being loaded; a `load_state_dict` hook.
 
-    An fp32 W is split; a bfloat16 one that comes alone is exact, so that its lower half is zero.
+    An fp32 W is split. A bfloat16 W without low bits is exact, so its low bits are zero.
     """
     value, key = state_dict.get(prefix + "original"), prefix + "0.low_bits"
     if value is not None and value.dtype == torch.float32:

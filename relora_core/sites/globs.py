@@ -15,15 +15,15 @@ def matching(
     """Return those of `names` that a glob matches, in their order.
 
     Args:
-        globs: one or several.
-        names: to choose from.
-        what: each of them is, for the error.
-        option: that holds the globs, for the error.
-        matches: of a name and a glob, whether they do.
+        globs: one glob or several.
+        names: the names to choose from.
+        what: the kind of thing that is named, for the error message.
+        option: the option that holds the globs, for the error message.
+        matches: a function of a name and a glob that says whether they match.
 
     Raises:
-        ValueError: if there is no glob, or one that matches none.
-        TypeError: if a glob is no string.
+        ValueError: if there is no glob, or a glob matches no name.
+        TypeError: if a glob is not a string.
     """
     globs, names = as_list(globs, option), list(names)
     if not globs:
@@ -39,7 +39,7 @@ def as_list(globs: str | Iterable[str], option: str) -> list[str]:
     """Return one or several globs as a list.
 
     Raises:
-        TypeError: if one is no string.
+        TypeError: if a glob is not a string.
     """
     several = [globs] if isinstance(globs, str) or not isinstance(globs, Iterable) else list(globs)
     for glob in several:

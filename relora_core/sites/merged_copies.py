@@ -20,9 +20,9 @@ from relora_core.low_rank.parametrization import LowRank
 from relora_core.low_rank.register import low_rank_owner
 from relora_core.sites.site import Site, low_rank_sites, sites_of
 
-# What is gathered at once: an eighth of all, and no more than so many bytes.
+# How much is gathered at once: an eighth of all copies, and at most so many bytes.
 _RUNS, _AT_ONCE = 8, 2**28
-# In the order in which every process has given them: a refresh communicates.
+# In order of registration, which is the same on every process, because a refresh communicates.
 _owners: WeakValueDictionary[int, ParametrizationList] = WeakValueDictionary()
 _numbers = count()
 
@@ -32,24 +32,26 @@ def keep_merged_(
 ) -> list[nn.Parameter]:
     r"""Keep $V = W + s B A$ of every linear site, rounded once to `dtype`, beside $W$.
 
-    Forward is then one product, and backward is one product and the factors' gradients. Two paths
-    take more passes over activations, and on a GPU those passes cost more than their arithmetic.
-    Mixed-precision training at full rank computes with V too. A restart keeps V bit for bit.
+    Forward is then one product; backward is one product and the factors' gradients. Two paths take
+    more passes over activations, and on a GPU those passes cost more than their arithmetic.
+    Mixed-precision training at full rank also computes with a rounded weight. A restart keeps V bit
+    for bit.
 
-    V is made anew after each step of a torch optimizer that has its factors, and by `restart_`,
-    `merge_`, `reinit_` and `load_state_dict` of `model`. In eager mode a forward also sees any
-    other write to W, A or B; compiled or under FSDP2, call `refresh_merged_` after one, and use no
-    optimizer that computes the loss several times in a step (LBFGS). A forward in another dtype,
-    with dropout, or over a W that is trained or no wider than V, does without V.
+    V is rebuilt after each step of a torch optimizer that holds its factors, and by `restart_`,
+    `merge_`, `reinit_` and `load_state_dict` of `model`. In eager mode, a forward also notices any
+    other write to W, A or B. When compiled or under FSDP2 it does not: call `refresh_merged_` after
+    such a write, and use no optimizer that computes the loss several times per step (LBFGS). A
+    forward in another dtype, with dropout, or over a W that is trained or no wider than V, does not
+    use V.
 
-    V takes the memory of one more W in `dtype`. It is a Parameter that is not trained,
-    `merged_copy`, `(out, in + rank)` rounded up to a multiple of 8 columns, so that FSDP2 shards
-    and gathers it; it is in no state dict. With `mesh`, W is sharded by rows here; pass what is
-    returned as `ignored_params`, so that FSDP2 does not gather W.
+    V takes the memory of one more W in `dtype`. It is stored in `merged_copy`, a frozen Parameter
+    of shape `(out, in + rank)`, rounded up to a multiple of 8 columns. FSDP2 shards and gathers it
+    like any Parameter, but it is in no state dict. With `mesh`, W is sharded by rows here; pass the
+    returned list as `ignored_params`, so that FSDP2 does not gather W.
 
     Args:
-        model: with low-rank sites; before `fully_shard`.
-        dtype: of the computation: bfloat16 or float16.
+        model: a model with low-rank sites, before `fully_shard`.
+        dtype: the dtype of the computation, bfloat16 or float16.
         mesh: the mesh of FSDP2. W is sharded by rows over its last dimension; if None, W stays
             unsharded.
 
@@ -57,9 +59,9 @@ def keep_merged_(
         Every W that has a copy, for `ignored_params`.
 
     Raises:
-        ValueError: if there is no linear site; or one has dropout, a trained scale, a trained W or
-            a W that is sharded or of no wider dtype. Nothing is changed.
-        TypeError: if `dtype` is another.
+        ValueError: if there is no linear site; if a linear site has dropout, a trained scale, or a
+            W that is trained, sharded or no wider than `dtype`. Nothing is changed.
+        TypeError: if `dtype` is neither bfloat16 nor float16.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -73,12 +75,12 @@ def keep_merged_(
         raise TypeError(f"dtype must be torch.bfloat16 or torch.float16; got {dtype}")
     linear = [(name, site) for name, site in sites_of(model) if _is_linear(site)]
     if not linear:
-        raise ValueError("the model has no low-rank site of an nn.Linear: others keep no copy")
+        raise ValueError("the model has no low-rank nn.Linear, and other sites keep no merged copy")
     fresh = [(name, site) for name, site in linear if not site.low_rank.followed]
     if not fresh:
         raise ValueError(f"all {len(linear)} linear sites keep a merged copy already")
     for name, site in fresh:
-        if site.low_rank.merged_copy is None:  # a deep copy has one
+        if site.low_rank.merged_copy is None:  # in a deep copy, it is there already
             _check(name, site, dtype)
     for _, site in fresh:
         _keep_(site, dtype, mesh)
@@ -99,9 +101,9 @@ def _keep_(site: Site, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
 
 
 def refresh_merged_(model: nn.Module) -> None:
-    """Make the merged copies of `model` anew; for sites without one there is nothing to do.
+    """Rebuild the merged copies of `model`; sites without one are left alone.
 
-    Every process must call it: under FSDP2 A is gathered.
+    Every process must call this, because under FSDP2 A is gathered.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -129,7 +131,7 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
     if W.requires_grad:
         raise ValueError(f"{name}: W must be frozen; it has requires_grad=True")
     if is_sharded(W) or is_sharded(site.lora_A):
-        raise ValueError(f"{name} is sharded already: keep merged copies before fully_shard")
+        raise ValueError(f"{name} is sharded already: call keep_merged_ before fully_shard")
     if low_rank.split_from is not None or W.dtype.itemsize <= dtype.itemsize:
         raise ValueError(
             f"{name}: W must be wider than {dtype}, or V would lose what is smaller than W's "
@@ -139,7 +141,7 @@ def _check(name: str, site: Site, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _refresh_(owners: Sequence[ParametrizationList]) -> None:
-    """Make copies anew, a run of sites at a time, of which everything is gathered together."""
+    """Rebuild copies, a run of sites at a time; the factors of a run are gathered together."""
     reshard_owners_(module for owner in owners for module in (owner, *owner))
     sites = [pair for pair in map(_pair, owners) if _has_copy(pair[0])]
     for some in _runs(sites):
@@ -170,7 +172,7 @@ def _has_copy(low_rank: LowRank) -> bool:
 def _runs(
     sites: list[tuple[LowRank, nn.Parameter]],
 ) -> Iterator[list[tuple[LowRank, nn.Parameter]]]:
-    """Iterate over runs of sites, each a small part of all, and of a bounded size."""
+    """Iterate over runs of sites, each a small part of all sites and of bounded size."""
     copies = (low_rank.merged_copy for low_rank, _ in sites)
     total = sum(copy.nbytes for copy in copies if copy is not None)
     runs = min(len(sites), max(_RUNS, -(-total // _AT_ONCE)))
@@ -189,7 +191,7 @@ def _refresh_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         low_rank, _ = _pair(owner)
         return id(low_rank.lora_A) in stepped or id(low_rank.lora_B) in stepped
 
-    # What FSDP2 has gathered, and not let go of, hides what the optimizer has.
+    # While FSDP2 holds gathered copies, they hide the Parameters that the optimizer steps.
     others = [_pair(owner)[0] for owner in owners if not moved(owner)]
     reshard_owners_(one for one in others if not is_sharded(one.lora_A) and fsdp_owns(one))
     _refresh_([owner for owner in owners if moved(owner)])

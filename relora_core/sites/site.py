@@ -1,4 +1,4 @@
-"""The low-rank sites of a whole model: iterate, merge, redraw."""
+"""The low-rank sites of a whole model: iterated, merged and redrawn."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 class Site:
     """A low-rank tensor of a module.
 
-    It holds no tensor: `fully_shard` and `to_empty` replace every Parameter, so each is looked up
-    when it is asked for.
+    A Site holds no tensor. `fully_shard` and `to_empty` replace every Parameter, so each access
+    looks the Parameter up again.
 
     Args:
         module: the module that owns the tensor.
@@ -34,7 +34,7 @@ class Site:
 
     @property
     def low_rank(self) -> LowRank:
-        """The parametrization: factors, rank, alpha, scale, seed and restart."""
+        """The parametrization: factors, rank, alpha, scale, seed and restart number."""
         return low_rank_and_base(self.module, self.tensor_name)[0]
 
     @property
@@ -44,7 +44,7 @@ class Site:
 
     @property
     def owner(self) -> tuple[nn.Module, str]:
-        """The module of torch's that has W, and W's name in it."""
+        """The module that holds W (torch's ParametrizationList), and W's name in it."""
         return low_rank_owner(self.module, self.tensor_name), "original"
 
     @property
@@ -69,7 +69,7 @@ class Site:
 
     @property
     def scale(self) -> float:
-        """The scale s of B A; where it is trained, this waits for the device."""
+        """The scale s of B A; reading a trained scale waits for the device."""
         scale = self.low_rank.scale
         return scale if isinstance(scale, float) else full(scale).item()
 
@@ -83,30 +83,30 @@ class Site:
         return self.low_rank.merged(self.weight)
 
     def exact(self) -> Tensor:
-        """Return W, detached and sharded as it is; of a split W its fp32 value, made anew."""
+        """Return W, detached and with its sharding; for a split W, its fp32 value as a copy."""
         return sharded_like(self.low_rank.exact(self.weight), self.weight)
 
     def set_exact_(self, value: Tensor) -> None:
-        """Set this process's part of W; of a split W both halves."""
+        """Set this process's part of W; for a split W, both halves."""
         self.low_rank.set_exact_(self.weight, value)
         self.refresh_()
 
     def update(self) -> Update:
-        """Return this process's shard of s B A; gather the shards of A and B that it needs."""
+        """Return this process's shard of s B A, gathering the shards of A and B that it needs."""
         return self.low_rank.update(self.weight)
 
     def merge_(self, update: Update | None = None) -> None:
-        """W += s B A (which `update` holds, if it was asked for already), and B is zeroed."""
+        """Add s B A to W and zero B; `update` is s B A, if it has been computed already."""
         self.low_rank.merge_into_(self.weight, update)
         self.low_rank.refresh_(self.weight, zero=True)
 
     def redraw_(self) -> None:
-        """A takes its next draw, and B is zeroed."""
+        """Set A to its next draw and B to zero."""
         self.low_rank.redraw_()
         self.low_rank.refresh_(self.weight, zero=True)
 
     def refresh_(self) -> None:
-        """Make the merged copy anew, if there is one: see `keep_merged_`."""
+        """Rebuild the merged copy, if there is one: see `keep_merged_`."""
         self.low_rank.refresh_(self.weight)
 
 
@@ -121,7 +121,7 @@ def clean_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a parametrized tensor's W had before; any other name as it is.
+    """Return the name that W had before it was parametrized; any other name unchanged.
 
     Examples:
         >>> plain_name("layers.0.parametrizations.weight.original")
@@ -145,12 +145,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def refuse_unsupported(model: nn.Module) -> None:
-    """Raise ValueError if a wrapper of `model` has parameters in other places than it says."""
+    """Raise ValueError if `model` is wrapped by FSDP1, which flattens its parameters."""
     if is_flat(model):
         raise ValueError(
-            "FullyShardedDataParallel (FSDP1) keeps all parameters in one flat one, whose low-rank "
-            "sites can be neither merged nor exported: use fully_shard (FSDP2), after "
-            "add_low_rank_"
+            "FullyShardedDataParallel (FSDP1) flattens all parameters into one, so low-rank sites "
+            "can be neither merged nor exported: use fully_shard (FSDP2), after add_low_rank_"
         )
 
 
@@ -175,9 +174,9 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def merge_(model: nn.Module) -> None:
-    r"""$W \leftarrow W + s B A$ and $B \leftarrow 0$ at every site: the function stays.
+    r"""Merge every site: $W \leftarrow W + s B A$ and $B \leftarrow 0$, which keeps the function.
 
-    Merging twice is merging once. Under FSDP2 the model is resharded first, A is gathered, W is
+    A second merge changes nothing. Under FSDP2 the model is resharded first; A is gathered, W is
     not.
 
     Raises:
@@ -200,11 +199,11 @@ def merge_(model: nn.Module) -> None:
 def reinit_(model: nn.Module) -> None:
     r"""Draw a new $A$ and set $B \leftarrow 0$ at every site.
 
-    What B A holds is dropped: call `merge_` first to keep it. Each draw is keyed by the site's
-    (seed, name, restart number), and the number goes up by one.
+    The current update is dropped; call `merge_` first to keep it. Each draw is keyed by the site's
+    (seed, name, restart number), and the restart number goes up by one.
 
     Raises:
-        ValueError: if `model` has no site, or a restart was broken off.
+        ValueError: if `model` has no site, or a restart was interrupted.
 
     Examples:
         >>> from relora_core import add_low_rank_
@@ -229,21 +228,21 @@ def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
         raise ValueError("the model has no low-rank site: call add_low_rank_ first")
     refuse_torn(sites)
     for name, site in sites:
-        site.low_rank.name = site.low_rank.name or name  # else all without one would draw alike
+        site.low_rank.name = site.low_rank.name or name  # unnamed sites would all draw the same A
     return sites
 
 
 def refuse_torn(sites: Iterable[tuple[str, Site]]) -> None:
-    """Raise ValueError if a merge was broken off after its first write."""
+    """Raise ValueError if a merge was interrupted after its first write."""
     for name, site in sites:
         site.low_rank.refuse_torn(name)
 
 
 def refuse_under_way(sites: Iterable[tuple[str, Site]]) -> None:
-    """Raise ValueError if a restart was broken off, and is to be finished first."""
+    """Raise ValueError if an interrupted restart must be finished first."""
     for name, site in sites:
         if site.low_rank.restarting is not None:
             raise ValueError(
-                f"a restart was broken off at {name or 'the site'}: call restart_ again, which "
+                f"a restart was interrupted at {name or 'the site'}: call restart_ again, which "
                 "finishes it"
             )

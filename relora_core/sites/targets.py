@@ -1,4 +1,4 @@
-"""The tensors of a model that become low-rank sites: chosen by glob, checked, and made."""
+"""The tensors of a model that become low-rank sites: chosen by glob, checked and registered."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -51,36 +51,38 @@ def add_low_rank_(
         model: the model to change. It may be on the meta device; after `to_empty` fill the plain
             weights through `base_state_dict(model)`, and the factors by `reset_parameters` of
             each site's `low_rank`.
-        targets: globs over qualified module names (`fnmatch`: `*` spans dots). A module counts
-            if it has a `weight` Parameter of two or more dimensions, which may be named too:
-            `*.mlp.*.weight`. A Parameter of another name counts if a glob matches its qualified
-            name and the glob's last part matches its own name: `*.self_attn.in_proj_weight`,
-            `*.experts.*_proj`, but not `*.self_attn.*`. For Parameters of a ParameterList or
-            ParameterDict the first condition suffices. A module with several names is one site,
-            under its first name.
+        targets: globs over qualified module names (`fnmatch`: `*` spans dots). They match modules
+            whose `weight` is a Parameter of two or more dimensions; a glob may also name the
+            weight: `*.mlp.*.weight`. A Parameter with another name is a target if a glob matches
+            its qualified name and the glob's last part matches its own name:
+            `*.self_attn.in_proj_weight`, `*.experts.*_proj`, but not `*.self_attn.*`. In a
+            ParameterList or ParameterDict, matching the qualified name suffices. A module with
+            several names is one site, under its first name.
         rank: $r$.
-        alpha: $s$ = `alpha / rank` with each site's own rank; `rank` if None.
-        seed: of every draw, which is also keyed by the module's name and the restart.
-        rank_pattern: `{glob: rank}` for sites of another rank; the first glob that matches counts.
-        dropout: of the low-rank path's input while training, from 0 to below 1; for linear layers
-            only. It keeps a mask and a copy of the input for backward at every site.
-        trainable_scale: whether each site's $s$ is trained, from `alpha / rank` on. A restart
-            merges with its value, and keeps it.
-        batch_dims: of tensors that have more than two dimensions and are no convolution's, as
-            `register_low_rank` has it: 1 for banks of experts.
+        alpha: the numerator of $s$ = `alpha / rank`, with each site's own rank; that rank if None.
+        seed: the seed of every draw, which is also keyed by the site's name and restart number.
+        rank_pattern: `{glob: rank}` for sites of another rank; the first matching glob applies.
+        dropout: the dropout probability on the low-rank path's input while training, at least 0 and
+            below 1; for linear layers only. Every site then keeps a mask and a copy of its input
+            for backward.
+        trainable_scale: whether each site's $s$ is trained, starting at `alpha / rank`. A restart
+            merges with the current $s$ and keeps it.
+        batch_dims: the number of leading batch dimensions of targets that have more than two
+            dimensions and belong to no convolution: 1 for banks of experts. See
+            `register_low_rank`.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: if a glob matches nothing, a weight is tied, parametrized, sharded or in
-            DistributedDataParallel, or a rank exceeds min(out, in); if one may be a bank and
+            DistributedDataParallel, or a rank exceeds min(out, in); if a weight may be a bank and
             `batch_dims` is None. Nothing is changed then.
-        TypeError: if a weight is not floating point, or a rank or `seed` is no int.
+        TypeError: if a weight is not floating point, or a rank or `seed` is not an int.
 
     Warns:
-        UserWarning: if more than half of the matrices' entries that the globs match stay as they
-            are, because they belong to Parameters that no glob names.
+        UserWarning: if more than half of the matrix entries that the globs cover stay at full
+            rank, because they belong to Parameters that no glob names.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -120,7 +122,7 @@ def add_low_rank_(
         _complete_(options[name], name, owner, batch_dims)
     refuse_ties(chosen, kept=True)
 
-    with ExitStack() as undo:  # if one cannot be made, none is
+    with ExitStack() as undo:  # either all sites are made, or none
         for name, (module, tensor_name) in chosen.items():
             more = {"name": name, "trainable_scale": trainable_scale}
             make_site_(module, tensor_name, **options[name], **more)
@@ -131,7 +133,7 @@ def add_low_rank_(
 
 
 def _complete_(options: dict[str, Any], name: str, owner: Owner, batch_dims: int | None) -> None:
-    """Add a site's own `batch_dims` to its options, or raise what the site would, with its name."""
+    """Add a site's `batch_dims` to its options; raise what making it would, with its name."""
     try:
         base = check_target(*owner)
         options["batch_dims"] = batch_dims_of(*owner, batch_dims)
@@ -146,12 +148,12 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, Owner]:
     whole = [name for name, owner in others.items() if _covered(targets, name, owner)]
     what = "module that has a weight of two or more dimensions"
     if whole:
-        what += f", and names no Parameter (for {whole[0]!r} its last part must)"
+        what += f", and its last part names no Parameter (as it must for {whole[0]!r})"
 
     if not (weights or others) and _has(model, "weight"):
         raise ValueError(
-            f"the model itself is a {type(model).__name__}, whose weight has no module's name that "
-            "a glob could match: call register_low_rank(model) for it"
+            f"the model itself is a {type(model).__name__}, so its weight has no module name for a "
+            "glob to match: call register_low_rank(model) for it"
         )
 
     def matches(name: str, glob: str) -> bool:
@@ -174,7 +176,7 @@ def _chosen(model: nn.Module, targets: list[str]) -> dict[str, Owner]:
 
 
 def _weights(model: nn.Module) -> dict[str, Owner]:
-    """Return the `weight` of each module that has one, by every name of the module."""
+    """Return the `weight` of each module that has one, under every name of the module."""
     return {
         clean_name(name): (module, "weight")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -183,7 +185,7 @@ def _weights(model: nn.Module) -> dict[str, Owner]:
 
 
 def _others(model: nn.Module) -> dict[str, Owner]:
-    """Return the matrices that are Parameters of another name, by every qualified name."""
+    """Return the matrices among Parameters not named `weight`, under every qualified name."""
     return {
         f"{clean_name(name)}.{tensor_name}".lstrip("."): (module, tensor_name)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -195,12 +197,12 @@ def _others(model: nn.Module) -> dict[str, Owner]:
 
 def _has(module: nn.Module, tensor_name: str) -> bool:
     parameter = module._parameters.get(tensor_name)
-    # A lazy module's weight has no shape yet: a candidate, so that it is refused by name.
+    # A lazy module's weight has no shape yet. It is a candidate, so that the error names it.
     return parameter is not None and (is_lazy(parameter) or parameter.ndim >= 2)
 
 
 def _names(glob: str, tensor_name: str) -> bool:
-    """Whether a glob's last part is for Parameters of this name, not for all of a module."""
+    """Whether a glob's last part matches this tensor's name and is more than wildcards."""
     last = glob.rpartition(".")[2]
     return bool(last.strip("*?")) and fnmatchcase(tensor_name, last)
 
@@ -219,7 +221,7 @@ def _rank_of(name: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
 
 
 def _refuse_ties_within(model: nn.Module, chosen: Mapping[str, Owner]) -> None:
-    """Raise ValueError, with the names in `model`, if a tensor has an owner besides its own."""
+    """Raise ValueError, with the names in `model`, if a chosen tensor has several owners."""
     owners = Owners(owned_by(model.modules()))
     for module, tensor_name in chosen.values():
         parameter = module._parameters.get(tensor_name)
@@ -237,7 +239,7 @@ def _refuse_ties_within(model: nn.Module, chosen: Mapping[str, Owner]) -> None:
 
 
 def _warn_of_the_rest(model: nn.Module, targets: list[str], chosen: Iterable[Owner]) -> None:
-    """Warn if most of what the globs match is of Parameters that they do not name."""
+    """Warn if most entries that the globs cover belong to Parameters that no glob names."""
     rest = {name: owner for name, owner in _others(model).items() if _covered(targets, name, owner)}
     left = sum(_entries(owner) for owner in rest.values())
     made = sum(_entries(owner) for owner in chosen)
@@ -245,7 +247,7 @@ def _warn_of_the_rest(model: nn.Module, targets: list[str], chosen: Iterable[Own
         shown = ", ".join(list(rest)[:4]) + (", ..." if len(rest) > 4 else "")
         warnings.warn(
             f"{left / (left + made):.0%} of the entries that targets match stay at full rank: "
-            f"{shown}. A Parameter that is not called weight is a target by its own name: add "
+            f"{shown}. A Parameter that is not called weight must be named by a glob: add "
             f"'*.{next(iter(rest.values()))[1]}' (with batch_dims=1, if it is a bank of experts)",
             stacklevel=3,
         )
