@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from reference_trainer.checkpoint import save as saving
 from reference_trainer.checkpoint.find import complete_checkpoints
+from reference_trainer.data.index import read_index
 from reference_trainer.data.windows import open_windows
 from reference_trainer.files import locked
 from reference_trainer.logging.metrics import read
@@ -120,7 +121,7 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
         assert all(
             site.lora_B.full_tensor().any() for _, site in relora.low_rank_sites(state.model)
         )
-        windows = open_windows(RUN / "data", "held_out", config.batch.length)
+        windows = open_windows(RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length)
         tokens = windows.read(torch.arange(8).numpy())[:, :-1]
         with torch.no_grad():
             before = state.model(tokens)
@@ -148,7 +149,7 @@ def test_the_export_is_transformers_llama_with_the_same_logits(finished, monkeyp
     exec(block, {})  # docs/how-to/export.md
     assert capsys.readouterr().out.startswith("def __init__(self")
     for state, config in state_at("relora"):
-        windows = open_windows(RUN / "data", "held_out", config.batch.length)
+        windows = open_windows(RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length)
         tokens = windows.read(torch.arange(4).numpy())[:, :-1]
         with torch.no_grad():
             assert (theirs(tokens).logits - state.model(tokens)).abs().max() <= 1e-4
@@ -257,7 +258,7 @@ def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys
         (tmp_path / "runs" / "neighbour").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reference_trainer.preflight.prepare", fail)
+    monkeypatch.setattr("reference_trainer.run_directory.prepare", fail)
     assert main(["train", *tiny]) == 130
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["neighbour"]
 
