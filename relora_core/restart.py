@@ -27,7 +27,7 @@ from relora_core.optim.reset import (
     refuse_nan,
 )
 from relora_core.optim.stepped import passed_over, was_stepped
-from relora_core.products.delta import Update
+from relora_core.products.delta import Delta
 from relora_core.sites.site import Site, sites_of
 
 
@@ -133,7 +133,7 @@ def restart_(
     with agreed(model, call, timeout):  # for errors that only some processes may see
         refuse_nan(states)
         _refuse_gradients(sites)
-        updates = [site.update() for _, site in sites]
+        updates = [site._delta() for _, site in sites]
         norms = update_norms(sites, updates)
         refuse_overflow(sites, norms)
 
@@ -146,7 +146,7 @@ def restart_(
     for (name, site), update in zip(sites, updates, strict=True):
         # If a restart was interrupted, its redrawn sites are done, unless trained since then.
         if site.restart == numbers[name] or norms[name]:
-            site.low_rank.merge_and_redraw_(site.weight, update)
+            site.low_rank._merge_and_redraw_(site.weight, update)
     done = apply_reset_(states, reset, list(factors))
     for _, site in sites:
         site.low_rank.restarting = None
@@ -233,7 +233,7 @@ def _gradients(site: Site) -> list[Tensor]:
 
 
 @torch.no_grad()
-def update_norms(sites: list[tuple[str, Site]], updates: list[Update]) -> dict[str, float]:
+def update_norms(sites: list[tuple[str, Site]], updates: list[Delta]) -> dict[str, float]:
     """Return the Frobenius norm of s B A for each site; not finite if a factor is not.
 
     Sites that are sharded over the same processes share one collective.

@@ -18,7 +18,7 @@ from relora_core.distributed.sharding import (
     sharded_like,
     split_once,
 )
-from relora_core.products.delta import Update
+from relora_core.products.delta import Delta
 from relora_core.restart import refuse_overflow, update_norms
 from relora_core.sites.globs import matching
 from relora_core.sites.site import Site, sites_of
@@ -106,7 +106,7 @@ class UpdateSpectra:
                         "only once before each restart_"
                     )
         with self._agreed("keep_", sites):
-            updates = [site.update() for _, site in sites]
+            updates = [site._delta() for _, site in sites]
             refuse_overflow(sites, update_norms(sites, updates))
         for (name, site), update in zip(sites, updates, strict=True):
             self._kept[name] = _compressed(*self._so_far(name, _factors(site, update)))
@@ -222,9 +222,9 @@ class UpdateSpectra:
         return _spread(both, B, A)
 
 
-def _factors(site: Site, update: Update | None = None) -> Factors:
+def _factors(site: Site, update: Delta | None = None) -> Factors:
     """Return copies of s B, `(m, r)`, and A, `(r, ...)`, in fp32 at least, sharded as W is."""
-    update = update or site.update()
+    update = update or site._delta()
     wide = torch.promote_types(update.A.dtype, torch.float32)
     A = update.A.to(wide, copy=True)
     return split_once(site.weight, update.B.to(wide) * update.s, A)

@@ -168,7 +168,7 @@ def _read(sites: dict[str, Site], directory: Path) -> dict[str, _Found]:
         )
     found = {}
     for name, site in sites.items():
-        site.low_rank.refuse_gathered()
+        site.low_rank._refuse_gathered()
         own = [tensors[f"{_PREFIX}{forms[name].place}.{key}"] for key in forms[name].keys]
         shapes = [tuple(tensor.shape) for tensor in own]
         if shapes != list(forms[name].shapes(site.rank)):

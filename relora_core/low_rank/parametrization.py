@@ -23,7 +23,7 @@ from relora_core.distributed.sharding import (
 )
 from relora_core.low_rank.low_bits import join, split
 from relora_core.low_rank.ties import overlaps_itself
-from relora_core.products.delta import Update
+from relora_core.products.delta import Delta
 from relora_core.products.lazy_weight import LazyWeight
 from relora_core.randomness import keyed_uniform
 
@@ -136,7 +136,7 @@ class LowRank(nn.Module):
         Raises:
             ValueError: if a merge was interrupted after its first write.
         """
-        self.refuse_torn(self.name)
+        self._refuse_torn(self.name)
         dropout = self.dropout if self.training else 0.0
         copy = self._fresh_copy(base) if self.merged_copy is not None else None
         return LazyWeight(base, self.lora_A, self.lora_B, self.scale, dropout, copy)
@@ -144,7 +144,7 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set A to its current draw, B to zero, s to its initial value; needed after `to_empty`."""
-        self.refuse_gathered()
+        self._refuse_gathered()
         self._draw_(self.restart)
         if self.lora_scale is not None:
             self.lora_scale.fill_(self.alpha / self.rank)
@@ -156,7 +156,7 @@ class LowRank(nn.Module):
 
     def redraw_(self) -> None:
         """Set A to its next draw and B to zero; a trained s stays."""
-        self.refuse_gathered()
+        self._refuse_gathered()
         self._draw_(self.restart + 1)
         self.restart += 1  # last, so that an interrupted draw is repeated
 
@@ -173,11 +173,11 @@ class LowRank(nn.Module):
             copy_from_full_(self.lora_A, draw)
         self.lora_B.zero_()
 
-    def is_fully_sharded(self) -> bool:
+    def _is_fully_sharded(self) -> bool:
         """Whether FSDP2 owns the factors, whether they are sharded or gathered now."""
         return mesh_dims(self.lora_A) > self.mesh_dims or fsdp_owns(self)
 
-    def refuse_gathered(self) -> None:
+    def _refuse_gathered(self) -> None:
         """Raise ValueError if the factors are FSDP's gathered copies, where writes are lost."""
         if mesh_dims(self.lora_A) == self.mesh_dims and fsdp_owns(self):
             raise ValueError(
@@ -186,7 +186,7 @@ class LowRank(nn.Module):
                 "or pass the whole model"
             )
 
-    def update(self, base: Tensor, whole_A: Tensor | None = None) -> Update:
+    def _delta(self, base: Tensor, whole_A: Tensor | None = None) -> Delta:
         """Return this process's block of s B A; missing parts of A (rarely of B) are gathered.
 
         Args:
@@ -197,18 +197,18 @@ class LowRank(nn.Module):
             ValueError: if the parameters are FSDP's gathered copies, or a split W has been
                 converted or sharded since.
         """
-        self.refuse_gathered()
-        self.refuse_torn(self.name)
+        self._refuse_gathered()
+        self._refuse_torn(self.name)
         self._refuse_converted(base)
         A, s = self.lora_A.detach(), self.scale
         if isinstance(s, Tensor):  # scale A in fp32 at least: 16 bits would round the product
             A, s = s.detach().to(torch.promote_types(s.dtype, torch.float32)) * A, 1.0
         W, B = base.detach(), self.lora_B.detach()
         block = parts(W, B, A) if whole_A is None else (*row_parts(W, B), whole_A)
-        return Update(*block, s)
+        return Delta(*block, s)
 
     @torch.no_grad()
-    def merge_into_(self, base: Tensor, update: Update | None = None) -> None:
+    def _merge_into_(self, base: Tensor, update: Delta | None = None) -> None:
         """Zero B and add its former s B A to `base`; the function does not change.
 
         If W is sharded by rows, A is gathered and neither W nor B is. The host waits only for the
@@ -216,16 +216,16 @@ class LowRank(nn.Module):
 
         Args:
             base: W.
-            update: the result of `self.update(base)`, if it has been computed already.
+            update: the result of `self._delta(base)`, if it has been computed already.
 
         Raises:
             ValueError: if the parameters are FSDP's gathered copies.
         """
-        self.refuse_gathered()
-        self.refuse_torn(self.name)
-        update = update or self.update(base)
+        self._refuse_gathered()
+        self._refuse_torn(self.name)
+        update = update or self._delta(base)
         if self.split_from is not None:
-            total = update.add_(self.exact(base))
+            total = update.add_(self._exact(base))
             self._move_(self.lora_B, self._halves_write(base, total))
             return
         # A bank merges matrix by matrix, if the process holds the same matrices of B as of W.
@@ -246,31 +246,31 @@ class LowRank(nn.Module):
         self.torn = False
 
     @torch.no_grad()
-    def merged(self, base: Tensor) -> Tensor:
+    def _merged(self, base: Tensor) -> Tensor:
         """Return W + s B A, sharded as W: the value of W after a merge."""
-        total = self.update(base).add_(self.exact(base).clone())
+        total = self._delta(base).add_(self._exact(base).clone())
         return sharded_like(total.to(self.split_from or base.dtype), base)
 
-    def keep_merged_(self, base: Tensor, dtype: torch.dtype) -> None:
+    def _keep_merged_(self, base: Tensor, dtype: torch.dtype) -> None:
         """Make the merged copy of a linear's W: see `relora_core.keep_merged_`."""
         copy = torch.zeros(self.copy_shape(base), dtype=dtype, device=base.device)
         self.merged_copy = nn.Parameter(copy, requires_grad=False)
-        self.refresh_(base)
+        self._refresh_(base)
 
     @torch.no_grad()
-    def merge_and_redraw_(self, base: Tensor, update: Update) -> None:
+    def _merge_and_redraw_(self, base: Tensor, update: Delta) -> None:
         """Add s B A to `base`, draw a new A and zero B; V of a merged copy does not change."""
         known = self._made_of in (_SHARDED, _versions(self.lora_A, self.lora_B, base))
-        self.merge_into_(base, update)
+        self._merge_into_(base, update)
         self.redraw_()
         if self.merged_copy is not None and known:
             inner = self.lora_A.shape[1]
             local(self.merged_copy)[:, inner : inner + self.rank].zero_()
-            self.note_made(base)
+            self._note_made(base)
         else:
-            self.refresh_(base, zero=True)
+            self._refresh_(base, zero=True)
 
-    def note_made(self, base: Tensor) -> None:
+    def _note_made(self, base: Tensor) -> None:
         """Record which factors the merged copy was made from."""
         sharded = is_sharded(self.lora_A) or is_sharded(base)
         self._made_of = _SHARDED if sharded else _versions(self.lora_A, self.lora_B, base)
@@ -298,7 +298,7 @@ class LowRank(nn.Module):
         elif self._made_of is None and fsdp_owns(self):
             self._made_of = _SHARDED
         elif self._made_of != _versions(*factors):
-            self.refresh_(base)
+            self._refresh_(base)
         return self.merged_copy
 
     def copy_shape(self, base: Tensor) -> tuple[int, int]:
@@ -306,7 +306,7 @@ class LowRank(nn.Module):
         return base.shape[0], -(-(math.prod(base.shape[1:]) + self.rank) // 8) * 8
 
     @torch.no_grad()
-    def refresh_(self, base: Tensor, *, zero: bool = False) -> None:
+    def _refresh_(self, base: Tensor, *, zero: bool = False) -> None:
         """Rebuild the merged copy from W, A and B, if there is one.
 
         Args:
@@ -315,17 +315,17 @@ class LowRank(nn.Module):
         """
         if self.merged_copy is None or self.lora_A.is_meta:
             return
-        self.refuse_gathered()
-        rows, own = self.rows_of_copy(base)
+        self._refuse_gathered()
+        rows, own = self._rows_of_copy(base)
         if zero:
-            self._fill_(rows, self.exact(base), local(self.lora_B))
+            self._fill_(rows, self._exact(base), local(self.lora_B))
         else:
-            self.make_rows_(rows, self.update(base))
+            self._make_rows_(rows, self._delta(base))
         if not own:
             copy_rows_(self.merged_copy, rows, base)
-        self.note_made(base)
+        self._note_made(base)
 
-    def rows_of_copy(self, base: Tensor) -> tuple[Tensor, bool]:
+    def _rows_of_copy(self, base: Tensor) -> tuple[Tensor, bool]:
         """Return memory for this process's rows of [V | B], and whether it is the copy's own.
 
         It is the copy's own if the copy is sharded as W is. Otherwise it is new memory, to be
@@ -338,7 +338,7 @@ class LowRank(nn.Module):
         return own.new_empty(local(base).shape[0], own.shape[1]), False
 
     @torch.no_grad()
-    def make_rows_(self, rows: Tensor, update: Update) -> None:
+    def _make_rows_(self, rows: Tensor, update: Delta) -> None:
         """Set rows of [V | B], adding as a merge does: V is W after a merge, rounded."""
         update.sum_into_(rows[:, : self.lora_A.shape[1]])
         self._fill_(rows, None, update.B)
@@ -350,7 +350,7 @@ class LowRank(nn.Module):
         rows[:, inner : inner + self.rank].copy_(B)
         rows[:, inner + self.rank :].zero_()
 
-    def exact(self, base: Tensor) -> Tensor:
+    def _exact(self, base: Tensor) -> Tensor:
         """Return this process's part of W; for a split W, its fp32 value as a copy.
 
         Raises:
@@ -363,7 +363,7 @@ class LowRank(nn.Module):
         return join(part, self.low_bits.to(part.device))
 
     @torch.no_grad()
-    def set_exact_(self, base: Tensor, value: Tensor) -> None:
+    def _set_exact_(self, base: Tensor, value: Tensor) -> None:
         """Set this process's part of W to `value`; for a split W, both halves."""
         if self.low_bits is None:
             local(base).copy_(value)
@@ -381,19 +381,19 @@ class LowRank(nn.Module):
         return lambda: (base.copy_(upper), kept.copy_(low))
 
     @torch.no_grad()
-    def split_(self, base: nn.Parameter) -> None:
+    def _split_(self, base: nn.Parameter) -> None:
         """Round `base` to bfloat16 and keep the bits that it then lacks: see `split_bases_`."""
         self.split_from = base.dtype
         value, base.data = base.data, base.data.bfloat16()
         self.low_bits = torch.zeros(base.shape, dtype=torch.int16, device="cpu")
         if value.dtype == torch.float32 and not value.is_meta:
-            self.set_exact_(base, value)
+            self._set_exact_(base, value)
 
     @torch.no_grad()
-    def unsplit_(self, base: nn.Parameter) -> None:
+    def _unsplit_(self, base: nn.Parameter) -> None:
         """Undo `split_`: W has its earlier dtype again, with its value rounded to that dtype."""
         if self.split_from is not None:
-            base.data = self.exact(base).to(self.split_from)
+            base.data = self._exact(base).to(self.split_from)
         self.split_from = self.low_bits = None
 
     def _refuse_converted(self, base: Tensor) -> None:
@@ -439,7 +439,7 @@ class LowRank(nn.Module):
         Raises:
             ValueError: if a merge was interrupted after its first write.
         """
-        self.refuse_torn(self.name)
+        self._refuse_torn(self.name)
         restart = self.restart
         if self.restarting is not None:
             restart |= _UNDER_WAY | (_REDRAWN if self.restart == self.restarting else 0)
@@ -470,7 +470,7 @@ class LowRank(nn.Module):
         redrawn = self.restart if restart & _REDRAWN else self.restart + 1
         self.restarting = redrawn if restart & _UNDER_WAY else None
 
-    def refuse_torn(self, name: str) -> None:
+    def _refuse_torn(self, name: str) -> None:
         """Raise ValueError, with the site's name, if a merge was interrupted while it wrote."""
         if self.torn:
             raise ValueError(

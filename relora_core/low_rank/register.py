@@ -125,16 +125,16 @@ def remove_low_rank(
     if tensor_name not in low_rank_tensors(module):
         raise ValueError(f"{type(module).__name__}.{tensor_name} is not a low-rank site")
     low_rank, base = low_rank_and_base(module, tensor_name)
-    if low_rank.is_fully_sharded():
+    if low_rank._is_fully_sharded():
         raise ValueError(
             "a low-rank site cannot be removed after fully_shard: export with "
             "merged_state_dict, or remove it before sharding"
         )
-    low_rank.refuse_torn(low_rank.name)
+    low_rank._refuse_torn(low_rank.name)
     if merge:
         refuse_ties({tensor_name: (low_rank_owner(module, tensor_name), "original")})
-        low_rank.merge_into_(base)
-    low_rank.unsplit_(base)
+        low_rank._merge_into_(base)
+    low_rank._unsplit_(base)
     own_class_(module)  # torch removes the property from the class
     parametrize.remove_parametrizations(module, tensor_name, leave_parametrized=False)
     base.requires_grad_(low_rank.base_requires_grad)

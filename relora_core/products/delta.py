@@ -11,7 +11,7 @@ from relora_core.products.linear import autocasts
 
 
 @dataclass(frozen=True)
-class Update:
+class Delta:
     """A block of W + s B A: some rows and columns of W, those rows of B, those columns of A.
 
     Args:
@@ -26,13 +26,13 @@ class Update:
     A: Tensor
     s: float
 
-    def matrices(self) -> "Iterator[Update]":
+    def matrices(self) -> "Iterator[Delta]":
         """Iterate over a bank's matrices; a single matrix yields itself."""
         if self.B.ndim == 2:
             yield self
         else:
             for W, B, A in zip(self.W, self.B, self.A, strict=True):
-                yield from Update(W, B, A, self.s).matrices()
+                yield from Delta(W, B, A, self.s).matrices()
 
     def add_(self, total: Tensor) -> Tensor:
         """Add s B A to `total`, the block's value, in place: in fp32 at least, and round once."""

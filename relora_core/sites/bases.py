@@ -11,7 +11,7 @@ from relora_core.low_rank.register import low_rank_owner
 from relora_core.sites.site import sites_of
 
 
-def split_bases_(model: nn.Module) -> None:
+def split_bases_(model: nn.Module) -> nn.Module:
     """Store each site's W as the nearest bfloat16, and the 16 bits below it in host memory.
 
     Forward and backward use the bfloat16 half. A merge adds s B A to the fp32 value of both halves,
@@ -30,6 +30,9 @@ def split_bases_(model: nn.Module) -> None:
         model: a model with low-rank sites, whose W are fp32 or bfloat16. A model on the meta device
             may be split too, and is then filled by `load_state_dict`.
 
+    Returns:
+        `model`.
+
     Raises:
         ValueError: if there is no site, or a W is sharded or split already. Nothing is changed.
         TypeError: if a W has another dtype. Nothing is changed.
@@ -37,7 +40,7 @@ def split_bases_(model: nn.Module) -> None:
     Examples:
         >>> from relora_core import add_low_rank_, low_rank_sites
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
-        >>> split_bases_(model)
+        >>> _ = split_bases_(model)
         >>> [(site.weight.dtype, site.lora_A.dtype) for _, site in low_rank_sites(model)]
         [(torch.bfloat16, torch.float32)]
     """
@@ -55,10 +58,11 @@ def split_bases_(model: nn.Module) -> None:
         if site.weight.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"{name}: W must be float32 or bfloat16; got {site.weight.dtype}")
     for _, site in sites:
-        site.low_rank.split_(site.weight)
+        site.low_rank._split_(site.weight)
         owner = low_rank_owner(site.module, site.tensor_name)
         # Torch has no types for it.
         owner.register_load_state_dict_pre_hook(_both_halves)  # type: ignore[no-untyped-call]
+    return model
 
 
 def _both_halves(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:

@@ -90,7 +90,7 @@ def keep_merged_(
 def _keep_(site: Site, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
     owner = low_rank_owner(site.module, site.tensor_name)
     if site.low_rank.merged_copy is None:
-        site.low_rank.keep_merged_(site.weight, dtype)
+        site.low_rank._keep_merged_(site.weight, dtype)
         if mesh is not None and not is_sharded(site.weight):
             owner.original = nn.Parameter(sharded_rows(site.weight, mesh), requires_grad=False)
     site.low_rank.followed = True
@@ -100,18 +100,22 @@ def _keep_(site: Site, dtype: torch.dtype, mesh: DeviceMesh | None) -> None:
         owner.register_load_state_dict_post_hook(_refresh_loaded)  # type: ignore[no-untyped-call]
 
 
-def refresh_merged_(model: nn.Module) -> None:
+def refresh_merged_(model: nn.Module) -> nn.Module:
     """Rebuild the merged copies of `model`; sites without one are left alone.
 
     Every process must call this, because under FSDP2 A is gathered.
 
+    Returns:
+        `model`.
+
     Examples:
         >>> from relora_core import add_low_rank_
         >>> model = add_low_rank_(nn.Sequential(nn.Linear(6, 4)), "0", rank=2)
-        >>> refresh_merged_(model)
+        >>> _ = refresh_merged_(model)
     """
     sites = [site for _, site in low_rank_sites(model)]
     _refresh_([low_rank_owner(site.module, site.tensor_name) for site in sites])
+    return model
 
 
 def _refresh_loaded(owner: nn.Module, keys: Any) -> None:
@@ -148,14 +152,14 @@ def _refresh_(owners: Sequence[ParametrizationList]) -> None:
         factors = gathered([low_rank.lora_A.detach() for low_rank, _ in some])
         copies = []
         for (low_rank, W), A in zip(some, factors, strict=True):
-            rows, own = low_rank.rows_of_copy(W)
-            low_rank.make_rows_(rows, low_rank.update(W, A))
+            rows, own = low_rank._rows_of_copy(W)
+            low_rank._make_rows_(rows, low_rank._delta(W, A))
             assert low_rank.merged_copy is not None
             if not own:
                 copies.append((low_rank.merged_copy, rows, W))
         copy_all_(copies)
         for low_rank, W in some:
-            low_rank.note_made(W)
+            low_rank._note_made(W)
 
 
 def _pair(owner: ParametrizationList) -> tuple[LowRank, nn.Parameter]:

@@ -12,7 +12,7 @@ from relora_core.distributed.sharding import full, sharded_like
 from relora_core.low_rank.parametrization import LowRank
 from relora_core.low_rank.register import low_rank_and_base, low_rank_owner, low_rank_tensors
 from relora_core.low_rank.ties import refuse_ties
-from relora_core.products.delta import Update
+from relora_core.products.delta import Delta
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -80,34 +80,34 @@ class Site:
 
     def merged(self) -> Tensor:
         """Return W + s B A, detached."""
-        return self.low_rank.merged(self.weight)
+        return self.low_rank._merged(self.weight)
 
     def exact(self) -> Tensor:
         """Return W, detached and with its sharding; for a split W, its fp32 value as a copy."""
-        return sharded_like(self.low_rank.exact(self.weight), self.weight)
+        return sharded_like(self.low_rank._exact(self.weight), self.weight)
 
     def set_exact_(self, value: Tensor) -> None:
         """Set this process's part of W; for a split W, both halves."""
-        self.low_rank.set_exact_(self.weight, value)
+        self.low_rank._set_exact_(self.weight, value)
         self.refresh_()
 
-    def update(self) -> Update:
+    def _delta(self) -> Delta:
         """Return this process's shard of s B A, gathering the shards of A and B that it needs."""
-        return self.low_rank.update(self.weight)
+        return self.low_rank._delta(self.weight)
 
-    def merge_(self, update: Update | None = None) -> None:
+    def merge_(self, update: Delta | None = None) -> None:
         """Add s B A to W and zero B; `update` is s B A, if it has been computed already."""
-        self.low_rank.merge_into_(self.weight, update)
-        self.low_rank.refresh_(self.weight, zero=True)
+        self.low_rank._merge_into_(self.weight, update)
+        self.low_rank._refresh_(self.weight, zero=True)
 
     def redraw_(self) -> None:
         """Set A to its next draw and B to zero."""
         self.low_rank.redraw_()
-        self.low_rank.refresh_(self.weight, zero=True)
+        self.low_rank._refresh_(self.weight, zero=True)
 
     def refresh_(self) -> None:
         """Rebuild the merged copy, if there is one: see `keep_merged_`."""
-        self.low_rank.refresh_(self.weight)
+        self.low_rank._refresh_(self.weight)
 
 
 def clean_name(name: str) -> str:
@@ -173,11 +173,14 @@ def low_rank_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
             yield clean_name(path.removeprefix(".")), site
 
 
-def merge_(model: nn.Module) -> None:
+def merge_(model: nn.Module) -> nn.Module:
     r"""Merge every site: $W \leftarrow W + s B A$ and $B \leftarrow 0$, which keeps the function.
 
     A second merge changes nothing. Under FSDP2 the model is resharded first; A is gathered, W is
     not.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: if `model` has no site, or a W is tied.
@@ -186,7 +189,7 @@ def merge_(model: nn.Module) -> None:
         >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
-        >>> merge_(model)
+        >>> _ = merge_(model)
 
     Reference: https://arxiv.org/abs/2307.05695, equation 4.
     """
@@ -194,13 +197,17 @@ def merge_(model: nn.Module) -> None:
     refuse_ties({f"{name}.{site.tensor_name}": site.owner for name, site in sites})
     for _, site in sites:
         site.merge_()
+    return model
 
 
-def reinit_(model: nn.Module) -> None:
+def reinit_(model: nn.Module) -> nn.Module:
     r"""Draw a new $A$ and set $B \leftarrow 0$ at every site.
 
     The current update is dropped; call `merge_` first to keep it. Each draw is keyed by the site's
     (seed, name, restart number), and the restart number goes up by one.
+
+    Returns:
+        `model`.
 
     Raises:
         ValueError: if `model` has no site, or a restart was interrupted.
@@ -209,7 +216,7 @@ def reinit_(model: nn.Module) -> None:
         >>> from relora_core import add_low_rank_
         >>> model = nn.Sequential(nn.Linear(6, 4))
         >>> _ = add_low_rank_(model, ["0"], rank=2)
-        >>> reinit_(model)
+        >>> _ = reinit_(model)
         >>> [site.restart for _, site in low_rank_sites(model)]
         [1]
     """
@@ -217,6 +224,7 @@ def reinit_(model: nn.Module) -> None:
     refuse_under_way(sites)
     for _, site in sites:
         site.redraw_()
+    return model
 
 
 def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
@@ -235,7 +243,7 @@ def sites_of(model: nn.Module) -> list[tuple[str, Site]]:
 def refuse_torn(sites: Iterable[tuple[str, Site]]) -> None:
     """Raise ValueError if a merge was interrupted after its first write."""
     for name, site in sites:
-        site.low_rank.refuse_torn(name)
+        site.low_rank._refuse_torn(name)
 
 
 def refuse_under_way(sites: Iterable[tuple[str, Site]]) -> None:

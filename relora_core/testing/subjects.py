@@ -118,7 +118,7 @@ def wide_copy(model: nn.Module) -> nn.Module:
     sites = [site for _, site in low_rank_sites(twin)]
     exact = [exact_weight(site) for site in sites]
     for site in sites:
-        site.low_rank.unsplit_(site.weight)
+        site.low_rank._unsplit_(site.weight)
     twin.double().eval()
     for site, value in zip(sites, exact, strict=True):
         site.weight.data.copy_(value)

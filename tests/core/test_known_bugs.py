@@ -179,7 +179,7 @@ class TestAnOptimizerOverCopies:
         optimizer = Masters([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         train(model, 2, optimizer)
         before = {k: v.clone() for k, v in model.state_dict().items() if torch.is_tensor(v)}
-        with pytest.raises(ValueError, match="steps copies of its own"):
+        with pytest.raises(ValueError, match="steps its own copies"):
             relora.restart_(model, optimizer)
         assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 

@@ -191,7 +191,7 @@ def _a_split_base_is_converted(model, optimizer):
     ("break_", "options", "message"),
     [
         (_a_copy_of_another_shape, {}, "a copy must be a tensor of its parameter's shape"),
-        (_a_split_base_is_converted, {}, "layers.1.*W was split into bfloat16"),
+        (_a_split_base_is_converted, {}, "layers.1.*a split W must stay bfloat16"),
         (_nan_in_a, {}, r"1 sites is not finite \(first: layers.1.mlp.up\)"),
         (_inf_in_b, {}, r"first: layers.0.mlp.up"),
         (_nan_in_a_moment, {}, "moments hold NaN"),

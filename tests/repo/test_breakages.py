@@ -550,7 +550,7 @@ BREAKAGES = {
     "a merged copy stays what it was at a restart": (
         *(
             "relora_core/sites/site.py",
-            ".redraw_()\n        self.low_rank.refresh_(self.weight, zero=True)",
+            ".redraw_()\n        self.low_rank._refresh_(self.weight, zero=True)",
             ".redraw_()",
         ),
         "tests/core/sites/test_merged_copies.py",
@@ -710,7 +710,7 @@ BREAKAGES = {
     "a torn site computes": (
         *(
             "relora_core/low_rank/parametrization.py",
-            "        self.refuse_torn(self.name)\n        dropout",
+            "        self._refuse_torn(self.name)\n        dropout",
             "        dropout",
         ),
         "tests/core/test_broken_off.py",
@@ -814,7 +814,7 @@ BREAKAGES = {
     "a torn site is saved": (
         *(
             "relora_core/low_rank/parametrization.py",
-            "        self.refuse_torn(self.name)\n        restart = self.restart",
+            "        self._refuse_torn(self.name)\n        restart = self.restart",
             "        restart = self.restart",
         ),
         "tests/core/test_broken_off.py",

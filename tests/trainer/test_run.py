@@ -121,7 +121,9 @@ def test_a_restart_keeps_the_trained_model_s_function(tiny, precision):
         assert all(
             site.lora_B.full_tensor().any() for _, site in relora.low_rank_sites(state.model)
         )
-        windows = open_windows(RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length)
+        windows = open_windows(
+            RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length
+        )
         tokens = windows.read(torch.arange(8).numpy())[:, :-1]
         with torch.no_grad():
             before = state.model(tokens)
@@ -149,7 +151,9 @@ def test_the_export_is_transformers_llama_with_the_same_logits(finished, monkeyp
     exec(block, {})  # docs/how-to/export.md
     assert capsys.readouterr().out.startswith("def __init__(self")
     for state, config in state_at("relora"):
-        windows = open_windows(RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length)
+        windows = open_windows(
+            RUN / "data", read_index(RUN / "data"), "held_out", config.batch.length
+        )
         tokens = windows.read(torch.arange(4).numpy())[:, :-1]
         with torch.no_grad():
             assert (theirs(tokens).logits - state.model(tokens)).abs().max() <= 1e-4

@@ -60,7 +60,7 @@ class TestSpectrum:
 
     @pytest.mark.parametrize("tolerance", [-0.1, 1.0, math.nan])
     def test_another_tolerance_is_refused(self, tolerance):
-        with pytest.raises(ValueError, match="from 0 to below 1"):
+        with pytest.raises(ValueError, match="at least 0 and below 1"):
             Spectrum.of(torch.eye(2)).rank(tolerance)
 
     def test_a_convolution_counts_as_the_matrix_it_is(self):

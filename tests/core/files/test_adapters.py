@@ -205,10 +205,10 @@ class TestRefusals:
         [
             (drop, "lacks .*conv.lora_B.weight"),
             (add, "has .*head.lora_A.weight"),
-            (widen, r"layers.1 needs factors of shapes .*\(3, 6\).*got .*\(4, 6\)"),
+            (widen, r"factors of layers.1 must have shapes .*\(3, 6\).*got .*\(4, 6\)"),
             (count, "must be finite and floating point"),
             (spoil, "must be finite and floating point"),
-            (enlarge, "does not fit into torch.float32"),
+            (enlarge, "has values that torch.float32 cannot hold"),
         ],
     )
     def test_of_tensors_that_do_not_fit_change_nothing(self, tmp_path, change, message):
@@ -228,10 +228,10 @@ class TestRefusals:
             ({"lora_alpha": math.nan}, "an alpha must be finite"),
             ({"lora_alpha": 10**400}, "OverflowError"),
             ({"lora_alpha": 7}, "has the scale"),
-            ({"use_dora": True}, "use_dora make of it another thing"),
-            ({"init_lora_weights": "pissa"}, "init_lora_weights make of it another thing"),
-            ({"alpha_pattern": 3}, "no LoRA adapter's configuration"),
-            ({"alpha_pattern": {"(": 1}}, "no LoRA adapter's configuration"),
+            ({"use_dora": True}, "with use_dora the adapter is not"),
+            ({"init_lora_weights": "pissa"}, "with init_lora_weights the adapter is not"),
+            ({"alpha_pattern": 3}, "must be a LoRA adapter's configuration"),
+            ({"alpha_pattern": {"(": 1}}, "must be a LoRA adapter's configuration"),
         ],
     )
     def test_of_a_configuration_change_nothing(self, tmp_path, change, message):
@@ -251,7 +251,7 @@ class TestRefusals:
         (tmp_path / name).unlink()
         if damage is not None:
             (tmp_path / name).write_bytes(damage)
-        self.refused(tmp_path, f"{name} is no (LoRA )?adapter's")
+        self.refused(tmp_path, f"{name} must (be a LoRA|hold the tensors of an) adapter")
 
     @pytest.mark.parametrize(
         "key",
@@ -304,7 +304,7 @@ class TestRefusals:
             model = relora.register_low_rank(nn.Linear(3, 2), rank=1)  # no name within a model
         else:
             model = nn.Sequential(relora.register_low_rank(make(), tensor_name, rank=1))
-        with pytest.raises(ValueError, match="PEFT's format holds adapters of the weight of"):
+        with pytest.raises(ValueError, match="a site in PEFT's format must be the weight of"):
             relora.save_adapters(model, tmp_path / "none")
         assert not (tmp_path / "none").exists()
 

@@ -90,9 +90,9 @@ def test_a_module_around_it_has_its_names_before():
 @pytest.mark.parametrize("export", [relora.merged_state_dict, relora.base_state_dict])
 def test_a_site_that_is_not_met_is_named_and_nothing_is_written(wrap, export, tmp_path):
     model = wrap(low_rank())
-    with pytest.raises(ValueError, match=r"state dict of .* has no W of 1 low-rank sites .*0"):
+    with pytest.raises(ValueError, match=r"state dict of .* lacks the W of 1 low-rank sites .*0"):
         export(model)
-    with pytest.raises(ValueError, match="has no W"):
+    with pytest.raises(ValueError, match="lacks the W"):
         relora.save_merged(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -175,7 +175,7 @@ class TestAdapterPatterns:
     )
     def test_that_could_run_for_ever_are_refused(self, tmp_path, pattern):
         model = self.with_pattern(tmp_path, pattern)
-        with pytest.raises(ValueError, match=r"adapter_config.json is no .* too intricate|regex"):
+        with pytest.raises(ValueError, match=r"adapter_config.json must be .*a pattern must have at most two"):
             relora.load_adapters(model, tmp_path)
 
     @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class TestDropout:
 
     @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
     def test_out_of_range_is_refused(self, dropout):
-        with pytest.raises(ValueError, match="dropout must be from 0 to below 1"):
+        with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
             relora.add_low_rank_(Model(), TARGETS, rank=2, dropout=dropout)
 
 

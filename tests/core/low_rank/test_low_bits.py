@@ -129,7 +129,7 @@ class TestMerges:
         assert torch.equal(site.exact(), before.float())
         for seed in range(20):
             set_factors_(layer, seed, 0.004)
-            update = site.update()
+            update = site._delta()
             expected = update.add_(site.exact())
             site.merge_()
             assert torch.equal(site.exact(), expected)
@@ -228,7 +228,7 @@ class TestRefusals:
         twin.to(dtype)
         before = copy.deepcopy(twin.state_dict())
         for refused in (relora.merge_, relora.merged_state_dict):
-            with pytest.raises(ValueError, match=r"split into bfloat16 .* is torch\.\w+ now"):
+            with pytest.raises(ValueError, match=r"a split W must stay bfloat16 and whole; it is now torch\.\w+"):
                 refused(twin)
         assert all(torch.equal(t, before[name]) for name, t in twin.state_dict().items())
 

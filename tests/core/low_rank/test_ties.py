@@ -244,7 +244,7 @@ def test_two_sites_of_one_weight_are_told_so():
     state = model.state_dict()
     state["1.parametrizations.weight.original"] = state["0.parametrizations.weight.original"]
     model.load_state_dict(state, assign=True)
-    with pytest.raises(ValueError, match="two low-rank sites have one W"):
+    with pytest.raises(ValueError, match="two low-rank sites share one W"):
         relora.merged_state_dict(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match="tied to the W of another low-rank site"):

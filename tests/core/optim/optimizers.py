@@ -47,7 +47,7 @@ class Row:
 
 ADAM = ("exp_avg", "exp_avg_sq")
 NO_COUNT = {"reset_step": "counts no steps for each parameter"}
-FACTORED = {"prune": "factored statistics, which no entry of a parameter owns"}
+FACTORED = {"prune": "factored statistics, which many entries of a parameter share"}
 TOUCHED = (
     "its train() looks at state[p], which makes an empty one: DCP takes the state for made, and "
     "loads nothing"
@@ -166,7 +166,7 @@ OPTIMIZERS = {
     "torchao AdamW8bit": torchao("AdamW8bit"),
     "torchao AdamWFp8": torchao("AdamWFp8"),
     "torchao AdamW4bit": torchao(
-        "AdamW4bit", refused={"prune": "4-bit codes have none for zero in the second moment"}
+        "AdamW4bit", refused={"prune": "4-bit second moment has no code for zero"}
     ),
     "schedule-free AdamW": schedule_free("AdamWScheduleFree", "exp_avg_sq"),
     "schedule-free RAdam": schedule_free("RAdamScheduleFree", "exp_avg_sq"),

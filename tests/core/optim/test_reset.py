@@ -213,7 +213,7 @@ def test_schedule_free_goes_on_from_the_redrawn_factors(averaged):
 def test_declaring_nonsense_is_refused():
     with pytest.raises(TypeError, match="Optimizer subclass"):
         relora.declare_moments(dict, ["a"])
-    with pytest.raises(ValueError, match="moments is empty"):
+    with pytest.raises(ValueError, match="moments must name a key of the optimizer's state"):
         relora.declare_moments(torch.optim.SGD, [])
 
 

@@ -343,7 +343,7 @@ class TestRefusals:
             ({"batch_dims": -1}, ValueError, "leave two dimensions or more"),
             ({"batch_dims": True}, TypeError, "batch_dims must be an int"),
             ({"batch_dims": 1, "rank": 9}, ValueError, r"= 8 for a weight of 16 x 8; got 9"),
-            ({"batch_dims": 1, "dropout": 0.1}, ValueError, "a bank has many"),
+            ({"batch_dims": 1, "dropout": 0.1}, ValueError, "a bank must be without dropout"),
         ],
     )
     def test_bad_options_change_nothing(self, options, error, message):

@@ -168,7 +168,7 @@ class TestMadeBeforeTheSites:
         before = copy.deepcopy(averaged.state_dict())
         other = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 8)), "*", rank=2)
         with pytest.raises(
-            ValueError, match=r"the average has 2.weight, \(5, 8\), and Sequential has not"
+            ValueError, match=r"the average has 2.weight with shape \(5, 8\), but Sequential lacks it"
         ):
             averaged.update_parameters(other)
         assert all(torch.equal(v, before[k]) for k, v in averaged.state_dict().items())
@@ -176,5 +176,5 @@ class TestMadeBeforeTheSites:
     def test_of_a_model_of_another_shape_are_refused(self):
         averaged = AveragedModel(nn.Sequential(nn.Linear(6, 4)))
         other = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 5)), "*", rank=2)
-        with pytest.raises(ValueError, match=r"Sequential has one of shape \(5, 6\)"):
+        with pytest.raises(ValueError, match=r"Sequential has it with shape \(5, 6\)"):
             averaged.update_parameters(other)

@@ -40,7 +40,7 @@ class TestGradients:
         optimizer = torch.optim.AdamW(trained(model))
         relora.restart_(model, optimizer)
         backward(model)
-        with pytest.raises(ValueError, match="once in an optimizer step"):
+        with pytest.raises(ValueError, match="once per optimizer step"):
             relora.restart_(model, optimizer)
         assert {site.restart for _, site in relora.low_rank_sites(model)} == {1}
 
@@ -140,7 +140,7 @@ class TestSeveralOptimizers:
     def test_one_of_them_alone_is_refused_with_the_way_out(self):
         model = low_rank()
         A = [p for n, p in model.named_parameters() if n.endswith("lora_A")]
-        with pytest.raises(ValueError, match=r"2 of 4 parameters are not .* several as a list"):
+        with pytest.raises(ValueError, match=r"2 of 4 parameters are not .* as a list"):
             relora.restart_(model, torch.optim.SGD(A))
 
     @pytest.mark.parametrize("given", [None, 3, "adam", [None], {"a": 1}])

@@ -519,7 +519,7 @@ class TestRefusals:
 
     def test_of_sites_that_are_no_linears(self):
         model = relora.add_low_rank_(nn.Sequential(nn.Embedding(5, 4)), "0", rank=2)
-        with pytest.raises(ValueError, match=r"no low-rank site of an nn\.Linear"):
+        with pytest.raises(ValueError, match=r"no low-rank nn\.Linear"):
             relora.keep_merged_(model)
 
     def test_of_other_dtypes(self):
