@@ -3,32 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from reference_trainer.errors import UserError
+from reference_trainer.fields import STRICT, option, require, require_bounds, section
 from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
-STRICT = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, which validates files
-
-
-def option(default: Any, help: str) -> Any:
-    """Return a dataclass field with a default and the text that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def section(cls: type, help: str) -> Any:
-    """Return a dataclass field that holds another dataclass of options."""
-    return dataclasses.field(default_factory=cls, metadata={"help": help})
-
-
-def require(holds: bool, rule: str, **values: object) -> None:
-    """Raise UserError with the rule and the values unless it holds."""
-    if not holds:
-        shown = (str(v) if k == "got" else f"{k}={v}" for k, v in values.items())
-        raise UserError(f"{rule}; got {', '.join(shown)}")
-
-
 Precision = Literal["auto", "fp32", "bf16", "pure-bf16"]
 Reduce = Literal["step", "micro-step"]
 BaseLayout = Literal["shard", "replicate"]
@@ -94,14 +75,12 @@ class DataConfig:
     prepared: str | None = option(None, "directory written by `prepare`, in place of data.files")
     tokenizer: str = option("bytes", "'bytes', or the path of a Hugging Face tokenizer.json")
     text_field: str = option("text", "field of .jsonl, or column of .parquet, that holds the text")
-    held_out: float = option(0.02, "fraction of the documents that is held out for evaluation")
+    held_out: float = option(
+        0.02, "fraction of the documents that is held out for evaluation", above=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.held_out < 1,
-            "data.held_out must be between 0 and 1, both excluded",
-            got=self.held_out,
-        )
+        require_bounds(self, "data.")
         require(
             not (self.files and self.prepared),
             "only one of data.files and data.prepared must be given",
@@ -116,17 +95,16 @@ class BatchConfig:
 
     __pydantic_config__ = STRICT
 
-    sequences: int = option(8, "sequences in an optimizer step, over all processes")
-    length: int = option(128, "tokens in a sequence")
+    sequences: int = option(8, "sequences in an optimizer step, over all processes", at_least=1)
+    length: int = option(128, "tokens in a sequence", at_least=1)
     micro: int = option(
-        8, "sequences that a process computes at once; gradients of more are accumulated"
+        8,
+        "sequences that a process computes at once; gradients of more are accumulated",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "length", "micro"):
-            require(
-                getattr(self, name) >= 1, f"batch.{name} must be 1 or more", got=getattr(self, name)
-            )
+        require_bounds(self, "batch.")
 
     def micro_steps(self, world_size: int) -> int:
         """Return how many micro-batches each process accumulates in a step."""
@@ -158,35 +136,26 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
 
-    lr: float = option(2e-3, "peak learning rate (for adapters, times relora.lr_multiple)")
-    warmup: int = option(20, "steps of linear warm-up at the start of each phase")
+    lr: float = option(2e-3, "peak learning rate (for adapters, times relora.lr_multiple)", above=0)
+    warmup: int = option(20, "steps of linear warm-up at the start of each phase", at_least=0)
     min_ratio: float = option(
-        0.1, "learning rate at the end of the cosine, as a fraction of the peak"
+        0.1,
+        "learning rate at the end of the cosine, as a fraction of the peak",
+        at_least=0,
+        at_most=1,
     )
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates")
-    eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices only")
-    clip: float = option(1.0, "gradient norm above which gradients are scaled down")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates", at_least=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay, for matrices only", at_least=0)
+    clip: float = option(1.0, "gradient norm above which gradients are scaled down", above=0)
     most_skips: int = option(
         10,
         "number of steps in a row skipped for a non-finite loss or gradient that ends the run",
+        at_least=1,
     )
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr must be positive", got=self.lr)
-        require(self.warmup >= 0, "optim.warmup must be 0 or more", got=self.warmup)
-        require(0 <= self.min_ratio <= 1, "optim.min_ratio must be from 0 to 1", got=self.min_ratio)
-        require(
-            all(0 <= b < 1 for b in self.betas),
-            "optim.betas must be at least 0 and below 1",
-            got=self.betas,
-        )
-        require(self.eps > 0, "optim.eps must be positive", got=self.eps)
-        require(
-            self.weight_decay >= 0, "optim.weight_decay must be 0 or more", got=self.weight_decay
-        )
-        require(self.clip > 0, "optim.clip must be positive", got=self.clip)
-        require(self.most_skips >= 1, "optim.most_skips must be 1 or more", got=self.most_skips)
+        require_bounds(self, "optim.")
 
 
 @dataclass(frozen=True)
@@ -196,24 +165,30 @@ class ReLoRAConfig:
     __pydantic_config__ = STRICT
 
     warm_start: int = option(
-        120, "steps at full rank before the low-rank phase (if equal to `steps`, there is none)"
+        120,
+        "steps at full rank before the low-rank phase (if equal to `steps`, there is none)",
+        at_least=0,
     )
-    rank: int = option(16, "rank r of each update B A")
+    rank: int = option(16, "rank r of each update B A", at_least=1)
     alpha: float | None = option(
-        None, "numerator of the scale s = alpha / rank (default: rank, so that s is 1)"
+        None, "numerator of the scale s = alpha / rank (default: rank, so that s is 1)", above=0
     )
     targets: tuple[str, ...] = option(
         ("*.self_attn.*", "*.mlp.*"), "globs of the modules whose weights become low-rank sites"
     )
     every: int = option(48, "steps between restarts")
     warmup: int = option(10, "steps from a learning rate of 0, at a restart, back to the cosine")
-    prune_ratio: float = option(0.99, "fraction of the adapters' moments that a restart zeroes")
+    prune_ratio: float = option(
+        0.99, "fraction of the adapters' moments that a restart zeroes", at_least=0, at_most=1
+    )
     masks: Literal["joint", "independent"] = option(
         "joint",
         "'joint': prune both moments where m is small; 'independent': prune each by its own "
         "magnitudes, as in the paper's code",
     )
-    lr_multiple: float = option(4.0, "the adapters' learning rate, as a multiple of optim.lr")
+    lr_multiple: float = option(
+        4.0, "the adapters' learning rate, as a multiple of optim.lr", above=0
+    )
     base: Literal["keep", "bf16"] = option(
         "keep",
         "'keep': frozen weights in fp32 and, if the computation is in 16 bits, a 16-bit copy of "
@@ -221,18 +196,8 @@ class ReLoRAConfig:
     )
 
     def __post_init__(self) -> None:
-        require(self.warm_start >= 0, "relora.warm_start must be 0 or more", got=self.warm_start)
-        require(self.rank >= 1, "relora.rank must be 1 or more", got=self.rank)
-        require(
-            self.alpha is None or self.alpha > 0, "relora.alpha must be positive", got=self.alpha
-        )
+        require_bounds(self, "relora.")
         require(len(self.targets) > 0, "relora.targets must have a glob or more", got=self.targets)
-        require(self.lr_multiple > 0, "relora.lr_multiple must be positive", got=self.lr_multiple)
-        require(
-            0 <= self.prune_ratio <= 1,
-            "relora.prune_ratio must be from 0 to 1",
-            got=self.prune_ratio,
-        )
         require(
             1 <= self.warmup < self.every,
             "relora.warmup must be at least 1 and below relora.every",
@@ -272,16 +237,15 @@ class ParallelConfig:
         "when gradients are reduced: once a 'step', with whole gradients on each process until "
         "then, or in each 'micro-step', with sharded ones (less memory, more traffic)",
     )
-    replicas: int = option(1, "number of replicas, each sharded over processes / replicas (HSDP)")
-    timeout: float = option(10, "minutes to wait for a process that does not answer")
+    replicas: int = option(
+        1, "number of replicas, each sharded over processes / replicas (HSDP)", at_least=1
+    )
+    timeout: float = option(
+        10, "minutes to wait for a process that does not answer", above=0, at_most=1440
+    )
 
     def __post_init__(self) -> None:
-        require(self.replicas >= 1, "parallel.replicas must be 1 or more", got=self.replicas)
-        require(
-            0 < self.timeout <= 1440,
-            "parallel.timeout must be above 0 and at most 1440",
-            got=self.timeout,
-        )
+        require_bounds(self, "parallel.")
 
     def mesh(self, world_size: int) -> tuple[int, ...]:
         """Return the sizes of the mesh of all processes: (shards,) or (replicas, shards).
@@ -305,18 +269,18 @@ class LogConfig:
 
     __pydantic_config__ = STRICT
 
-    every: int = option(5, "steps between records in metrics.jsonl")
-    evaluate_every: int = option(60, "steps between evaluations on held-out tokens")
-    evaluate_sequences: int = option(32, "number of held-out sequences in an evaluation")
-    rank_sites: int = option(7, "number of matrices whose accumulated rank is measured at restarts")
+    every: int = option(5, "steps between records in metrics.jsonl", at_least=1)
+    evaluate_every: int = option(60, "steps between evaluations on held-out tokens", at_least=1)
+    evaluate_sequences: int = option(
+        32, "number of held-out sequences in an evaluation", at_least=1
+    )
+    rank_sites: int = option(
+        7, "number of matrices whose accumulated rank is measured at restarts", at_least=0
+    )
     tensorboard: bool = option(False, "write TensorBoard files too (needs the extra `tensorboard`)")
 
     def __post_init__(self) -> None:
-        for name in ("every", "evaluate_every", "evaluate_sequences"):
-            require(
-                getattr(self, name) >= 1, f"log.{name} must be 1 or more", got=getattr(self, name)
-            )
-        require(self.rank_sites >= 0, "log.rank_sites must be 0 or more", got=self.rank_sites)
+        require_bounds(self, "log.")
 
 
 @dataclass(frozen=True)
@@ -325,18 +289,17 @@ class CheckpointConfig:
 
     __pydantic_config__ = STRICT
 
-    every: int = option(100, "steps between checkpoints")
-    keep: int = option(2, "number of newest checkpoints to keep")
+    every: int = option(100, "steps between checkpoints", at_least=1)
+    keep: int = option(2, "number of newest checkpoints to keep", at_least=2)
     keep_every: int | None = option(None, "steps between checkpoints that are kept for good")
     stop_after: float | None = option(
-        None, "minutes after which the run saves and stops, with exit code 75 (as on SIGTERM)"
+        None,
+        "minutes after which the run saves and stops, with exit code 75 (as on SIGTERM)",
+        above=0,
     )
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "checkpoint.every must be 1 or more", got=self.every)
-        require(self.keep >= 2, "checkpoint.keep must be 2 or more", got=self.keep)
-        positive = self.stop_after is None or self.stop_after > 0
-        require(positive, "checkpoint.stop_after must be positive", got=self.stop_after)
+        require_bounds(self, "checkpoint.")
         require(
             self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
             "checkpoint.keep_every must be a multiple of checkpoint.every",
@@ -353,7 +316,7 @@ class Config:
 
     name: str = option("first-run", "run name")
     runs: str = option("runs", "directory of all runs; this run is RUNS/NAME")
-    steps: int = option(360, "number of optimizer steps")
+    steps: int = option(360, "number of optimizer steps", at_least=1)
     seed: int = option(0, "seed of weights, adapters and data order")
     model: ModelConfig = section(ModelConfig, "the Llama to train")
     data: DataConfig = section(DataConfig, "text to train on")
@@ -365,7 +328,7 @@ class Config:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "steps must be 1 or more", got=self.steps)
+        require_bounds(self, "")
         require(0 <= self.seed < 2**63, "seed must be from 0 to 2**63 - 1", got=self.seed)
         require(
             bool(self.name) and Path(self.name).name == self.name and self.name != "..",

@@ -82,7 +82,9 @@ def load_where_one_lacks_the_file(rank, world_size, directory):
     model = low_rank(seed=4)
     fully_shard(model, mesh=mesh)
     before = {name: full(site.lora_A) for name, site in relora.low_rank_sites(model)}
-    with pytest.raises(RuntimeError, match=r"refuses: .* is must be a LoRA adapter's configuration"):
+    with pytest.raises(
+        RuntimeError, match=r"raises an error: .* must be a LoRA adapter's configuration"
+    ):
         relora.load_adapters(model, Path(directory) / "absent" if rank else directory)
     return {
         f"{name}/{which}": tensor

@@ -142,7 +142,7 @@ def skipped(rank, world_size):
     spectra = relora.UpdateSpectra(fully_shard(model), timeout=timedelta(seconds=3))
     said = ""
     if rank == 0:
-        with pytest.raises(RuntimeError, match=r"rank 1\) did not come in 3 s") as caught:
+        with pytest.raises(RuntimeError, match=r"rank 1\) did not call it within 3 s") as caught:
             spectra.keep_()
         said = str(caught.value)
         assert not any("lora" in name for name in spectra.state_dict())

@@ -31,7 +31,7 @@ from tests.faults.victims import NO_FAULT, attempt, command, output
 from tests.trainer.published import publish, tiny_arguments
 from tests.trainer.runs import EVERY_CHECKPOINT, TINY, lines_of
 
-NOT_FINITE = "1 steps in a row, to step 0, had no finite loss and gradient"
+NOT_FINITE = "1 steps in a row, to step 0, had a non-finite loss or gradient"
 MEMORY = 2**32  # bytes that a process may allocate
 
 
@@ -254,7 +254,7 @@ def outcome(sound: Path, directory: Path, target: Target, kind: str, draw: rando
     assert code == 0, told
     incomplete = kind == "absent" and "manifest" in target.file
     if incomplete:
-        assert "is incomplete: beginning again" in said, told
+        assert "is incomplete: starting again" in said, told
         return "begun again, with a warning"
     if kind == "absent" and target.file.endswith("metrics.jsonl"):
         return "a new log"

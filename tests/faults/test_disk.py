@@ -59,7 +59,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_one_before(
     said = output(tmp_path)
     assert codes == [2] * size, said
     target = CHECKPOINTS / "step-00000008"
-    failing = f"could not write {target} (once that is mended, --resume goes on from step-00000006)"
+    failing = (
+        f"could not write {target} (once that is fixed, --resume continues from step-00000006)"
+    )
     (error,) = (line for line in said.splitlines() if line.startswith("error"))
     assert failing in error
     assert says in error
@@ -102,11 +104,11 @@ def test_a_full_disk_ends_the_run_at_the_checkpoint_before(tiny):
     assert error.startswith("error: could not write runs/first-run/checkpoints/step-000000")
     assert error.endswith("No space left on device")
     left = done.stdout.splitlines()[-3:]
-    assert f"--resume goes on from {left[-1]}" in error
+    assert f"--resume continues from {left[-1]}" in error
 
 
 def test_a_log_that_finds_no_space_is_named(tmp_path):
-    error = "could not write /dev/full .*--resume goes on.*: No space left on device"
+    error = "could not write /dev/full .*--resume continues.*: No space left on device"
     with Metrics(tmp_path, writes=True) as metrics:
         metrics._file.close()
         metrics._file = Path("/dev/full").open("a")  # noqa: SIM115 - which metrics close
@@ -159,8 +161,8 @@ class TestAHang:
         codes = attempt(arguments, tmp_path, 2, Fault("step", 12, what=stop), victim=1)
         assert codes[0] == 2
         said = (tmp_path / "said-0-0").read_text()
-        assert "error on rank 0" in said
-        assert "1 of 2 processes (rank 1) ended" in said
+        assert "error on process rank 0" in said
+        assert "1 of 2 processes (process rank 1) ended" in said
         assert "did not answer for 0.05 minutes (parallel.timeout)" in said
         newest = complete_checkpoints(tmp_path / CHECKPOINTS)[-1]
         assert newest.name in ("step-00000006", "step-00000008")  # which is written meanwhile

@@ -49,7 +49,7 @@ BAD = {
     "a target that matches nothing": (["--relora.targets", "*.attention.*"], "matches no module"),
     "a period as long as its warm-up": (
         ["--relora.every", "10", "--relora.warmup", "10"],
-        "relora.warmup must be from 1 to below relora.every",
+        "relora.warmup must be at least 1 and below relora.every",
     ),
     "heads that do not divide": (["--model.heads", "5", "--model.kv_heads", "5"], "multiple of"),
     "a device that is not there": (["--parallel.device", "tpu"], "'auto', 'cpu' or 'cuda'"),
@@ -190,7 +190,7 @@ def test_an_interrupt_says_how_to_go_on(tiny, tmp_path, monkeypatch, capsys):
     assert main(["train", *tiny, "--name", "early"]) == 130
     assert "runs/early had not begun: start it again\ninterrupted\n" in capsys.readouterr().err
     assert main(["train", *tiny, "--name", "cut"]) == 130
-    told = "runs/cut goes on from its beginning, as it has no checkpoint yet: "
+    told = "runs/cut continues from its beginning, as it has no checkpoint yet: "
     command = "python -m reference_trainer train --resume --name cut"
     assert f"{told}{command}\ninterrupted\n" in capsys.readouterr().err
 

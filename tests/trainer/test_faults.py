@@ -86,7 +86,7 @@ class TestNonFinite:
         fail_at({3, *range(8, 14)})
         assert main(["train", *tiny, "--optim.most_skips", "4"]) == 2
         error = capsys.readouterr().err
-        assert "4 steps in a row, to step 11, had no finite loss and gradient" in error
+        assert "4 steps in a row, to step 11, had a non-finite loss or gradient" in error
         newest, _ = newest_sound(RUN / "checkpoints")
         assert f"{newest} has the weights from before them" in error
         assert newest.name == "step-00000012"
@@ -143,7 +143,7 @@ class TestStops:
         assert process.returncode == os.EX_TEMPFAIL, output
         newest = complete_checkpoints(run / "checkpoints")[-1]
         assert newest.name > "step-00000006"  # not only the hand-off
-        assert f"goes on from {newest}: python -m reference_trainer train --resume" in output
+        assert f"continues from {newest}: python -m reference_trainer train --resume" in output
         assert not (run / "export").exists()
         train("--resume", "--name", "stopped")
         weights = "export/model.safetensors"
@@ -164,7 +164,7 @@ class TestStops:
 
     def test_its_time_over_it_saves_and_stops(self, tiny, capsys):
         assert main(["train", *tiny, "--checkpoint.stop_after", "1e-9"]) == os.EX_TEMPFAIL
-        assert "stopped before step 1: runs/first-run goes on from" in capsys.readouterr().err
+        assert "stopped before step 1: runs/first-run continues from" in capsys.readouterr().err
         train("--resume", "--checkpoint.stop_after", "60")
         assert sorted(losses(RUN)) == list(range(20))
 

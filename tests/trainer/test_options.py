@@ -68,7 +68,10 @@ def test_changed_names_the_fields():
         ("modle: {preset: 9m}", "unknown option modle: the nearest is model"),
         ("- a", "must hold a mapping"),
         ("a: [", "cannot read"),
-        ("relora: {every: 10, warmup: 10}", "relora.warmup must be from 1 to below relora.every"),
+        (
+            "relora: {every: 10, warmup: 10}",
+            "relora.warmup must be at least 1 and below relora.every",
+        ),
         ("relora: {warm_start: 900}", "warm_start must be at most steps"),
         ("name: ../x", "name must be the name of one directory"),
         ("model: {preset: 2b}", "model.preset must be one of"),

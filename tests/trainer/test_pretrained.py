@@ -120,12 +120,12 @@ WRONG = {
     "a weight too few": (weights(lambda t: t.pop(NORM)), f"has no {NORM}"),
     "a weight too many": (
         weights(lambda t: t.update(bias=t[NORM].clone())),
-        "not of this Llama: .'bias'",
+        "this Llama does not have: .'bias'",
     ),
     "integers": (weights(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} of .* is I32"),
     "not finite": (weights(lambda t: t[NORM].fill_(torch.nan)), f"{NORM} of .* not finite"),
     "another shape": (weights(lambda t: t.update({NORM: t[NORM][1:].clone()})), "shape .31,."),
-    "a file elsewhere": (shards(x="../../secrets.safetensors"), "does not lie beside it"),
+    "a file elsewhere": (shards(x="../../secrets.safetensors"), "is not a file beside it"),
     "a file that is absent": (shards(x="absent.safetensors"), "absent.safetensors"),
     "no directory": (shutil.rmtree, "model.weights must be a directory with a config.json"),
 }

@@ -252,7 +252,7 @@ def test_a_renamed_run_without_its_sources_resumes_where_it_lies(tiny, tmp_path,
 def test_a_run_in_use_is_refused(finished, capsys):
     with locked(RUN / "config.yaml"):
         assert main(["train", "--resume"]) == 2
-    assert "is in use by a run that goes on" in capsys.readouterr().err
+    assert "is in use by a run in progress" in capsys.readouterr().err
 
 
 def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys):
@@ -269,7 +269,7 @@ def test_a_refused_run_leaves_its_neighbours(tiny, tmp_path, monkeypatch, capsys
 
 def test_resuming_with_another_configuration_is_refused(finished, capsys):
     assert main(["train", "--resume", "--relora.rank", "2", "--seed", "5"]) == 2
-    assert "begun with another seed, relora.rank" in capsys.readouterr().err
+    assert "begun with a different seed, relora.rank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [("--seed", "5"), ("--data.held_out", "0.3")])
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_run_is_refused(finished, capsys, option):
     capsys.readouterr()
     assert main(["train", "--resume"]) == 2
     (error,) = lines_of(capsys.readouterr().err)
-    assert f"begun with another {option[0].removeprefix('--')}" in error.replace(
+    assert f"begun with a different {option[0].removeprefix('--')}" in error.replace(
         "data.checksums, ", ""
     )
     assert (RUN / "metrics.jsonl").read_bytes() == before
@@ -303,7 +303,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_and_the_run_ends_the_same(t
     train("--resume", "--name", again.name)
     warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warned == [
-        f"warning: {shard} is damaged (its checksum is another): going on from {older.name}"
+        f"warning: {shard} is damaged (its checksum differs): continuing from {older.name}"
     ]
     exports = [run / "export/model.safetensors" for run in (again, Path("runs/whole"))]
     assert exports[0].read_bytes() == exports[1].read_bytes()
@@ -344,7 +344,7 @@ def test_a_damaged_manifest_is_passed_over_by_name(finished, capsys, text):
     assert main(["export", str(RUN)]) == 0
     error = capsys.readouterr().err
     assert f"warning: {newest.resolve()}/manifest.json is damaged" in error
-    assert f"going on from {older.name}" in error
+    assert f"continuing from {older.name}" in error
 
 
 def test_two_processes_compute_what_one_does(tiny, tmp_path):

@@ -65,7 +65,7 @@ def test_a_run_that_is_there_is_gone_on_with(finished, capsys):
     )
     assert {file: file.stat().st_mtime_ns for file in Path().rglob("*")} == written
     assert main(["train", "--resume", "--dry-run", "--optim.lr", "5"]) == 2
-    assert "was begun with another optim.lr" in capsys.readouterr().err
+    assert "was begun with a different optim.lr" in capsys.readouterr().err
     assert main(["train", *finished, "--dry-run"]) == 2
     assert "holds a run already" in capsys.readouterr().err
 

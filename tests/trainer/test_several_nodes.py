@@ -86,8 +86,11 @@ def test_errors_come_from_every_process_and_what_all_found_from_one(tiny, tmp_pa
     """A wrong option is found by each by itself, a run that is there already by the first."""
     done = submit([*tiny, "--relora.rank", "99"], slurm, tmp_path)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "error on rank" in line]
-    assert {line.split(" (")[0].split("error ")[1] for line in told} == {"on rank 0", "on rank 1"}
+    told = [line for line in done.stderr.splitlines() if "error on process rank" in line]
+    assert {line.split(" (")[0].split("error ")[1] for line in told} == {
+        "on process rank 0",
+        "on process rank 1",
+    }
     assert all("rank must be between 1 and" in line for line in told)
 
     (tmp_path / "runs/first-run").mkdir(parents=True)

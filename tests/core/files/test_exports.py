@@ -175,7 +175,7 @@ class TestAdapterPatterns:
     )
     def test_that_could_run_for_ever_are_refused(self, tmp_path, pattern):
         model = self.with_pattern(tmp_path, pattern)
-        with pytest.raises(ValueError, match=r"adapter_config.json must be .*a pattern must have at most two"):
+        with pytest.raises(ValueError, match="a pattern must have at most two"):
             relora.load_adapters(model, tmp_path)
 
     @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ class TestRefusals:
         twin.to(dtype)
         before = copy.deepcopy(twin.state_dict())
         for refused in (relora.merge_, relora.merged_state_dict):
-            with pytest.raises(ValueError, match=r"a split W must stay bfloat16 and whole; it is now torch\.\w+"):
+            with pytest.raises(ValueError, match=r"a split W must stay bfloat16 .* now torch\.\w+"):
                 refused(twin)
         assert all(torch.equal(t, before[name]) for name, t in twin.state_dict().items())
 

@@ -168,7 +168,8 @@ class TestMadeBeforeTheSites:
         before = copy.deepcopy(averaged.state_dict())
         other = relora.add_low_rank_(nn.Sequential(nn.Linear(6, 8)), "*", rank=2)
         with pytest.raises(
-            ValueError, match=r"the average has 2.weight with shape \(5, 8\), but Sequential lacks it"
+            ValueError,
+            match=r"has 2.weight with shape \(5, 8\), but Sequential lacks it",
         ):
             averaged.update_parameters(other)
         assert all(torch.equal(v, before[k]) for k, v in averaged.state_dict().items())
