@@ -14,20 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_core.optim.reset import ResetReport
-from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedLR, Restarts
 from relora_core.sites.site import low_rank_sites, merge_, reinit_
 from relora_core.sites.targets import add_low_rank_
 from relora_core.testing.algorithm import Algorithm1
+from relora_core.testing.properties.restarts import Restart, restart_by_relora
 from relora_core.testing.properties.schedules import Jagged
 from relora_core.testing.subjects import PropertyError
-
-Restart = Callable[[nn.Module, Optimizer, float], object]
-
-
-def restart_by_relora(model: nn.Module, optimizer: Optimizer, ratio: float) -> RestartReport:
-    """Restart by this library: `restart_` with `prune_ratio=ratio`."""
-    return restart_(model, optimizer, prune_ratio=ratio)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from relora_core.testing.checks.runner import CI, Checks, Held
 from relora_core.testing.expressions import code, written
-from relora_core.testing.machine import Restart, RestartMachine, restart_by_relora
+from relora_core.testing.machine import RestartMachine
 from relora_core.testing.properties import restarts as leftovers
+from relora_core.testing.properties.restarts import Restart, restart_by_relora
 from relora_core.testing.properties.schedules import Jagged
 
 _BEGIN = "state = Machine()"  # of the steps of a machine's run, which are notes of the error

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora_core._torch_private import DispatchMode, leaves, writes
+from relora_core.restart import RestartReport, restart_
 from relora_core.sites.site import Site, low_rank_sites
 from relora_core.sites.targets import add_low_rank_
-from relora_core.testing.machine import Restart
 from relora_core.testing.subjects import PropertyError
 from relora_core.testing.twin import same_state, state_of
+
+Restart = Callable[[nn.Module, Optimizer, float], object]
+
+
+def restart_by_relora(model: nn.Module, optimizer: Optimizer, ratio: float) -> RestartReport:
+    """Restart by this library: `restart_` with `prune_ratio=ratio`."""
+    return restart_(model, optimizer, prune_ratio=ratio)
 
 
 def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:

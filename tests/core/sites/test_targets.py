@@ -49,7 +49,7 @@ class TestParameters:
 
     def test_a_glob_for_a_module_without_a_weight_says_that_its_parameters_have_names(self):
         model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-        with pytest.raises(ValueError, match="names no Parameter .*'attention.in_proj_weight'"):
+        with pytest.raises(ValueError, match=r"names no Parameter .*'attention.in_proj_weight'"):
             relora.add_low_rank_(model, "attention", rank=2)
 
     @pytest.mark.parametrize("glob", ["weights.*", "weights.1", "*", "weights*"])
