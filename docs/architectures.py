@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 import relora_core as relora
+from reference_trainer.bench import markdown
 
 _TOKENS = torch.arange(24).view(2, 12) % 60 + 2
 _SMALL = {
@@ -309,22 +310,21 @@ def look_at(one: Architecture) -> dict[str, Any]:
 
 def table(records: Iterable[dict[str, Any]]) -> str:
     """Return the records as a Markdown table."""
-    lines = [
-        "| architecture | targets | what became sites | large matrices left whole "
-        "| at registration | at a restart | reloaded |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["architecture", "targets", "what became sites", "large matrices left whole"]
+    header += ["at registration", "at a restart", "reloaded"]
+    rows = []
     for record in records:
         figures = (record[key] for key in ("at_registration", "at_restart", "reloaded"))
-        cells = [
-            record["architecture"],
-            ", ".join(f"`{glob}`" for glob in record["targets"]),
-            ", ".join(_short(name) for name in record["sites"]),
-            ", ".join(_short(name) for name in record["left"]) or "-",
-            *(f"{figure:.0e}" if figure else "0" for figure in figures),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                record["architecture"],
+                ", ".join(f"`{glob}`" for glob in record["targets"]),
+                ", ".join(_short(name) for name in record["sites"]),
+                ", ".join(_short(name) for name in record["left"]) or "-",
+                *(f"{figure:.0e}" if figure else "0" for figure in figures),
+            ]
+        )
+    return markdown.table(header, rows)
 
 
 def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

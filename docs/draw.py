@@ -22,7 +22,7 @@ from study.picture import draw as draw_study
 from study.records import read as read_trials
 from study.tables import Record
 
-from reference_trainer.bench import results
+from reference_trainer.bench import markdown, results
 from reference_trainer.bench.computation import of_micro_steps
 from reference_trainer.bench.estimate.command import KEPT_FREE, advice, table
 from reference_trainer.bench.estimate.gpus import GPUS
@@ -46,7 +46,7 @@ MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def floors() -> str:
     """Return the table of operations of a whole step, by formula."""
-    lines = ["| model | two paths | merged | dense |", "| --- | --- | --- | --- |"]
+    rows = []
     for name in PRESETS:
         shape = preset(name, vocab_size=32_000)
         rank = min(128, shape.hidden_size // 4)
@@ -56,8 +56,8 @@ def floors() -> str:
             f"{step_flops(form, shape, **batch) / full:.3f}"
             for form in ("two paths", "merged", "dense")
         ]
-        lines.append(f"| {name}, rank {rank} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+        rows.append([f"{name}, rank {rank}", *shares])
+    return markdown.table(["model", "two paths", "merged", "dense"], rows)
 
 
 def merged() -> str:
@@ -72,36 +72,31 @@ def merged() -> str:
             shown = f"{share.median:.2f} ({share.low:.2f} to {share.high:.2f})"
             shares.setdefault((first["model"], subject), {})[first["dtype"]] = shown
     order = sorted(shares, key=lambda row: list(PRESETS).index(row[0]))
-    lines = ["| model | matrix | fp32 | mixed |", "| --- | --- | --- | --- |"]
+    rows = []
     for model, subject in order:
         both = (shares[model, subject].get(dtype, "") for dtype in ("fp32", "mixed"))
-        lines.append(f"| {model} | {subject.removeprefix('linear ')} | {' | '.join(both)} |")
-    return "\n".join(lines)
+        rows.append([model, subject.removeprefix("linear "), *both])
+    return markdown.table(["model", "matrix", "fp32", "mixed"], rows)
 
 
 def promises() -> str:
     """Return the table of what the kit's deep run looked at."""
     file = DOCS / "results" / "testing" / "promises.jsonl"
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    batteries: dict[str, list[str]] = {}
+    checks: dict[str, list[str]] = {}
     counts: Counter[str] = Counter()
     for record in records:
         if "promise" in record:
-            batteries.setdefault(record["promise"], []).append(record["battery"])
+            checks.setdefault(record["promise"], []).append(record["battery"])
             counts[record["promise"]] += record["examples"]
-    lines = ["| promise | over | examples |", "| --- | --- | --- |"]
-    for promise, over in batteries.items():
-        lines.append(f"| {promise} | {', '.join(over)} | {counts[promise]:,} |")
-    lines.append(f"| | in all | {records[-1]['examples']:,} |")
-    return "\n".join(lines)
+    rows = [[name, ", ".join(over), f"{counts[name]:,}"] for name, over in checks.items()]
+    rows.append(["", "in all", f"{records[-1]['examples']:,}"])
+    return markdown.table(["property", "over", "examples"], rows)
 
 
 def optimizers() -> str:
     """Return the table of what a reset does to the state of each optimizer."""
-    lines = [
-        "| optimizer | pruned, the first one leads | also |",
-        "| --- | --- | --- |",
-    ]
+    rows = []
     torchs = state_layouts.TORCH.items()
     known = {f"{cls.__module__}.{cls.__qualname__}": layout for cls, layout in torchs}
     for path, layout in {**known, **state_layouts.FOREIGN}.items():
@@ -110,10 +105,10 @@ def optimizers() -> str:
             *(f"{key}: set to the parameter" for key in layout.copies),
             *(["no count of steps for each parameter"] if not layout.clock else []),
         ]
-        lines.append(f"| {_short(path)} | {', '.join(layout.moments) or '-'} | {'; '.join(also)} |")
+        rows.append([_short(path), ", ".join(layout.moments) or "-", "; ".join(also)])
     for path, reason in state_layouts.REFUSED.items():
-        lines.append(f"| {_short(path)} | refused | {reason} |")
-    return "\n".join(lines)
+        rows.append([_short(path), "refused", reason])
+    return markdown.table(["optimizer", "pruned, the first one leads", "also"], rows)
 
 
 def projection() -> str:
@@ -142,10 +137,10 @@ def projection() -> str:
                 low, high = sorted((max(both) / hidden, sum(both) / exposed))
                 shown = f"{both[0] * 1e3:,.0f} + {both[1] * 1e3:,.0f} ms ({low:.2f} to {high:.2f})"
                 rows.setdefault(arm, {})[count] = shown
-        lines = [[cluster.name, *(f"{count:,} GPUs" for count in counts)], ["---"] * 4]
+        header = [cluster.name, *(f"{count:,} GPUs" for count in counts)]
         order = sorted(rows, key=lambda arm: ("full" not in arm, "shard" not in arm.split(",")[0]))
-        lines += [[arm, *(rows[arm].get(count, "") for count in counts)] for arm in order]
-        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        lines = [[arm, *(rows[arm].get(count, "") for count in counts)] for arm in order]
+        blocks.append(markdown.table(header, lines))
     return "\n\n".join(blocks)
 
 
@@ -159,9 +154,8 @@ def roofline_arms() -> str:
                 arm = record["arm"] if record["arm"] != "ours" else f"ours, {layout}"
                 rows.setdefault(arm, {})[record["subject"]] = f"{record['ratio']:.3f}"
     subjects = list(next(iter(rows.values())))
-    lines = [["arm", *subjects], ["---"] * (1 + len(subjects))]
-    lines += [[arm, *(found[subject] for subject in subjects)] for arm, found in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[arm, *(found[subject] for subject in subjects)] for arm, found in rows.items()]
+    return markdown.table(["arm", *subjects], lines)
 
 
 def roofline_steps() -> str:
@@ -179,9 +173,8 @@ def roofline_steps() -> str:
         )
         shown = f"{own['ratio']:.3f} ({own['seconds'] * 1e3:,.0f} ms)"
         rows.setdefault((first["model"], first["gpu"], batch), {})[first["layout"]] = shown
-    lines = [["model", "GPU", "sequences", *layouts], ["---"] * 6]
-    lines += [[*key, *(found.get(name, "") for name in layouts)] for key, found in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[*key, *(found.get(name, "") for name in layouts)] for key, found in rows.items()]
+    return markdown.table(["model", "GPU", "sequences", *layouts], lines)
 
 
 def traffic(picture: Path) -> None:
@@ -245,27 +238,26 @@ def proof() -> str:
     steps = [r for r in records if r["event"] == "step"]
     ranks = [(r.get("restart") or r["cycles"], r["ranks"]) for r in records if r.get("ranks")]
     start = records[0]
-    lines = [
+    where = (
         f"{start['device']}, {start['processes']} processes of {start['threads']} thread, "
-        f"torch {start['torch']}, seed {start['seed']}, {start['date'][:10]}",
-        "",
-        "| | |",
-        "| --- | --- |",
+        f"torch {start['torch']}, seed {start['seed']}, {start['date'][:10]}"
+    )
+    rows = [
+        [f"held-out loss at step {step}, {phase}", f"{record['held_out_loss']:.4f}"]
+        for (step, phase), record in evaluations.items()
     ]
-    for (step, phase), record in evaluations.items():
-        lines.append(f"| held-out loss at step {step}, {phase} | {record['held_out_loss']:.4f} |")
-    lines.append(
-        f"| the same of the export in transformers' {loaded['class']} "
-        f"({loaded['parameters']:,} parameters) | {loaded['held_out_loss']:.4f} |"
+    exported = f"{loaded['class']} ({loaded['parameters']:,} parameters)"
+    rows.append(
+        [f"the same of the export in transformers' {exported}", f"{loaded['held_out_loss']:.4f}"]
     )
     for phase in ("warm-start", "relora"):
         peak = max(r["peak_memory"] for r in steps if r["phase"] == phase)
-        lines.append(f"| peak memory of a process, {phase} | {peak / 2**30:.1f} GiB |")
+        rows.append([f"peak memory of a process, {phase}", f"{peak / 2**30:.1f} GiB"])
     for cycles, found in ranks:
         shown = ", ".join(f"{name.removeprefix('model.layers.')} {r}" for name, r in found.items())
         bound = start["rank"] * cycles
-        lines.append(f"| rank of the update, cycle {cycles} (bound {bound}) | {shown} |")
-    return "\n".join(lines)
+        rows.append([f"rank of the update, cycle {cycles} (bound {bound})", shown])
+    return f"{where}\n\n{markdown.table(['', ''], rows)}"
 
 
 def study(kind: str) -> str:
@@ -309,10 +301,7 @@ def step_time(size: str) -> float:
 def compared() -> str:
     """Return README's table: time and memory of a block of 1.3b."""
     arms = ("ours", "full", "peft", "plain")
-    lines = [
-        "| | here | full rank | PEFT's LoRA | the paper's code |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for dtype in ("fp32", "bf16"):
         measured = results.read(DOCS / f"results/cost/block-{dtype}.jsonl")
         found = {r["arm"]: r for r in measured if r["event"] == "arm"}
@@ -320,35 +309,33 @@ def compared() -> str:
             results.ratio(found[a]["step_seconds"], found["full"]["step_seconds"]) for a in arms
         ]
         shown = [f"{time.median:.2f}" for time in times if time is not None]
-        lines.append(f"| time of a step, {dtype} | {' | '.join(shown)} (its linear) |")
         peaks = [found[arm]["peak_bytes"] / found["full"]["peak_bytes"] for arm in arms]
-        lines.append(
-            f"| peak memory, {dtype} | {' | '.join(f'{p:.2f}' for p in peaks)} (its linear) |"
-        )
-    return "\n".join(lines)
+        rows.append([f"time of a step, {dtype}", *shown])
+        rows.append([f"peak memory, {dtype}", *(f"{peak:.2f}" for peak in peaks)])
+    for row in rows:
+        row[-1] += " (its linear)"
+    return markdown.table(["", "here", "full rank", "PEFT's LoRA", "the paper's code"], rows)
 
 
 def commands() -> str:
     """Return the table of the trainer's commands, from its parser."""
-    lines = ["| command | |", "| --- | --- |"]
-    for action in parser()._subparsers._group_actions:
-        lines += [f"| `{choice.dest}` | {choice.help} |" for choice in action._choices_actions]
-    return "\n".join(lines)
+    (action,) = parser()._subparsers._group_actions
+    rows = [[f"`{choice.dest}`", choice.help] for choice in action._choices_actions]
+    return markdown.table(["command", ""], rows)
 
 
 def run_options() -> str:
     """Return the tables of a run's options, one for each section."""
-    sections: dict[str, list[str]] = {}
+    sections: dict[str, list[list[str]]] = {}
     for path, field in leaves():
         section, _, _ = path.rpartition(".")
         default = field.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = field.metadata["help"].replace("|", "\\|")
         value = "" if default is None or default == () else f"`{shown}`"
-        sections.setdefault(section, []).append(f"| `{path}` | {value} | {text} |")
-    head = "| option | default | |\n| --- | --- | --- |\n"
+        sections.setdefault(section, []).append([f"`{path}`", value, text])
     return "\n\n".join(
-        (f"### {name}\n\n" if name else "") + head + "\n".join(rows)
+        (f"### {name}\n\n" if name else "") + markdown.table(["option", "default", ""], rows)
         for name, rows in sections.items()
     )
 
@@ -381,16 +368,14 @@ def screenshot(picture: Path) -> None:
 
 def presets() -> str:
     """Return the table of shapes, with the parameters that they have over two vocabularies."""
-    lines = [
-        "| preset | width | of the MLP | blocks | heads | parameters, of bytes | of 32,000 ids |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["preset", "width", "of the MLP", "blocks", "heads"]
+    rows = []
     for name, sizes in PRESETS.items():
         with torch.device("meta"):
             both = [Llama(preset(name, vocab_size=ids)) for ids in (256, 32_000)]
         shown = (f"{sum(p.numel() for p in m.parameters()) / 1e6:,.1f}M" for m in both)
-        lines.append(f"| `{name}` | {' | '.join([*map(str, sizes), *shown])} |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", *map(str, sizes), *shown])
+    return markdown.table([*header, "parameters, of bytes", "of 32,000 ids"], rows)
 
 
 def architectures() -> str:

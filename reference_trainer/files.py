@@ -2,13 +2,13 @@
 
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from reference_trainer.errors import UserError
+from relora_core.files import whole
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -19,15 +19,15 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yield a path to write to; the written file replaces `file` if the block succeeds."""
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")  # this writer's alone
-    try:
+    """Give a path to write to; the file there then replaces `file` if the block ends well.
+
+    Raises:
+        UserError: if `file` exists and is not a regular file.
+    """
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} must be a regular file: it is a directory, a device or a pipe")
+    with whole.replaced(file) as partial:
         yield partial
-        _sync(partial)
-        partial.replace(file)
-        _sync(file.parent)  # so that the new name survives a power cut
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,13 +86,5 @@ def _held(path: Path, otherwise: str) -> Iterator[None]:
         if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise UserError(otherwise)  # it was moved between open and flock above
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

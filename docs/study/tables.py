@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from reference_trainer.bench import markdown
 from relora_core import Spectrum
 from study.plans import TUNING_SEED
 from study.trial import FULL, LORA, RELORA
@@ -34,7 +35,7 @@ def rates(records: Iterable[Record]) -> str:
     for record in records:
         if record["seed"] == TUNING_SEED:
             found.setdefault(record["arm"], []).append(record)
-    lines = ["| arm | held-out loss, by its rate |", "| --- | --- |"]
+    rows = []
     for arm, trials in found.items():
         rate = "lr_multiple" if trials[0]["rank"] else "lr"
         best = min(map(_end, trials))
@@ -43,8 +44,8 @@ def rates(records: Iterable[Record]) -> str:
             loss = f"**{_end(trial):.4f}**" if _end(trial) == best else f"{_end(trial):.4f}"
             of = f"{trial['lr']:g}"
             shown.append(f"{of}: {loss}" if rate == "lr" else f"{trial[rate]:g} x {of}: {loss}")
-        lines.append(f"| {arm} | {', '.join(shown)} |")
-    return "\n".join(lines)
+        rows.append([arm, ", ".join(shown)])
+    return markdown.table(["arm", "held-out loss, by its rate"], rows)
 
 
 def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None) -> str:
@@ -57,17 +58,15 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
     """
     arms = by_arm(records)
     target = _ends(arms.get(LORA, []))
-    lines = [
-        "| arm | held-out loss: mean ± deviation (lowest to highest) | seeds "
-        f"| less {LORA} from the same seed | operations | time | of these until its loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["arm", "held-out loss: mean ± deviation (lowest to highest)", "seeds"]
+    header += [f"less {LORA} from the same seed", "operations", "time", "of these until its loss"]
+    rows = []
     for name, trials in arms.items():
         if name not in names:
             continue
         ends = _ends(trials)
         if not ends:
-            lines.append(f"| {name} | diverged | {len(trials)} | - | - | - | - |")
+            rows.append([name, "diverged", f"{len(trials)}", "-", "-", "-", "-"])
             continue
         shown = (
             f"{statistics.mean(ends):.4f}{_deviation(ends)} ({min(ends):.4f} to {max(ends):.4f})"
@@ -78,19 +77,15 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
         sound = next(trial for trial in trials if not trial["diverged"])
         cost = Cost(_operations(sound, records), time if trials[0]["rank"] else 1.0)
         reached = [_reached(t, statistics.mean(target)) for t in trials] if target else []
-        lines.append(
-            f"| {name} | {shown} | {len(trials)} | {apart} | {_share(trials[0], cost.operations)} "
-            f"| {_share(trials[0], cost.time)} | {_until(trials[0], reached, cost)} |"
-        )
-    return "\n".join(lines)
+        costs = [_share(trials[0], cost.operations), _share(trials[0], cost.time)]
+        until = _until(trials[0], reached, cost)
+        rows.append([name, shown, f"{len(trials)}", apart, *costs, until])
+    return markdown.table(header, rows)
 
 
 def spectra(records: Sequence[Record]) -> str:
     """Return the table of the change since the warm start: its ranks, medians over matrices."""
-    lines = [
-        "| arm | rank | effective rank | stable rank | each a median over |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, trials in by_arm(records).items():
         found = [spectrum for trial in trials for spectrum in spectra_of(trial)]
         if name not in (FULL, LORA, RELORA) or not found:
@@ -100,11 +95,10 @@ def spectra(records: Sequence[Record]) -> str:
         effective = statistics.median(spectrum.effective_rank for spectrum in found)
         stable = statistics.median(spectrum.stable_rank for spectrum in found)
         seeds = len(found) // matrices
-        lines.append(
-            f"| {name} | {ranks:g} | {effective:.1f} | {stable:.1f} "
-            f"| {matrices} matrices, {seeds} seed{'s' if seeds > 1 else ''} |"
-        )
-    return "\n".join(lines)
+        over = f"{matrices} matrices, {seeds} seed{'s' if seeds > 1 else ''}"
+        rows.append([name, f"{ranks:g}", f"{effective:.1f}", f"{stable:.1f}", over])
+    header = ["arm", "rank", "effective rank", "stable rank", "each a median over"]
+    return markdown.table(header, rows)
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:

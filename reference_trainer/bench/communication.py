@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import relora_core as relora
 from reference_trainer.bench.layouts import Step, fill_, laid_out, world_of
-from reference_trainer.bench.memory import local
 from reference_trainer.flops import block_matrices
 from reference_trainer.train import forward_backward
+from relora_core.distributed.local import local
 
 
 @dataclass(frozen=True)

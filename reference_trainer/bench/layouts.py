@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reference_trainer.bench.memory import local
 from reference_trainer.config import (
     BaseLayout,
     Checkpointing,
@@ -28,6 +27,7 @@ from reference_trainer.model.llama import LlamaShape
 from reference_trainer.phase_model import build_model
 from reference_trainer.phases import phases
 from reference_trainer.train_state import TrainState, with_memory
+from relora_core.distributed.local import local
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
+
+from relora_core.distributed.local import local
 
 
 def kept_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -62,8 +63,3 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def _storage(tensor: Tensor) -> int:
     return int(local(tensor).untyped_storage()._cdata)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of `tensor`, in its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

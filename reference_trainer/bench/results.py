@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reference_trainer.bench import markdown
 from reference_trainer.errors import UserError, one_line
 
 FEWEST = 7  # repeats that a ratio needs
@@ -152,9 +153,7 @@ def _peaks(records: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _markdown(rows: Sequence[dict[str, str]]) -> str:
-    header = list(rows[0])
-    lines = [header, ["---"] * len(header), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(list(rows[0]), (row.values() for row in rows))
 
 
 def _where(first: dict[str, Any]) -> str:

@@ -13,11 +13,12 @@ from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
 from reference_trainer.bench.layouts import Step, fill_, laid_out, pretended, world_of
-from reference_trainer.bench.memory import local, peak_bytes, state_bytes
+from reference_trainer.bench.memory import peak_bytes, state_bytes
 from reference_trainer.config import Reduce
 from reference_trainer.model.llama import Llama
 from reference_trainer.train import forward_backward
 from relora_core._torch_private import parameter_groups
+from relora_core.distributed.local import local
 
 _BLOCK = re.compile(r"\.layers\.\d+$")
 _LOSS = re.compile(r"\.loss$")

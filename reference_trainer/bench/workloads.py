@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import relora_core as relora
-from reference_trainer.bench.memory import local
 from reference_trainer.config import BaseLayout, Checkpointing, ParallelConfig
 from reference_trainer.distributed import World
 from reference_trainer.flops import block_matrices
 from reference_trainer.model.llama import Block, Llama, LlamaShape, rotary_table
 from reference_trainer.parallelize import build
 from reference_trainer.phase_model import keep_copies_
+from relora_core.distributed.local import local
 
 Level = Literal["linear", "block", "model"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}

@@ -26,6 +26,7 @@ from reference_trainer.distributed import World
 from reference_trainer.errors import SharedError
 from reference_trainer.files import write_whole
 from reference_trainer.logging.console import log
+from relora_core.distributed.local import local
 
 
 class Saver:
@@ -122,7 +123,7 @@ class Saver:
             self._copies.clear()  # frees the old copies before new ones are made
             copies = {name: _on_host(tensor) for name, tensor in state.items()}
         for name, tensor in state.items():
-            _local(copies[name]).copy_(_local(tensor), non_blocking=True)
+            local(copies[name]).copy_(local(tensor), non_blocking=True)
         if any(tensor.is_cuda for tensor in state.values()):
             torch.cuda.current_stream().synchronize()
         return copies
@@ -179,16 +180,12 @@ def _give_way() -> None:
 
 def _on_host(tensor: Tensor) -> Tensor:
     """Return host memory for this process's part; pinned if the part is on a GPU."""
-    own = _local(tensor)
+    own = local(tensor)
     copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
     if not isinstance(tensor, DTensor):
         return copy
     # Not from_local, which would move the copy to the mesh's device. Torch has no types for it.
     return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _make(target: Path) -> None:

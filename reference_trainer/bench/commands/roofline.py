@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from reference_trainer.bench import options
+from reference_trainer.bench import markdown, options
 from reference_trainer.bench.arms import parse_arms, usual
 from reference_trainer.bench.ceilings import CEILINGS, Ceilings
 from reference_trainer.bench.kernels import Kernel, together
@@ -170,9 +170,8 @@ def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
         own = [record for record in arms if record["subject"] == subject]
         parts = list(own[0]["parts"]) if len(own[0]["parts"]) > 1 else []
         header = ["arm", "time", "ratio", "kernels", "GB", "TFLOP", *parts]
-        lines += ["", f"**{subject}**", "", _line(header), _line(["---"] * len(header))]
-        for one in own:
-            cells = [
+        rows = [
+            [
                 one["arm"],
                 _time(one["seconds"]),
                 f"{one['ratio']:.3f}",
@@ -181,7 +180,9 @@ def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
                 f"{one['flops'] / 1e12:,.4g}",
                 *(_time(one["parts"][part]) for part in parts),
             ]
-            lines.append(_line(cells))
+            for one in own
+        ]
+        lines += ["", f"**{subject}**", "", markdown.table(header, rows)]
     return [*lines, *_longest(records, arms[-1]["arm"])]
 
 
@@ -190,16 +191,11 @@ def _longest(records: Sequence[dict[str, Any]], arm: str) -> list[str]:
     name = "ours" if any(record.get("arm") == "ours" for record in records) else arm
     own = [r for r in records if r["event"] == "kernel" and r["arm"] == name]
     longest = sorted((r for r in own if r["subject"] == "block"), key=lambda r: -r["seconds"])
-    lines = ["", f"**a block's kernels, {name}**", "", _line(["kernel", "times", "time", "bound"])]
-    lines.append(_line(["---"] * 4))
-    return lines + [
-        _line([r["kernel"], str(r["times"]), _time(r["seconds"]), r["bound"]])
-        for r in longest[:_SHOWN]
+    rows = [
+        [r["kernel"], str(r["times"]), _time(r["seconds"]), r["bound"]] for r in longest[:_SHOWN]
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    table = markdown.table(["kernel", "times", "time", "bound"], rows)
+    return ["", f"**a block's kernels, {name}**", "", table]
 
 
 def _time(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from reference_trainer.bench import results
+from reference_trainer.bench import markdown, results
 from reference_trainer.bench.estimate.gpus import GPUS, GiB
 from reference_trainer.bench.estimate.row import PHASES, Row, row_of
 from reference_trainer.bench.layouts import (
@@ -114,24 +114,22 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the Markdown table."""
-    lines = [
-        "| phase | checkpointing | weights | moments | peak | sequences at once | sent | step |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    header = ["phase", "checkpointing", "weights", "moments", "peak"]
+    return markdown.table([*header, "sequences at once", "sent", "step"], map(_cells, rows))
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row.seconds or (0, 0)
+    return [
+        row.phase,
+        row.recompute,
+        f"{row.weights / GiB:.2f} GiB",
+        f"{row.optimizer / GiB:.2f} GiB",
+        f"{row.peak / GiB:.2f} GiB",
+        f"{row.micro} (of {row.fits} that fit)" if row.micro else "none fits",
+        f"{row.sent / 1e9:.1f} GB" if row.micro else "",
+        f"{low:.2f} to {high:.2f} s" if row.micro else "",
     ]
-    for row in rows:
-        low, high = row.seconds or (0, 0)
-        cells = [
-            row.phase,
-            row.recompute,
-            f"{row.weights / GiB:.2f} GiB",
-            f"{row.optimizer / GiB:.2f} GiB",
-            f"{row.peak / GiB:.2f} GiB",
-            f"{row.micro} (of {row.fits} that fit)" if row.micro else "none fits",
-            f"{row.sent / 1e9:.1f} GB" if row.micro else "",
-            f"{low:.2f} to {high:.2f} s" if row.micro else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def advice(rows: Sequence[Row], room: float) -> list[str]:

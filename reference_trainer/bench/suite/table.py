@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from reference_trainer.bench import markdown
 from reference_trainer.bench.suite.jobs import EXPECTED, JOBS, Job
 
 _UNITS = {"bytes": (2**30, "GiB"), "bytes/s": (1e12, "TB/s"), "FLOP/s": (1e12, "TFLOP/s")}
@@ -71,7 +72,7 @@ def _ends(records: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> str:
             told = f": {end['error']}" if end["error"] else ""
             status, seconds = f"{end['status']}{told}", f"{end['seconds']:.0f} s"
         rows.append([str(job.stage or ""), job.title, job.name, status, seconds])
-    return _markdown(["stage", "of", "job", "ended", "after"], rows)
+    return markdown.table(["stage", "of", "job", "ended", "after"], rows)
 
 
 def _figures(
@@ -95,7 +96,7 @@ def _figures(
             row[5] = f"{expected[what] / expected[base]:.3f}"
         rows.append(row)
     header = ["", "measured", "roofline", "of it", "to full rank", "roofline's"]
-    return _markdown(header, rows)
+    return markdown.table(header, rows)
 
 
 def _profile(record: dict[str, Any]) -> str:
@@ -106,7 +107,7 @@ def _profile(record: dict[str, Any]) -> str:
     ]
     waits = sum(record["waits"].values())
     told = f"{record['what']}: {record['launches']:,} launches, {waits} waits of the host, copies: "
-    return f"{told}{copies}\n\n{_markdown(['kernel', 'times', 'time'], rows)}"
+    return f"{told}{copies}\n\n{markdown.table(['kernel', 'times', 'time'], rows)}"
 
 
 def _last(records: Sequence[dict[str, Any]], event: str) -> list[dict[str, Any]]:
@@ -119,8 +120,3 @@ def _shown(value: float, unit: str) -> str:
     scale, name = _UNITS.get(unit, (1, unit))
     shown = f"{value:,}" if isinstance(value, int) and scale == 1 else f"{value / scale:,.3f}"
     return f"{shown} {name}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
