@@ -38,7 +38,7 @@ from reference_trainer.options import leaves
 from reference_trainer.report.page import page
 from reference_trainer.report.picture import draw as draw_run
 from reference_trainer.report.recorded import open_run
-from relora_core.optim import layouts as state_layouts
+from relora_core.optim import state_layouts
 
 DOCS = Path(__file__).parent
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -312,9 +312,8 @@ def compared() -> str:
         peaks = [found[arm]["peak_bytes"] / found["full"]["peak_bytes"] for arm in arms]
         rows.append([f"time of a step, {dtype}", *shown])
         rows.append([f"peak memory, {dtype}", *(f"{peak:.2f}" for peak in peaks)])
-    for row in rows:
-        row[-1] += " (its linear)"
-    return markdown.table(["", "here", "full rank", "PEFT's LoRA", "the paper's code"], rows)
+    header = ["", "this library", "full rank", "PEFT's LoRA", "the linear of the paper's code"]
+    return markdown.table(header, rows)
 
 
 def commands() -> str:

@@ -25,7 +25,7 @@ def replaced(file: Path) -> Iterator[Path]:
         UserError: if `file` exists and is not a regular file.
     """
     if file.exists() and not file.is_file():
-        raise UserError(f"{file} must be a regular file: it is a directory, a device or a pipe")
+        raise UserError(f"{file} must be a regular file; it is a directory, a device or a pipe")
     with whole.replaced(file) as partial:
         yield partial
 

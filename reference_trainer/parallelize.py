@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from reference_trainer.activations import checkpointed
+from reference_trainer.activation_checkpointing import checkpointed
 from reference_trainer.config import ParallelConfig
 from reference_trainer.distributed import World
 from reference_trainer.model.llama import Llama, LlamaShape

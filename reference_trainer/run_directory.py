@@ -107,7 +107,8 @@ def check_same(config: Config, index: Index, position: Position) -> None:
     Raises:
         UserError: if the values that may not change differ; the message names them.
     """
-    now, then = fixed(config, index), position.fixed
+    now = fixed(config, index)
+    then = fixed(Config(), index) | position.fixed  # an option newer than the run has its default
     different = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
     if different:
         raise UserError(_begun_otherwise(config.directory, different))

@@ -1,4 +1,9 @@
-"""The training loop: Algorithm 1 of the ReLoRA paper, in two phases."""
+"""The training loop: Algorithm 1 of the ReLoRA paper, in two phases.
+
+`build_state` freezes W and adds A and B (`phase_model.py`). `restart_` merges, redraws A, zeroes B
+and prunes the moments, before the step whose learning rate is 0. The jagged rate is the state's
+`schedule` (`train_state.py`), and its clock is the phase's (`phases.py`).
+"""
 
 import gc
 from pathlib import Path
@@ -70,7 +75,7 @@ def train_phase(state: TrainState, start: int, run: Run) -> Path:
 
     for step in progress.steps(start):
         if phase.restarts_at(step):
-            state.follow_()
+            state.keep_updates_()  # for the ranks on record
             try:
                 report = restart_(
                     model,
@@ -86,17 +91,17 @@ def train_phase(state: TrainState, start: int, run: Run) -> Path:
         loss = forward_backward(model, run.feed.at(step), world, config.parallel.reduce)
         norm = clip_grad_norm_(state.parameters.values(), config.optim.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        broken, stop, save_now, unsaved = world.any(
+        broken, stop, save_now, save_failed = world.any(
             ~(loss + norm).isfinite(), *run.interruption.asked(), run.saver.failed
         )
         if broken:
-            optimizer.zero_grad()  # so that the step changes nothing
+            optimizer.zero_grad()  # the step then changes nothing, and the schedule goes on
         rates = state.rates()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
-        if unsaved:
+        if save_failed:
             run.saver.wait()  # raises the error of the failed save
         skipped = skipped + 1 if broken else 0
         progress.step(step, loss, norm, skipped=broken)

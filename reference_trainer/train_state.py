@@ -45,7 +45,7 @@ class TrainState:
     schedule: LRScheduler
     spectra: relora.UpdateSpectra | None
 
-    def follow_(self) -> None:
+    def keep_updates_(self) -> None:
         """Keep the updates that a restart is about to merge, where their spectra are followed."""
         if self.spectra is not None:
             self.spectra.keep_()

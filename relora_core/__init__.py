@@ -9,10 +9,10 @@ from relora_core.files.adapters import load_adapters, save_adapters
 from relora_core.files.weights import base_state_dict, merged_state_dict, save_merged
 from relora_core.low_rank.parametrization import LowRank
 from relora_core.low_rank.register import is_low_rank, register_low_rank, remove_low_rank
-from relora_core.optim.layouts import declare_moments
 from relora_core.optim.optimizer import ResettableOptimizer
 from relora_core.optim.pruning import magnitude_prune_, random_prune_
 from relora_core.optim.reset import ResetReport, reset_optimizer_
+from relora_core.optim.state_layouts import declare_moments
 from relora_core.restart import RestartReport, restart_
 from relora_core.schedule import JaggedCosine, JaggedLR, Restarts
 from relora_core.sites.bases import split_bases_

@@ -89,7 +89,7 @@ class Restarts:
         return min(up, down)
 
     def ramp_end(self, step: int) -> int:
-        """Return the full-rate end of the ramp that `step` is in; `step` outside ramps."""
+        """Return where the ramp around `step` reaches the full rate; outside ramps, `step`."""
         since, left = self._around(step)
         if since is not None and since < self.warmup:
             return step - since + self.warmup

@@ -15,9 +15,9 @@ def computation(
 ) -> dict[str, tuple[float, float, float]]:
     """Return for each GPU the seconds of a step of one, two and three micro-steps.
 
-    It is what kernels take at the ceilings, `bench roofline`'s, blocks and loss compiled: at least
-    what a GPU takes. Each further micro-step adds what the third one does, and each further block
-    the same.
+    The seconds are what the kernels take at the ceilings of `bench roofline`, with blocks and loss
+    compiled; a GPU takes at least as long. Each further micro-step adds what the third one does,
+    and each further block adds the same.
 
     Args:
         step: of one micro-step's sequences.
@@ -52,7 +52,7 @@ def computation(
 
 
 def of_micro_steps(taken: Sequence[float], micro_steps: int) -> float:
-    """Return the seconds of a step of so many micro-steps, of what `computation` returned.
+    """Return the seconds of a step of `micro_steps` micro-steps, from what `computation` returned.
 
     Examples:
         >>> of_micro_steps((3.0, 5.0, 6.0), 5)

@@ -53,7 +53,7 @@ def add_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what is timed."""
+    """Add the options of timing."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: auto)")
     few = f"timed rounds (default: {results.FEWEST}; with fewer there are no ratios)"
@@ -62,7 +62,7 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_files(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options of what is written."""
+    """Add the options for the files to write."""
     add = parser.add_argument
     add("--out", type=Path, help=f"JSON lines to write (default: runs/bench/{default}.jsonl)")
     add("--picture", type=Path, help="PNG to write (default: beside --out)")

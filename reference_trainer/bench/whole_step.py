@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 import relora_core as relora
-from reference_trainer.activations import checkpointed
+from reference_trainer.activation_checkpointing import checkpointed
 from reference_trainer.bench.arms import ARMS
 from reference_trainer.bench.kernels import Kernel, repeated
 from reference_trainer.bench.launched import Launched, compiling

@@ -56,7 +56,8 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
         else:
             return found, troubles
     if damaged:
-        raise UserError("; ".join(troubles))
+        fix = "restore one of them, or begin again under another --name"
+        raise UserError(f"{'; '.join(troubles)}: {fix}")
     return None, troubles
 
 

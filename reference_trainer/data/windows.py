@@ -14,7 +14,10 @@ from reference_trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `length + 1` tokens of a split; each begins at the last token of the one before.
+    """Windows of `length + 1` tokens of a split.
+
+    In a shard, each begins at the last token of the one before; tokens that fill no window are left
+    out.
 
     Args:
         shards: the split's memory-mapped tokens.

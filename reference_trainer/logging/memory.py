@@ -13,7 +13,7 @@ _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """The peak memory since this object was made: allocated on the GPU, or resident on the host.
 
-    Where /proc cannot reset the peak (macOS, some sandboxes), it is that of the process's life.
+    Where /proc cannot reset it (macOS, some sandboxes), it is the peak since the process began.
 
     Args:
         device: the device that the process computes on.

@@ -10,6 +10,8 @@ from reference_trainer.errors import UserError
 from reference_trainer.files import write_whole
 from reference_trainer.logging.records import Record
 
+_FIX = "restore the file, or delete this line and all after it"
+
 
 class Metrics:
     """The writer of `metrics.jsonl`; only the first process writes.
@@ -96,10 +98,10 @@ def read(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is damaged: {error}") from None
+            raise UserError(f"{path}:{number} is damaged ({error}): {_FIX}") from None
         crc = record.pop("crc32", None) if isinstance(record, dict) else None
         if crc is None or line != _line(record):
-            raise UserError(f"{path}:{number} is damaged: it is not as a run wrote it")
+            raise UserError(f"{path}:{number} is damaged (not as a run wrote it): {_FIX}")
         records.append(record)
     return records
 

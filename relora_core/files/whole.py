@@ -62,7 +62,10 @@ def refuse_irregular(file: Path) -> None:
     if not file.exists():
         raise FileNotFoundError(f"{file} is absent")
     if not file.is_file():
-        raise ValueError(f"{file} must be a regular file: it is a directory, a device or a pipe")
+        raise ValueError(
+            f"{file} must be a regular file; it is a directory, a device, a pipe or a socket: give "
+            "another path"
+        )
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:

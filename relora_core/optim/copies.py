@@ -46,9 +46,9 @@ def refuse_copies(optimizers: Iterable[Optimizer], params: Iterable[nn.Parameter
             found = sought.copies([t for t in found if id(t) not in owned])
         if found:
             raise ValueError(
-                f"{place} holds tensors of the parameters' shapes ({tuple(found[0].shape)}), such "
-                "as slow or averaged copies: a redraw would not reach them, and steps would go "
-                "back to the old parameters. Keep them in `state` and declare them by "
+                f"{place} holds what looks like copies of the parameters (a tensor of shape "
+                f"{tuple(found[0].shape)}): a redraw would not reach them, and the next step would "
+                "bring the old parameters back. Keep them in `state` and declare them by "
                 "relora_core.declare_moments(copies=...), or leave the wrapper out; tensors that "
                 "no step reads can be kept where no optimizer refers to them"
             )

@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from relora_core.distributed.local import local
 from relora_core.optim.copies import refuse_copies
-from relora_core.optim.layouts import (
+from relora_core.optim.pruning import check_prunable, zero_where_
+from relora_core.optim.quantized import QuantizedMoment, TableMoment, is_quantized
+from relora_core.optim.state_layouts import (
     StateLayout,
     copies_beside,
     copies_of_wrappers,
@@ -18,8 +20,6 @@ from relora_core.optim.layouts import (
     layout_of,
     refuse_unfit,
 )
-from relora_core.optim.pruning import check_prunable, zero_where_
-from relora_core.optim.quantized import QuantizedMoment, TableMoment, is_quantized
 
 
 class Moment(Protocol):

@@ -130,7 +130,7 @@ def plan_reset(
 ) -> list[ParameterState]:
     """Return the states that a reset will change, or raise what `reset_optimizer_` raises.
 
-    This neither communicates nor reads any values; `refuse_nan` checks those.
+    It reads no values and does not communicate, so it does not look for NaN; `refuse_nan` does.
     """
     states = find_states(optimizer, params)
     for state in states:

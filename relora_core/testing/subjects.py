@@ -16,10 +16,10 @@ class PropertyError(AssertionError):
 
 @runtime_checkable
 class LowRankSite(Protocol):
-    """One weight W + s B A: what a site of this library is, and what your own layer may be.
+    """A low-rank site, one weight W + s B A: this library's, or a layer of your own.
 
-    A module that has these attributes is found by itself. For one that calls them otherwise,
-    write a class with them and give `sites=`.
+    `find_sites` finds a module that has these attributes. For one with other names, write an
+    adapter class and pass it by `sites=`.
 
     `weight` is W, `(out, ...)`; `lora_A` is A, `(rank, in)`, `in` being the product of W's other
     dimensions; `lora_B` is B, `(out, rank)`; `scale` is s. All three tensors are Parameters of the
@@ -94,7 +94,7 @@ def scale_of(site: LowRankSite) -> float:
 
 
 def exact_weight(site: LowRankSite) -> Tensor:
-    """Return a copy of W in float64; of a W in two halves the value of both."""
+    """Return a float64 copy of W; of a split W, the value of both halves together."""
     W = site.exact() if isinstance(site, Site) else site.weight
     return W.detach().to(torch.float64, copy=True)
 

@@ -70,7 +70,7 @@ def other_model(rank, world_size):
     one, two = (shared(world_size, "ddp") for _ in range(2))
     relora.reinit_(two[0])
     model, optimizer = one if rank == 0 else two
-    with pytest.raises(RuntimeError, match=r"rank 0 calls .* but rank 1 calls"):
+    with pytest.raises(RuntimeError, match=r"process rank 0 calls .* but process rank 1 calls"):
         relora.restart_(model, optimizer, timeout=LONG)
     return {"number": torch.tensor([number(one[0]), number(two[0])])}
 

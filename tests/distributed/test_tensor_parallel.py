@@ -142,7 +142,7 @@ def refusals(rank, world_size):
     with pytest.raises(ValueError, match=r"embed: .* split by rows"):
         relora.add_low_rank_(by_rows, "embed", rank=2)
     model = parallelize_module(Net(), mesh, plan())
-    with pytest.raises(ValueError, match=r"drop other entries .* got dropout=0.1"):
+    with pytest.raises(ValueError, match=r"drop different entries .* got dropout=0.1"):
         relora.add_low_rank_(model, "up", rank=2, dropout=0.1)
     assert not list(relora.low_rank_sites(model))
     sited(model)

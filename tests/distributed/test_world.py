@@ -52,7 +52,7 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="CUDA device 1, and torch sees 1: start one for each"):
+    with pytest.raises(UserError, match="CUDA device 1, but torch sees 1 devices"):
         choose_device(ParallelConfig())
     assert choose_device(ParallelConfig(device="cpu")).type == "cpu"
 

@@ -42,3 +42,5 @@ def test_the_suite_notices(patch, tmp_path):
     )
     assert run.returncode == 1, run.stdout[-3000:]
     assert "failed" in run.stdout
+    crashed = re.search(r"^E +(NameError|SyntaxError|ImportError)", run.stdout, re.M)
+    assert not crashed, run.stdout[-3000:]  # a breakage breaks a rule, and runs

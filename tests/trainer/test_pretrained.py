@@ -113,7 +113,7 @@ WRONG = {
     "many layers": (change(num_hidden_layers=10**9), "layers must lie in 1 .. 4096"),
     "a small vocabulary": (
         change(vocab_size=100),
-        "has 256 ids and model.weights 100",
+        "has 256 ids, but model.weights has 100",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     "pickled weights": (pickled, "pickled weights are not loaded"),
@@ -122,7 +122,10 @@ WRONG = {
         weights(lambda t: t.update(bias=t[NORM].clone())),
         "this Llama does not have: .'bias'",
     ),
-    "integers": (weights(lambda t: t.update({NORM: t[NORM].int()})), f"{NORM} of .* is I32"),
+    "integers": (
+        weights(lambda t: t.update({NORM: t[NORM].int()})),
+        f"{NORM} of .* must be one of .*; got I32",
+    ),
     "not finite": (weights(lambda t: t[NORM].fill_(torch.nan)), f"{NORM} of .* not finite"),
     "another shape": (weights(lambda t: t.update({NORM: t[NORM][1:].clone()})), "shape .31,."),
     "a file elsewhere": (shards(x="../../secrets.safetensors"), "is not a file beside it"),

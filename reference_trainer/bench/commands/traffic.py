@@ -42,7 +42,7 @@ def steps_of(arguments: argparse.Namespace, kind: str) -> tuple[list[Step], int]
     shape = options.shape_of(arguments)
     count = world_size() if world_size() > 1 else arguments.processes
     if count < 2:
-        raise UserError(f"bench {kind} needs 2 processes or more; got {count}")
+        raise UserError(f"bench {kind} needs 2 processes or more; got {count}: give --processes")
     if count > arguments.node and count % arguments.node:
         raise UserError(
             f"{count} processes are no whole number of nodes of {arguments.node}: give --node"

@@ -143,11 +143,12 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
             found = int(torch.linalg.matrix_rank(change, rtol=1e-6).max())
             if found > k * rank:
                 raise PropertyError(
-                    f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}"
+                    f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}, "
+                    f"where {k * rank} is the most: a merge must add s B A and nothing else"
                 )
             if k > 1 and found <= before < most:
                 raise PropertyError(
                     f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}, "
-                    f"and by {before} after one less: A must be drawn anew"
+                    f"and by rank {before} after {k - 1}: A must be drawn anew"
                 )
             before = found

@@ -59,7 +59,9 @@ def assert_reset_leaves_the_rest(
     reset(optimizer, params[:1], ratio)
     for p, q in zip(params, same, strict=True):
         if not torch.equal(p, q):
-            raise PropertyError("a reset changed a Parameter: it is of the optimizer's state")
+            raise PropertyError(
+                "a reset must change the optimizer's state only; it changed a Parameter"
+            )
     for p, q in zip(params[1:], same[1:], strict=True):
         if not equal(states_of(optimizer, p), states_of(twin, q)):
             raise PropertyError("a reset changed the state of a Parameter that was not given")
@@ -70,7 +72,7 @@ def assert_reset_leaves_the_rest(
     case.step_(optimizer, params, case.steps)
     case.step_(twin, same, case.steps)
     if not all(torch.equal(p, q) for p, q in zip(params[1:], same[1:], strict=True)):
-        raise PropertyError("after a reset, a step moved the other Parameters otherwise")
+        raise PropertyError("a reset changed the next step of the other Parameters")
 
 
 def assert_next_step_is_bounded(

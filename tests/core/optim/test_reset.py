@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import relora_core as relora
-from relora_core.optim import layouts as state_layouts
+from relora_core.optim import state_layouts
 from tests.core.optim.optimizers import ADAM, Row, raw, stepped
 from tests.reference import dropped
 

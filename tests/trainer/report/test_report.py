@@ -133,7 +133,7 @@ def test_every_value_of_a_record_is_documented(runs):
     for record in read(runs / "first-run/metrics.jsonl"):
         written.setdefault(record["event"], set()).update(record.keys() - {"event", "step"})
     assert set(written) == {"start", "step", "evaluation", "restart", "end"}
-    assert documented.keys() == written.keys() | {"skipped", "spike"}
+    assert documented.keys() == written.keys() | {"skipped", "spike", "compiled"}
     for event, names in written.items():
         assert documented[event] == names
 

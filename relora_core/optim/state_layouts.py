@@ -110,7 +110,7 @@ def declare_moments(
     """Declare what the state of an optimizer class consists of, so that it can be reset.
 
     Shape alone does not identify a moment: a reset of all state of the parameter's shape would wipe
-    ASGD's averaged weights, Rprop's step sizes and the uint8 codes of 8-bit optimizers, whose code
+    averages of the weights, Rprop's step sizes and the uint8 codes of 8-bit optimizers, whose code
     0 is not zero.
 
     Args:
@@ -142,7 +142,7 @@ def declare_moments(
 
 
 def refuse_unfit(optimizer: Optimizer) -> None:
-    """Raise a ValueError with the reason if resets of this class are meaningless."""
+    """Raise ValueError, with the reason, if optimizers of this class cannot be reset."""
     for cls in type(optimizer).__mro__:
         if cls in _declared or cls in TORCH:
             return

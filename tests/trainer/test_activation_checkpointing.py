@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
 )
 
 import relora_core as relora
-from reference_trainer.activations import checkpointed
+from reference_trainer.activation_checkpointing import checkpointed
 from reference_trainer.config import CHECKPOINTING
 from reference_trainer.model.llama import Block, LlamaShape, rotary_table
 
