@@ -1,4 +1,4 @@
-"""The paper's comparison at sizes for a CPU: the trials of a plan that are not on file yet.
+"""The command that runs the trials of a plan that have no record yet, at sizes for a CPU.
 
 python docs/run_study.py --model 1m --plan tune
 """
@@ -28,21 +28,22 @@ from reference_trainer.logging.console import open_terminal
 
 EXAMPLES = """examples:
   python docs/run_study.py --model 1m --plan tune
-      learning rates for every arm of the paper, on this Python's standard library, until each
-      one's best lies between two that are worse
+      tune the learning rate of every arm until its best rate lies between two worse ones; the
+      training text is the source of this Python's standard library
   python docs/run_study.py --model 1m --plan arms
-      full rank, LoRA, LoRA and ReLoRA after a warm start, at their best rates, from three seeds
+      run full rank, LoRA, and LoRA and ReLoRA after a warm start, at their best rates, with three
+      seeds each
   python docs/run_study.py --model 1m --plan sweeps --dry-run
-      the list of those trials
+      list the trials of this plan
   python docs/run_study.py --model 1m --show
-      tables and a picture of the trials that are on file
+      print tables and draw a figure of the recorded trials
 
-A trial that is in the file is not run again, and one that was interrupted goes on.
+A trial with a record is not run again, and an interrupted trial is resumed.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code: 2 for something given that is wrong."""
+    """Run the program and return its exit code: 0, or 2 if an option or a file is invalid."""
     given = _parser().parse_args(arguments)
     open_terminal(logging.WARNING if given.quiet else logging.INFO)
     try:
@@ -55,21 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Compare the paper's methods, by the trainer's own loop.",
+        description="Compare the paper's methods with the trainer's own loop.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", default="1m", choices=SCALES, help="model shape (default: 1m)")
     add("--plan", default="tune", choices=PLANS, help="plan of trials (default: tune)")
-    add("--threads", type=int, default=1, help="threads of the computation (default: 1)")
-    add("--eager", action="store_true", help="do not compile (where there is no C++ compiler)")
+    add("--threads", type=int, default=1, help="number of CPU threads (default: 1)")
+    add("--eager", action="store_true", help="do not compile steps; needs no C++ compiler")
     add("--runs", type=Path, default=Path("runs/study"), help="directory of all trials' runs")
     add("--data", type=Path, help="prepared bytes, written if absent (default: RUNS/data)")
-    add("--out", type=Path, help="JSON lines to add to (default: RUNS/MODEL.jsonl)")
+    add("--out", type=Path, help="JSON Lines file to append to (default: RUNS/MODEL.jsonl)")
     add("--dry-run", action="store_true", help="list the trials and stop")
-    add("--show", action="store_true", help="print and draw the recorded trials and stop")
-    add("--quiet", action="store_true", help="no progress: results, warnings and errors only")
+    add("--show", action="store_true", help="print tables, draw a figure of recorded trials, stop")
+    add("--quiet", action="store_true", help="show only results, warnings and errors")
     return parser
 
 
@@ -81,7 +82,7 @@ def _run(given: argparse.Namespace) -> None:
     records = read(out)
     if given.show:
         if not records:
-            raise UserError(f"{out} holds no trial to show: run a plan first")
+            raise UserError(f"{out} must hold a trial to show; got none: run a plan first")
         print(tables.rates(records), end="\n\n")
         print(tables.outcomes(records, tables.by_arm(records), None), end="\n\n")
         print(tables.spectra(records), end="\n\n")
@@ -92,10 +93,10 @@ def _run(given: argparse.Namespace) -> None:
     if given.dry_run:
         for t in todo:
             print(f"{t.model}, seed {t.seed}, {t.steps} steps: {t.arm}")
-        print(f"trials of {given.plan} that can be planned now: {len(todo)} of them to run")
+        print(f"{len(todo)} trials of {given.plan} can be planned now and remain to run")
         return
     if not given.eager and shutil.which("c++") is None and shutil.which("g++") is None:
-        raise UserError("no C++ compiler is found to compile steps with: give --eager")
+        raise UserError("compiled steps need a C++ compiler; found none: give --eager")
     data = _prepared(given.data or given.runs / "data")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and (text := out.read_text(encoding="utf-8")) != whole(text):
@@ -122,7 +123,7 @@ def _prepared(directory: Path) -> Path:
         with fresh_directory(directory) as made:
             prepare(DataConfig(), made)
     if read_index(directory).vocab_size != 256:
-        raise UserError(f"{directory} is not of bytes: prepare it without a tokenizer")
+        raise UserError(f"{directory} must hold bytes: prepare it without a tokenizer")
     return directory
 
 

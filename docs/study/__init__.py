@@ -1,1 +1,1 @@
-"""The paper's comparison at sizes for a CPU, by the trainer's own loop."""
+"""The paper's comparison at sizes that suit a CPU, run with the trainer's own loop."""

@@ -1,4 +1,4 @@
-"""The picture of a study: losses, the rank of every matrix, and the spectra of what was learned."""
+"""The figure of a study: losses, ranks of all matrices, and spectra of the learned changes."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ _COLORS = {FULL: "black", PLAIN: "#969696", LORA: "#08519c", RELORA: "#d94801"}
 
 
 def draw(sizes: Sequence[Sequence[Record]], picture: Path) -> None:
-    """Draw the arms of each size in a row.
+    """Draw one row of plots for each model size.
 
     Args:
-        sizes: the records of each.
-        picture: the PNG to write.
+        sizes: records of each size.
+        picture: PNG file to write.
     """
     figure = Figure(figsize=(12, 3.6 * len(sizes)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,7 +64,7 @@ def _draw_loss(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _draw_rank(axes: Axes, records: Sequence[Record]) -> None:
-    """Draw rank(W_k - W_0) of every matrix; where lines coincide, how many is written."""
+    """Draw rank(W_k - W_0) of every matrix; labels count the lines that coincide."""
     trials = [t for t in by_arm(records).get(RELORA, []) if not t["diverged"]]
     found = [ranks for trial in trials for ranks in trial["ranks"].values()]
     axes.set_title("rank of W_k - W_0, every matrix of every seed", loc="left", fontsize=9)
@@ -113,7 +113,7 @@ def _draw_spectrum(axes: Axes, records: Sequence[Record]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title("singular values of W - W_0 at the end (quartiles)", loc="left", fontsize=9)
-    axes.set_xlabel("place")
+    axes.set_xlabel("index of the singular value")
     _legend(axes)
 
 

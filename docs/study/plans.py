@@ -1,4 +1,4 @@
-"""The trials of each question, with every arm's learning rate tuned by the same budget."""
+"""The plans of a study: its trials, with every arm's learning rate tuned by the same rule."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,18 +8,18 @@ from reference_trainer.errors import UserError
 from study.trial import FULL, LORA, PLAIN, RELORA, Arm, Trial
 
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATE, MULTIPLE = 1e-3, 4.0  # where the search for the best ones begins
+RATE, MULTIPLE = 1e-3, 4.0  # where the search for the best rates begins
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is.
+    """The size of a study.
 
     Args:
-        model: a preset.
-        rank: at most a 48th of its width.
-        steps: of every trial.
-        cycles: of ReLoRA's.
+        model: preset of the model's shape.
+        rank: rank of the sites, at most 1/48 of the model's width.
+        steps: number of steps in every trial.
+        cycles: number of cycles in ReLoRA's trials.
     """
 
     model: str
@@ -32,10 +32,11 @@ SCALES = {scale.model: scale for scale in (Scale("1m", rank=2), Scale("2m", rank
 
 
 def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return learning rates of full rank, then of each other arm those of its factors.
+    """Return the trials that tune full rank's learning rate, then each arm's factor rate.
 
-    Of every arm alike: one and its double, then on in the better one's direction, until the best
-    lies between two that are worse. A trial depends on the results of those before it.
+    The search is the same for every arm. It tries a rate and its double, then continues in the
+    direction of the better one until the best rate lies between two worse rates. Later trials
+    depend on the results of earlier ones.
     """
     trials = _search(scale, records, Arm(FULL, RATE), "lr")
     if left(trials, records):
@@ -48,14 +49,14 @@ def tune(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
 
 
 def arms(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return the four arms of the paper from every seed."""
+    """Return the trials of the paper's four arms, for every seed."""
     chosen = [*_tuned(scale)[1:], Arm(FULL, 0.0), _tuned(scale)[0]]
     best = [_at_its_best(scale, records, arm) for arm in chosen]
     return [_trial(scale, arm, seed) for seed in SEEDS for arm in best]
 
 
 def ablation(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return LoRA without warm start, with one more of ReLoRA's other components at a time."""
+    """Return trials of LoRA without a warm start that add ReLoRA's components one at a time."""
     lora = _at_its_best(scale, records, _tuned(scale)[0])
     restarts = replace(lora, cycles=scale.cycles)
     chosen = [
@@ -67,9 +68,9 @@ def ablation(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
 
 
 def sweeps(scale: Scale, records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return ReLoRA with other prune ratios, periods and ranks, beside LoRA of those ranks.
+    """Return trials of ReLoRA with other prune ratios, cycles and ranks, and LoRA of these ranks.
 
-    From one seed: arms are compared within it, where they differ less than between seeds.
+    All trials use one seed, because arms compare more precisely within a seed than between seeds.
     """
     _, lora, relora = (_at_its_best(scale, records, arm) for arm in _tuned(scale))
     chosen = [
@@ -92,7 +93,7 @@ PLANS: dict[str, Plan] = {"tune": tune, "arms": arms, "ablation": ablation, "swe
 
 
 def left(trials: Sequence[Trial], records: Sequence[dict[str, Any]]) -> list[Trial]:
-    """Return the trials that no record is of."""
+    """Return the trials that have no record yet."""
     return [trial for trial in trials if not any(map(trial.is_of, records))]
 
 
@@ -100,11 +101,11 @@ def best(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
     """Return the tuning trial of the arm with the lowest held-out loss at the end.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no trial has tuned the arm.
     """
     found = [r for r in records if r["arm"] == arm and r["seed"] == TUNING_SEED]
     if not found:
-        raise UserError(f"no trial has tuned {arm!r}: run the plan 'tune' first, into this file")
+        raise UserError(f"no trial has tuned {arm!r}: run the plan 'tune' first, to this file")
     return min(found, key=_end)
 
 
@@ -113,7 +114,7 @@ def _end(record: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _search(scale: Scale, records: Sequence[dict[str, Any]], first: Arm, name: str) -> list[Trial]:
-    """Return the arm with its rate of this name, doubled and halved until the best is between."""
+    """Return trials with rate `name` doubled or halved until the best rate is between others."""
     rates = [getattr(first, name), 2 * getattr(first, name)]
     while True:
         trials = [

@@ -1,4 +1,4 @@
-"""The records of a study: JSON lines, a trial each."""
+"""The records of a study: a JSON Lines file with one trial per line."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 from reference_trainer.errors import UserError, one_line
 
-_BEGINNING = '{"event": "trial"'  # of every line
+_BEGINNING = '{"event": "trial"'  # the beginning of every line
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Return the records of a file; none if it is absent. One that was cut short is left out.
+    """Return the records of a file, without a truncated last line; none if the file is absent.
 
     Raises:
-        UserError: if it holds anything else.
+        UserError: if the file cannot be read or holds anything but trials.
     """
     if not file.exists():
         return []
@@ -28,7 +28,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def whole(text: str) -> str:
-    """Return lines that another can follow: without a last one that is part of a trial."""
+    """Return the text ready for another line: without a truncated last trial."""
     before, end, last = text.rpartition("\n")
     cut = _BEGINNING.startswith(last[: len(_BEGINNING)]) and not last.endswith("}")
     return before + end if cut else f"{text}\n"

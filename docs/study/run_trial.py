@@ -1,4 +1,4 @@
-"""One trial: a run of the trainer, and its record."""
+"""The run of one trial by the trainer, and its record."""
 
 import json
 from collections.abc import Mapping
@@ -24,25 +24,27 @@ from relora_core import Spectrum
 from study.trial import Trial
 
 WARMUP = 100  # steps of the cosine's warm-up
-EVALUATIONS, WINDOWS = 24, 256  # of a trial; of an evaluation
+EVALUATIONS, WINDOWS = 24, 256  # evaluations in a trial; windows in an evaluation
 
 
 def run_trial(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> dict[str, Any]:
-    """Train a trial, or go on with it where it was interrupted, and return its record.
+    """Train a trial, or resume it if it was interrupted, and return its record.
 
-    The record has the trial's key and
+    The record has the trial's key and these entries:
 
-    - `curve`: [step, held-out loss, mean training loss since the point before], in nats a token;
-    - `diverged`: whether ten steps in a row had no finite loss and gradient;
-    - `flops`: of all steps; `seconds_a_step`: medians, of the warm start's steps and of the rest;
-    - `ranks`: of W - W_0 after each cycle, and `spectra`: its singular values at the end, by
-      matrix. W_0 is W at the end of the warm start.
+    - `curve`: points [step, held-out loss, mean training loss since the previous point], in nats
+      per token.
+    - `diverged`: whether ten steps in a row had a loss or gradient that was not finite.
+    - `flops`: floating-point operations of all steps.
+    - `seconds_a_step`: median seconds per step, in the warm start and after it.
+    - `ranks`: rank of W - W_0 after each cycle, by matrix. W_0 is W at the end of the warm start.
+    - `spectra`: singular values of W - W_0 at the end, by matrix.
 
     Args:
-        trial: the arm, its size and its seed.
-        data: a directory of prepared bytes.
-        runs: the directory of all trials' runs.
-        compiled: whether steps are compiled, which needs a C++ compiler.
+        trial: trial to run.
+        data: directory of prepared bytes.
+        runs: directory of all trials' runs.
+        compiled: whether to compile steps, which needs a C++ compiler.
     """
     config = config_of(trial, data, runs, compiled=compiled)
     try:
@@ -72,8 +74,9 @@ def run_trial(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> dict[s
 def config_of(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> Config:
     """Return the trainer's options for a trial.
 
-    An arm without a reset zeroes the one smallest moment of each factor, and one whose learning
-    rate does not fall again has a single step at a rate of 0: the least that the trainer does.
+    The trainer has no option for two arms, which therefore use its smallest values. An arm without
+    a reset zeroes one entry, the smallest, of each factor's moments. An arm without a ramp takes a
+    single step with a learning rate of 0.
     """
     arm, every = trial.arm, max(1, trial.steps // EVALUATIONS)
     key = blake2b(json.dumps(trial.key()).encode(), digest_size=6).hexdigest()
@@ -136,7 +139,7 @@ def _spectra(trial: Trial, config: Config, records: list[Record]) -> dict[str, l
 
 
 def _weights(checkpoint: Path) -> Mapping[str, Tensor]:
-    """Return the matrices of a checkpoint of one process that other arms have as sites."""
+    """Return the matrices in a one-process checkpoint that are sites in the other arms."""
     (file,) = checkpoint.glob("shard-*.safetensors")
     tensors = load_file(file)
     kinds = (".self_attn.", ".mlp.")

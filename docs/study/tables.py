@@ -1,4 +1,4 @@
-"""Markdown tables of a study's trials."""
+"""The Markdown tables of a study."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step after the warm start costs, of one in full rank.
+    """The cost of a step after the warm start, relative to a full-rank step.
 
     Args:
-        operations: share of the floating-point operations; None if full rank was not run.
-        time: share of the time, measured interleaved; None if it was not.
+        operations: ratio of floating-point operations; None if full rank was not run.
+        time: ratio of times, measured in alternation; None if it was not measured.
     """
 
     operations: float | None
@@ -30,7 +30,7 @@ class Cost:
 
 
 def rates(records: Iterable[Record]) -> str:
-    """Return the table of tuning trials: each arm's held-out loss by its rate, the best in bold."""
+    """Return the table of tuning trials: each arm's held-out loss by rate, the lowest in bold."""
     found: dict[str, list[Record]] = {}
     for record in records:
         if record["seed"] == TUNING_SEED:
@@ -45,21 +45,22 @@ def rates(records: Iterable[Record]) -> str:
             of = f"{trial['lr']:g}"
             shown.append(f"{of}: {loss}" if rate == "lr" else f"{trial[rate]:g} x {of}: {loss}")
         rows.append([arm, ", ".join(shown)])
-    return markdown.table(["arm", "held-out loss, by its rate"], rows)
+    return markdown.table(["arm", "held-out loss by learning rate"], rows)
 
 
 def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None) -> str:
-    """Return the table of some arms: loss at the end over seeds, and what each costs.
+    """Return the table of some arms: the final loss over seeds, and the cost of each arm.
 
     Args:
-        records: of one size.
-        names: of the arms to show; those without a trial are left out.
-        time: of a step with low-rank sites, of one in full rank, if it was measured.
+        records: records of one model size.
+        names: names of the arms to show; arms without a trial are left out.
+        time: ratio of the time of a step with low-rank sites to a full-rank step; None if it was
+            not measured.
     """
     arms = by_arm(records)
     target = _ends(arms.get(LORA, []))
     header = ["arm", "held-out loss: mean ± deviation (lowest to highest)", "seeds"]
-    header += [f"less {LORA} from the same seed", "operations", "time", "of these until its loss"]
+    header += [f"difference from {LORA}, same seed", "operations", "time", "both until its loss"]
     rows = []
     for name, trials in arms.items():
         if name not in names:
@@ -84,7 +85,7 @@ def outcomes(records: Sequence[Record], names: Iterable[str], time: float | None
 
 
 def spectra(records: Sequence[Record]) -> str:
-    """Return the table of the change since the warm start: its ranks, medians over matrices."""
+    """Return the table of ranks of the change since the warm start, as medians over matrices."""
     rows = []
     for name, trials in by_arm(records).items():
         found = [spectrum for trial in trials for spectrum in spectra_of(trial)]
@@ -97,12 +98,12 @@ def spectra(records: Sequence[Record]) -> str:
         seeds = len(found) // matrices
         over = f"{matrices} matrices, {seeds} seed{'s' if seeds > 1 else ''}"
         rows.append([name, f"{ranks:g}", f"{effective:.1f}", f"{stable:.1f}", over])
-    header = ["arm", "rank", "effective rank", "stable rank", "each a median over"]
+    header = ["arm", "rank", "effective rank", "stable rank", "medians over"]
     return markdown.table(header, rows)
 
 
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the trials of every arm, but for those that tuned it."""
+    """Return the trials of every arm, except tuning trials."""
     found: dict[str, list[Record]] = {}
     for record in records:
         if record["seed"] != TUNING_SEED:
@@ -129,7 +130,7 @@ def _deviation(values: Sequence[float]) -> str:
 
 
 def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
-    """Return the mean of the differences of trials from the same seed, and their deviation."""
+    """Return the mean and deviation of the differences between trials with the same seed."""
     of_seed = {trial["seed"]: _end(trial) for trial in others if not trial["diverged"]}
     compared = [t for t in trials if t["seed"] in of_seed and not t["diverged"]]
     found = [_end(trial) - of_seed[trial["seed"]] for trial in compared]
@@ -139,7 +140,7 @@ def _apart(trials: Sequence[Record], others: Sequence[Record]) -> str:
 
 
 def _operations(trial: Record, records: Iterable[Record]) -> float | None:
-    """Return a step's operations after the warm start, of one's in full rank."""
+    """Return the operations of a step after the warm start, relative to a full-rank step."""
     whole = (r for r in records if r["arm"] == FULL and not r["diverged"])
     full = next((r["flops"] / r["steps"] for r in whole), None)
     warm = round(trial["warm_start"] * trial["steps"])
@@ -160,7 +161,7 @@ def _until(trial: Record, reached: Sequence[float | None], cost: Cost) -> str:
 
 
 def _share(trial: Record, ratio: float | None, step: float | None = None) -> str:
-    """Return the cost of a trial up to a step, of that of all steps in full rank."""
+    """Return the cost of a trial up to a step, relative to all its steps at full rank."""
     if ratio is None:
         return "-"
     warm, step = round(trial["warm_start"] * trial["steps"]), step or trial["steps"]
@@ -169,7 +170,7 @@ def _share(trial: Record, ratio: float | None, step: float | None = None) -> str
 
 
 def _reached(trial: Record, loss: float) -> float | None:
-    """Return the step at which the held-out loss falls to `loss`, between evaluations."""
+    """Return the step at which the held-out loss falls to `loss`, interpolated; None if never."""
     points = [(step, held_out) for step, held_out, _ in trial["curve"]]
     for (before, high), (step, low) in pairwise(points):
         if low <= loss < high:

@@ -12,18 +12,18 @@ FULL, PLAIN, LORA, RELORA = "full rank", "LoRA", "LoRA + warm start", "ReLoRA + 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train.
+    """A training method with its options.
 
     Args:
-        name: as a table shows it.
-        lr: the peak learning rate of everything but the factors.
-        warm_start: the share of the steps before there are sites.
-        rank: of every site after that; 0: it goes on in full rank.
-        cycles: into how many the steps after the warm start are cut; 1: plain LoRA.
-        lr_multiple: the factors' learning rate, times `lr`.
-        prune_ratio: of the factors' moments at a restart; None: they are not reset.
-        rewarm: the share of a cycle over which the learning rate rises again after a restart; 0:
-            it does not fall (and rises only once, after the warm start).
+        name: name in tables.
+        lr: peak learning rate of all parameters except the factors.
+        warm_start: share of the steps that are trained at full rank, before there are sites.
+        rank: rank of every site after the warm start; 0 to continue at full rank.
+        cycles: number of cycles after the warm start; 1 is plain LoRA.
+        lr_multiple: learning rate of the factors, as a multiple of `lr`.
+        prune_ratio: prune ratio of the factors' moments at a restart; None for no reset.
+        rewarm: length of the ramp after a restart, as a share of a cycle; 0 for no ramp, except
+            after the warm start.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """An arm, at a size, from a seed.
+    """A training of one arm, at one model size, from one seed.
 
     Args:
-        model: a preset of the trainer's, with a vocabulary of bytes.
-        arm: how it is trained.
-        seed: of weights, factors and the order of the text.
-        steps: of the optimizer.
-        sequences: a step.
-        length: tokens of each.
+        model: preset of the trainer; the vocabulary is bytes.
+        arm: training method.
+        seed: seed of the weights, the factors and the order of the text.
+        steps: number of optimizer steps.
+        sequences: number of sequences in a step.
+        length: number of tokens in a sequence.
     """
 
     model: str
@@ -58,28 +58,28 @@ class Trial:
 
     @property
     def shape(self) -> LlamaShape:
-        """The model's numbers."""
+        """The shape of the model."""
         return preset(self.model, vocab_size=VOCAB)
 
     @property
     def warm_steps(self) -> int:
-        """Steps of full rank."""
+        """The number of steps at full rank."""
         return round(self.arm.warm_start * self.steps)
 
     @property
     def period(self) -> int:
-        """Steps from one restart to the next; the last cycle may be shorter."""
+        """The number of steps in a cycle; the last cycle may be shorter."""
         return -(-(self.steps - self.warm_steps) // self.arm.cycles)
 
     def of_full_rank(self) -> "Trial":
-        """Return the trial of full rank that this one begins as."""
+        """Return the full-rank trial with the same learning rate and warm start."""
         return replace(self, arm=Arm(FULL, self.arm.lr, self.arm.warm_start))
 
     def key(self) -> dict[str, Any]:
-        """Return what tells this trial from another, as JSON values."""
+        """Return the values that identify this trial, as JSON values."""
         arm = asdict(self.arm)
         return {**asdict(self), "arm": arm.pop("name"), **arm}
 
     def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's."""
+        """Whether a record belongs to this trial."""
         return all(record[name] == value for name, value in self.key().items())

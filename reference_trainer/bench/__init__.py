@@ -1,1 +1,1 @@
-"""Measures what a user would pick instead, against it, in one run."""
+"""Benchmarks of this library against the alternatives that a user could choose."""

@@ -1,4 +1,4 @@
-"""The arms of a benchmark: ways to train a module, each changing its matrices in place."""
+"""The arms of a benchmark: training methods, each of which changes a module in place."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,16 +13,16 @@ import relora_core as relora
 from reference_trainer.errors import UserError
 from relora_core.products.two_paths import TwoPathLinear
 
-TARGETS = ("*_proj",)  # every matrix of a Llama but its embedding and its head
+TARGETS = ("*_proj",)  # all matrices of a Llama except embedding and head
 COMPILED = "-compiled"
 
 
 def full_(module: nn.Module, rank: int) -> None:
-    """Full rank: every matrix is trained."""
+    """Keep full rank: every matrix is trained."""
 
 
 def dense_(module: nn.Module, rank: int) -> None:
-    """W + s B A as a plain parametrization: autograd forms the sum and its gradient."""
+    """Register W + s B A as a plain parametrization: autograd forms the sum and its gradient."""
     for linear in _targets(module):
         factors = _Dense(linear.weight, rank)
         linear.weight.requires_grad_(False)
@@ -30,23 +30,24 @@ def dense_(module: nn.Module, rank: int) -> None:
 
 
 def plain_(module: nn.Module, rank: int) -> None:
-    """Two paths, as one writes them: autograd keeps and computes what it will."""
+    """Use two paths in plain PyTorch: autograd decides what to keep and compute."""
     for linear in _targets(module):
         linear.__class__ = _Plain
         _add_factors(linear, rank)
 
 
 def two_paths_(module: nn.Module, rank: int) -> None:
-    """The one form of ours that is right over every W, whatever would be chosen."""
+    """Always use this library's two paths, the form that is correct for a W of any dtype."""
     for linear in _targets(module):
         linear.__class__ = _TwoPaths
         _add_factors(linear, rank)
 
 
 def merged_(module: nn.Module, rank: int) -> None:
-    """The other form, also where ours would not take it: under autocast and over 16-bit weights.
+    """Always use the merged form, even where this library would not choose it.
 
-    In 16 bits it is measured for its cost only: rounding the sum loses most of the update.
+    The library does not choose it under autocast or for 16-bit weights. For 16-bit weights only its
+    cost is measured, because rounding the sum loses most of the update.
     """
     for linear in _targets(module):
         linear.__class__ = _Merged
@@ -54,18 +55,18 @@ def merged_(module: nn.Module, rank: int) -> None:
 
 
 def ours_(module: nn.Module, rank: int) -> None:
-    """`relora_core.add_low_rank_`."""
+    """Use `relora_core.add_low_rank_`."""
     relora.add_low_rank_(module, TARGETS, rank=rank)
 
 
 def peft_(module: nn.Module, rank: int) -> None:
-    """LoRA of the PEFT library on the same matrices, with the rest as trainable as in the others.
+    """Use the PEFT library's LoRA on the same matrices; all other parameters stay trained.
 
     Raises:
         UserError: if PEFT is not installed.
     """
     if find_spec("peft") is None:
-        raise UserError("the arm peft needs the PEFT library: pip install peft, or leave it out")
+        raise UserError("the arm peft needs the PEFT library: pip install peft, or omit the arm")
     from peft import LoraConfig, inject_adapter_in_model
 
     rest = [
@@ -89,24 +90,24 @@ ARMS: dict[str, Callable[[nn.Module, int], None]] = {
 
 
 def usual() -> list[str]:
-    """Return the names of the arms that a user could pick here."""
+    """Return the names of the default arms; `peft` is among them if PEFT is installed."""
     names = ["full", "dense", "plain", "ours"]
     return [*names, "peft"] if find_spec("peft") else names
 
 
 def parse_arms(names: list[str]) -> list[tuple[str, str, bool]]:
-    """Return (name, arm, whether compiled) for names such as "ours" and "ours-compiled".
+    """Return (name, arm, whether it is compiled) for names such as "ours" and "ours-compiled".
 
     Raises:
-        UserError: if a name is unknown or comes twice.
+        UserError: if a name is unknown or given twice.
     """
     parsed = [(name, name.removesuffix(COMPILED), name.endswith(COMPILED)) for name in names]
     for name, arm, _ in parsed:
         if arm not in ARMS:
             known = ", ".join(ARMS)
-            raise UserError(f"unknown arm {name}: there are {known}, each also as {arm}{COMPILED}")
+            raise UserError(f"--arms must be among {known}, each also with {COMPILED}; got {name}")
     if len(set(names)) < len(names):
-        raise UserError(f"an arm comes twice; got {' '.join(names)}")
+        raise UserError(f"--arms must name each arm once; got {' '.join(names)}")
     return parsed
 
 
@@ -191,7 +192,7 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def _sum(W: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return W + B A in `dtype`, added in W's and written in one pass."""
+    """Return W + B A in `dtype`; the addition is in W's dtype, in a single kernel."""
     if W.dtype == dtype:
         return torch.addmm(W, B, A)
     return torch.add(W, B.to(dtype) @ A.to(dtype), out=torch.empty_like(W, dtype=dtype))

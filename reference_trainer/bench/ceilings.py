@@ -1,16 +1,16 @@
-"""Ceilings of GPUs as measured: how fast they multiply, and how fast they move memory.
+"""Measured ceilings of GPUs: the speed of matrix products and the memory bandwidth.
 
-Products in 16 bits are the best of a search over large shapes, summed in fp32; memory is copies or
-triads over arrays that no cache holds. Products in fp32 are the data sheets' (without TF32). Where
-each is from:
+The speed of 16-bit products, summed in fp32, is the best of a search over large shapes. The
+bandwidth is that of copies or triads over arrays larger than any cache. The speed of fp32 products
+(without TF32) is from the data sheets. The sources are:
 
-- H100 SXM, A100 SXM, products: "Maximum Achievable Matmul FLOPS" of
-  https://github.com/stas00/ml-engineering (compute/accelerator); of the H200 it says that it is the
-  same as the H100.
-- H100 SXM, memory: p2pBandwidthLatencyTest's copy within a GPU,
+- H100 SXM, A100 SXM, products: "Maximum Achievable Matmul FLOPS" in
+  https://github.com/stas00/ml-engineering (compute/accelerator), which states that the H200 equals
+  the H100.
+- H100 SXM, memory: the copy within a GPU by p2pBandwidthLatencyTest,
   https://github.com/NVIDIA/cuda-samples/issues/392.
-- H200, memory: the triad of https://github.com/te42kyfo/gpu-benches (gpu-stream), as for A100 of
-  80 GB (cuda-stream) and of 40 GB (gpu-stream).
+- H200 and A100, memory: the triad of https://github.com/te42kyfo/gpu-benches: gpu-stream for the
+  H200 and the A100 of 40 GB, cuda-stream for the A100 of 80 GB.
 - RTX 3090, products: https://github.com/zzc0721/torch-performance-test-data, square products;
   memory: p2pBandwidthLatencyTest, https://github.com/NVIDIA/nccl/issues/1127.
 - RTX 4090, products: https://github.com/mag-/gpu_benchmark; memory:
@@ -26,12 +26,12 @@ from reference_trainer.bench.kernels import Kernel
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a GPU reaches at most.
+    """The measured ceilings of a GPU.
 
     Args:
-        narrow: operations a second of products in 16 bits.
-        wide: of products in fp32.
-        bandwidth: bytes a second, read and written.
+        narrow: operations per second of 16-bit products.
+        wide: operations per second of fp32 products.
+        bandwidth: bytes per second, read and written.
     """
 
     narrow: float
@@ -39,11 +39,11 @@ class Ceilings:
     bandwidth: float
 
     def seconds(self, kernel: Kernel) -> float:
-        """Return what a kernel takes, all its launches, by the ceiling that binds it."""
+        """Return the seconds of all launches of a kernel, at the ceiling that limits it."""
         return kernel.times * max(self._arithmetic(kernel), kernel.moved / self.bandwidth)
 
     def bound(self, kernel: Kernel) -> str:
-        """Return which ceiling binds a kernel: "arithmetic" or "memory"."""
+        """Return the ceiling that limits a kernel: "arithmetic" or "memory"."""
         memory = kernel.moved / self.bandwidth
         return "arithmetic" if self._arithmetic(kernel) > memory else "memory"
 

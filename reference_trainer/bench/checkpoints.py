@@ -1,4 +1,4 @@
-"""The cost of checkpoints: steps beside the writing of one, and without."""
+"""The cost of checkpoints: steps while a checkpoint is written, against steps without one."""
 
 import tempfile
 from pathlib import Path
@@ -28,17 +28,18 @@ _STEPS = 10**6
 def measure_checkpoints(
     shape: LlamaShape, world: World, directory: Path, *, every: int, repeats: int, **batch: int
 ) -> list[dict[str, Any]]:
-    """Time `every` full-rank steps: alone, and with a checkpoint that is written meanwhile.
+    """Time `every` full-rank steps, alone and while a checkpoint is written.
 
-    The trainer's own stage, step and saver; full rank, of which there is most to write.
+    The steps use the trainer's own state, step and saver. They are at full rank, which has the
+    largest checkpoint.
 
     Args:
-        shape: of the model.
-        world: of one process.
-        directory: on the disk to write to.
-        every: steps from one checkpoint to the next.
-        repeats: timed rounds.
-        batch: `sequences` in a step and their `length`.
+        shape: shape of the model.
+        world: world of one process.
+        directory: directory on the disk to write to.
+        every: number of steps from one checkpoint to the next.
+        repeats: number of timed rounds.
+        batch: `sequences` in a step and `length` of each in tokens.
     """
     config = Config(
         steps=_STEPS,

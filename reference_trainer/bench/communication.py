@@ -1,4 +1,4 @@
-"""Bytes that a process sends: in a training step, and in a restart, by collective."""
+"""The bytes that a process sends in a training step and in a restart, by collective."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,14 +20,14 @@ from relora_core.distributed.local import local
 
 @dataclass(frozen=True)
 class Sent:
-    """What a process sent in collectives of one kind over one group.
+    """The bytes that a process sent in one kind of collective over one kind of group.
 
     Args:
         collective: "all-gather", "reduce-scatter", "all-reduce", "broadcast" or "all-to-all".
-        processes: of the group.
-        stride: from one rank of the group to the next.
-        calls: how many there were.
-        bytes: in all of them.
+        processes: number of processes in the group.
+        stride: difference between consecutive process ranks in the group.
+        calls: number of calls.
+        bytes: bytes sent in all calls.
     """
 
     collective: str
@@ -38,19 +38,19 @@ class Sent:
 
     @property
     def kind(self) -> tuple[str, int, int]:
-        """What calls of one kind have in common."""
+        """The collective, the group's size and its stride, by which calls are counted together."""
         return self.collective, self.processes, self.stride
 
 
 @dataclass(frozen=True)
 class _Collective:
-    """One of torch's, as its ring algorithm runs over n processes.
+    """The cost of one of torch's collectives with the ring algorithm over n processes.
 
     Args:
-        name: as a table shows it.
-        whole: which argument holds the tensor, or the tensors.
-        passes: how many times (n - 1) / n of the whole a process sends.
-        times_n: whether the argument is an nth of the whole.
+        name: name in tables.
+        whole: index of the argument that holds the tensor or tensors.
+        passes: number of times that a process sends (n - 1) / n of the full size.
+        times_n: whether the argument has 1 / n of the full size.
     """
 
     name: str
@@ -74,12 +74,12 @@ _KINDS = ("c10d", "_c10d_functional", "c10d_functional", "_dtensor")
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 
 
-# Torch has no types for the mode, nor for its `__init__`.
+# Torch has no types for the mode or for its `__init__`.
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that this process sends while the block runs.
 
     Raises:
-        NotImplementedError: at a collective that it does not know, rather than to count too little.
+        NotImplementedError: if a collective is unknown, because the count would be too small.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._found: dict[tuple[str, int, int], list[int]] = {}
 
     def sent(self) -> list[Sent]:
-        """Return what was sent so far."""
+        """Return what this process has sent so far."""
         return [Sent(*key, calls, bytes) for key, (calls, bytes) in self._found.items()]
 
     def __torch_dispatch__(
@@ -97,7 +97,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kind in _KINDS and name not in _SILENT:
             known = _KNOWN.get(func._schema.name)
             if known is None:
-                raise NotImplementedError(f"the bytes of {func._schema.name} are not known")
+                raise NotImplementedError(f"{func._schema.name} is not in _KNOWN: add it")
             self._add(known, args)
         return func(*args, **(kwargs or {}))
 
@@ -132,7 +132,7 @@ def sent_by(run: Callable[[], object]) -> list[Sent]:
 
 
 def measure_traffic(step: Step) -> dict[str, Any]:
-    """Return what a process sends in a step and in a restart, over the group that there is."""
+    """Return what a process sends in a step and in a restart, over the current process group."""
     layout, shape = step.layout, step.shape
     sent, further = sent_in_step(step), sent_in_micro_step(step)
     processes = dist.get_world_size()
@@ -149,12 +149,12 @@ def measure_traffic(step: Step) -> dict[str, Any]:
 
 
 def sent_in_micro_step(step: Step) -> list[Sent]:
-    """Return what a process sends in each micro-step of a training step but the last."""
+    """Return what a process sends in each micro-step of a training step except the last."""
     return difference(sent_in_step(step, micro_steps=2), sent_in_step(step))
 
 
 def difference(more: Iterable[Sent], less: Iterable[Sent]) -> list[Sent]:
-    """Return what was sent in `more` beyond what was in `less`.
+    """Return what `more` sent in addition to `less`.
 
     Examples:
         >>> one = Sent("all-gather", 2, 1, calls=3, bytes=30)
@@ -172,7 +172,7 @@ def difference(more: Iterable[Sent], less: Iterable[Sent]) -> list[Sent]:
 def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:
     """Return what a process sends in a training step.
 
-    Over a pretended group its tensors are fake: only their sizes are there.
+    In a pretended process group the tensors are fake: they have sizes but no values.
     """
     world = world_of(step.layout)
     pretends = dist.get_backend() == "fake"
@@ -186,19 +186,20 @@ def sent_in_step(step: Step, *, micro_steps: int = 1) -> list[Sent]:
         def take() -> None:
             forward_backward(state.model, parts, world, step.reduce)
             clip_grad_norm_(state.parameters.values(), 1.0)
-            state.optimizer.step()  # after which merged copies are made anew
+            state.optimizer.step()  # also refreshes the merged copies
 
         return sent_by(take)
 
 
 def sent_at_depth(step: Step, count: Callable[[Step], list[Sent]]) -> list[Sent]:
-    """Return what `count` does, from models of three blocks and of four: each adds the same.
+    """Return the result of `count`, extrapolated from models of three and four blocks.
 
-    Only the calls of what is gathered in runs of a certain size do not grow so; their bytes do.
+    Every further block adds the same bytes. It also adds the same number of calls, except for
+    tensors that are gathered in buckets of a fixed size.
 
     Args:
-        step: in the process group that there is.
-        count: `sent_in_step`, say.
+        step: training step in the current process group.
+        count: function such as `sent_in_step`.
     """
     layers = step.shape.layers
     if layers <= _MORE:
@@ -218,7 +219,7 @@ def sent_at_depth(step: Step, count: Callable[[Step], list[Sent]]) -> list[Sent]
 
 
 def sent_in_restart(step: Step) -> list[Sent]:
-    """Return what a process sends in a restart; its tensors are real, as pruning counts them."""
+    """Return what a process sends in a restart; tensors are real because pruning reads values."""
     state = laid_out(step, world_of(step.layout))
     fill_(state.model)
     for p in state.parameters.values():

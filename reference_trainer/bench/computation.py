@@ -1,4 +1,4 @@
-"""The time of a step's computation on a GPU at its ceilings, from few blocks and micro-steps."""
+"""The time of a step's computation on a GPU, extrapolated from few blocks and micro-steps."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +7,7 @@ from reference_trainer.bench.kernels import Kernel
 from reference_trainer.bench.layouts import Step
 from reference_trainer.bench.whole_step import around_blocks, block_kernels
 
-_FEW, _MORE = 3, 4  # blocks: each further one adds the same
+_FEW, _MORE = 3, 4  # blocks; each further block adds the same time
 
 
 def computation(
@@ -15,14 +15,14 @@ def computation(
 ) -> dict[str, tuple[float, float, float]]:
     """Return for each GPU the seconds of a step of one, two and three micro-steps.
 
-    The seconds are what the kernels take at the ceilings of `bench roofline`, with blocks and loss
-    compiled; a GPU takes at least as long. Each further micro-step adds what the third one does,
-    and each further block adds the same.
+    Every kernel runs at its ceiling, as in `bench roofline`, and blocks and loss are compiled; a
+    real GPU takes at least as long. Each further micro-step adds as much as the third, and each
+    further block adds the same.
 
     Args:
-        step: of one micro-step's sequences.
-        processes: over how many it is laid.
-        gpus: their ceilings by name.
+        step: training step with the sequences of one micro-step.
+        processes: number of processes over which the model is laid out.
+        gpus: ceilings by GPU name.
     """
     arm, layers = "ours" if step.layout.low_rank else "full", step.shape.layers
     block = block_kernels(arm, step)
@@ -52,7 +52,7 @@ def computation(
 
 
 def of_micro_steps(taken: Sequence[float], micro_steps: int) -> float:
-    """Return the seconds of a step of `micro_steps` micro-steps, from what `computation` returned.
+    """Return the seconds of a step of `micro_steps` micro-steps, from the result of `computation`.
 
     Examples:
         >>> of_micro_steps((3.0, 5.0, 6.0), 5)

@@ -1,12 +1,12 @@
-"""The kernels of a compiled graph: products as they are, what lies between them fused.
+"""The kernels of a compiled graph: products, and fused kernels of the operations between them.
 
-The rules are those by which inductor fuses, as far as they decide how often a tensor is read:
+The rules are inductor's fusion rules, as far as they decide how often a tensor is read:
 
-- a pointwise operation is computed where it is used; a tensor exists in memory only where a
-  product, a reduction's user in another kernel, or the graph's output asks for it;
-- what has the same rows and waits for the same products is one kernel, if one part feeds another or
-  both read a tensor of their own size;
-- a sum over rows is a kernel of its own, whose last stage is fused with what follows.
+- A pointwise operation is computed where it is used. A tensor is stored in memory only if a
+  product, the user of a reduction in another kernel, or the graph's output needs it.
+- Operations with the same rows that depend on the same products form one kernel, if one uses the
+  result of another or both read a tensor of at least half their own size.
+- A sum over rows is a separate kernel, whose last stage is fused with the next operation.
 """
 
 import operator
@@ -26,7 +26,7 @@ _EXTERN = (
 
 
 def of_graph(graph: fx.Graph) -> list[Kernel]:
-    """Return the kernels of a graph of `aten` operations, as AOTAutograd gives it to a compiler."""
+    """Return the kernels of a graph of `aten` operations, as AOTAutograd gives it to a backend."""
     return _Fusion(graph).kernels()
 
 
@@ -53,7 +53,7 @@ class _Fusion:
         return found
 
     def _is_root(self, node: fx.Node) -> bool:
-        """Whether a fused node's value exists in memory, or is a reduction's."""
+        """Whether a fused node is stored in memory or is a reduction."""
         if node.op != "call_function" or node in self.extern or _transparent(node):
             return False
         return _name(node) in _REDUCTIONS or any(self._stored_by(user) for user in node.users)
@@ -64,7 +64,7 @@ class _Fusion:
         return _transparent(user) and any(self._stored_by(one) for one in user.users)
 
     def _leaves(self, root: fx.Node) -> set[fx.Node]:
-        """Return what a root's kernel needs: inputs, products, and other roots."""
+        """Return the nodes that a root's kernel reads: inputs, products, and other roots."""
         found, waiting, seen = set(), list(root.all_input_nodes), set()
         while waiting:
             node = waiting.pop()
@@ -114,12 +114,12 @@ def _name(node: fx.Node) -> str:
 
 
 def _transparent(node: fx.Node) -> bool:
-    """Whether a node is another view of what goes in."""
+    """Whether a node is only a view of its input."""
     return node.target is operator.getitem or is_free(node.target)
 
 
 def _over_rows(node: fx.Node) -> bool:
-    """Whether a reduction sums over other dimensions than the last."""
+    """Whether a reduction is over any dimension but the last."""
     if _name(node) not in _REDUCTIONS:
         return False
     (given,) = node.all_input_nodes[:1]

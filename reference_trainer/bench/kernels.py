@@ -1,4 +1,4 @@
-"""The kernels of an operation: their arithmetic, and the bytes of memory that they move."""
+"""The kernels of an operation: their arithmetic, and the bytes that they read and write."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a GPU launches at once.
+    """A kernel that a GPU launches.
 
     Args:
-        name: the operation, with sizes where they matter.
-        flops: of its products, a multiplication and an addition each; 0 without a product.
-        read: bytes.
-        written: bytes.
-        dtype: in which it multiplies; None without a product.
-        times: how often it is launched.
+        name: name of the operation, with sizes for products.
+        flops: floating-point operations of its products; a multiplication and an addition count as
+            two. 0 without a product.
+        read: bytes read.
+        written: bytes written.
+        dtype: dtype of the product; None without a product.
+        times: number of launches.
     """
 
     name: str
@@ -37,12 +38,12 @@ class Kernel:
 
 
 def repeated(kernels: Iterable[Kernel], times: int) -> list[Kernel]:
-    """Return each kernel so many times."""
+    """Return the kernels with each launched `times` times as often."""
     return [replace(one, times=one.times * times) for one in kernels]
 
 
 def together(kernels: Iterable[Kernel]) -> list[Kernel]:
-    """Return equal kernels as one, launched as often as all of them."""
+    """Return the kernels with equal ones combined and their launches added."""
     times: dict[Kernel, int] = {}
     for one in kernels:
         kind = replace(one, times=1)
@@ -51,7 +52,7 @@ def together(kernels: Iterable[Kernel]) -> list[Kernel]:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = None) -> Kernel:
-    """Return the kernel of `a @ b`, or of many; `addend` is read where the sum is written."""
+    """Return the kernel of `a @ b`, which may be batched and may also add `addend`."""
     *batch, rows, inner = a.shape
     columns = b.shape[-1]
     flops = 2 * prod(batch) * rows * inner * columns
@@ -61,19 +62,19 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, addend: Tensor | None = None) 
 
 
 def size(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's entries, of those that it repeats once."""
+    """Return the bytes of a tensor; entries repeated by a stride of 0 count once."""
     shape = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return prod(shape) * tensor.element_size()
 
 
 def of_call(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> list[Kernel]:
-    """Return the kernels of one call of an operation of torch, or of this library.
+    """Return the kernels of one call of an operation of torch or this library.
 
     Args:
-        operation: an overload, such as `torch.ops.aten.mm.default`.
-        args: tensors that have sizes and strides.
-        kwargs: the others.
-        out: what it returned.
+        operation: overload, such as `torch.ops.aten.mm.default`.
+        args: positional arguments; tensors need only sizes and strides.
+        kwargs: keyword arguments.
+        out: return value of the call.
     """
     name = operation.name() if hasattr(operation, "name") else str(operation)
     known = _KNOWN.get(name.split(".")[0])
@@ -90,7 +91,7 @@ def of_call(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], out: An
 
 
 def is_free(operation: Any) -> bool:
-    """Whether an operation launches nothing: a view, new memory, or a question of the host."""
+    """Whether an operation launches no kernel: a view, an allocation, or a host query."""
     if not hasattr(operation, "_schema"):
         return True
     namespace, _, rest = operation.name().partition("::")
@@ -130,7 +131,7 @@ def _mm(args: Any, kwargs: Any, out: Tensor) -> Iterator[Kernel]:
 
 def _addmm(args: Any, kwargs: Any, out: Tensor) -> Iterator[Kernel]:
     addend, a, b = args[:3]
-    if addend.ndim == 2:  # torch copies it to where the product is written
+    if addend.ndim == 2:  # torch copies it into the output first
         yield Kernel("copy of an addend", 0, size(addend), size(out))
         addend = out
     yield product(a, b, out, addend=addend)
@@ -159,7 +160,7 @@ def _attention_backward(args: Any, kwargs: Any, out: Any) -> Iterator[Kernel]:
 
 
 def _attended(q: Tensor, k: Tensor, products: int) -> int:
-    """Return the operations of so many products of causal attention, at half of the square."""
+    """Return the operations of `products` products of causal attention, half of the full ones."""
     b, h, t, e = q.shape
     return products * 2 * b * h * t * k.shape[-2] * e // 2
 

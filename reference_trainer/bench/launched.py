@@ -1,4 +1,4 @@
-"""The kernels that code launches, eagerly or compiled, on tensors that have sizes only."""
+"""The kernels that eager or compiled code launches on fake tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from reference_trainer.bench.fusion import of_graph
 from reference_trainer.bench.kernels import Kernel, of_call
 
 
-# Torch has no types for the mode, nor for its `__init__`.
+# Torch has no types for the mode or for its `__init__`.
 class Launched(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the kernels of all that runs eagerly in the block."""
+    """A mode that records the kernels of all eager operations in its block."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -27,7 +27,7 @@ class Launched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # until it comes again with its local part
+            return NotImplemented  # it is dispatched again with the local tensor
         out = func(*args, **(kwargs or {}))
         self.kernels += of_call(func, args, kwargs or {}, out)
         return out
@@ -35,23 +35,23 @@ class Launched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @dataclass
 class Compiled:
-    """What has been compiled.
+    """The kernels of compiled graphs.
 
     Args:
-        graphs: the kernels of each graph: forward, then backward.
+        graphs: kernels of each graph: forward, then backward.
     """
 
     graphs: list[list[Kernel]] = field(default_factory=list)
 
     @property
     def kernels(self) -> list[Kernel]:
-        """Those of all graphs."""
+        """The kernels of all graphs."""
         return [kernel for graph in self.graphs for kernel in graph]
 
 
 @contextmanager
 def compiling() -> Iterator[tuple[Callable[..., Any], "Compiled"]]:
-    """Give a backend of `torch.compile`, and the kernels of what it compiles."""
+    """Yield a backend for `torch.compile` and the kernels that it compiles."""
     found = Compiled()
 
     def keep(graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The layouts of a model over processes, real ones or pretended ones, to count and track."""
+"""The layouts of a model over real or pretended processes, for counting bytes and memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,16 +32,17 @@ from relora_core.distributed.local import local
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay a phase's model over processes.
+    """A layout of a phase's model over processes.
 
     Args:
-        name: as a table shows it.
-        low_rank: whether the phase is ReLoRA's; otherwise everything is trained.
+        name: name in tables.
+        low_rank: whether the phase is ReLoRA; if not, all parameters are trained.
         bases: `parallel.layout`.
-        shards: over how many processes what is trained, and a sharded base, is split, the others
-            holding replicas (`parallel.replicas` = processes / shards); all of them if None.
+        shards: number of processes over which trained parameters and sharded bases are split. The
+            other processes hold replicas (`parallel.replicas` = processes / shards). None for all
+            processes.
         base: `relora.base`.
-        merged: whether merged copies are kept where the trainer keeps them.
+        merged: whether merged copies are kept, as in the trainer.
     """
 
     name: str
@@ -62,18 +63,18 @@ FULL, SHARD, REPLICATE, BF16 = LAYOUTS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A training step to be looked at.
+    """A training step to analyze.
 
     Args:
-        layout: how the model is laid over processes.
-        shape: of the model.
-        rank: of its sites.
-        length: tokens of a sequence.
-        sequences: that each process computes at once.
+        layout: layout of the model over processes.
+        shape: shape of the model.
+        rank: rank of the sites.
+        length: number of tokens in a sequence.
+        sequences: number of sequences that each process computes at once.
         recompute: `parallel.checkpoint_activations`.
-        precision: of weights and computation.
-        accumulates: whether it is the last micro-step of several.
-        reduce: `parallel.reduce`, for those that accumulate.
+        precision: precision of the weights and the computation.
+        accumulates: whether the step is the last of several micro-steps.
+        reduce: `parallel.reduce`, for a step of several micro-steps.
     """
 
     layout: Layout
@@ -87,20 +88,20 @@ class Step:
     reduce: Reduce = "step"
 
     def of_blocks(self, blocks: int) -> "Step":
-        """Return the same step of a model of so many blocks."""
+        """Return the same step for a model of `blocks` blocks."""
         return replace(self, shape=replace(self.shape, layers=blocks))
 
     def parts(self, micro_steps: int = 1) -> Tensor:
-        """Return a process's parts of a batch of so many micro-steps."""
+        """Return a process's part of a batch, split into `micro_steps` micro-steps."""
         return torch.zeros(micro_steps, self.sequences, self.length + 1, dtype=torch.long)
 
 
 def layouts(processes: int, node: int) -> list[Layout]:
-    """Return the layouts of so many processes, also with shards within a node and of one process.
+    """Return the layouts to compare, including shards within a node and fully replicated factors.
 
     Args:
-        processes: how many.
-        node: processes on a node.
+        processes: number of processes.
+        node: number of processes on a node.
     """
     within = [
         replace(layout, name=f"{layout.name}, shards of {node}", shards=node) for layout in LAYOUTS
@@ -111,9 +112,9 @@ def layouts(processes: int, node: int) -> list[Layout]:
 
 @contextmanager
 def pretended(processes: int) -> Iterator[None]:
-    """Be the first of `processes`, the others of which do not exist, until the block ends.
+    """Run the block as process 0 of `processes`; the other processes do not exist.
 
-    What is sent and kept has the sizes that it would have; values are not right.
+    Tensors that are sent and kept have their real sizes, but their values are wrong.
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
@@ -123,7 +124,7 @@ def pretended(processes: int) -> Iterator[None]:
 
 
 def world_of(layout: Layout) -> World:
-    """Return the layout's CPU world in the process group that there is."""
+    """Return the layout's world on CPUs in the current process group."""
     size = dist.get_world_size()
     replicas = size // (layout.shards or size)
     return lay_world(ParallelConfig(replicas=replicas), torch.device("cpu"))
@@ -132,12 +133,12 @@ def world_of(layout: Layout) -> World:
 def laid_out(
     step: Step, world: World, *, memory: AbstractContextManager[object] | None = None
 ) -> TrainState:
-    """Return a step's train state, without values.
+    """Return the train state of a step, with uninitialized values.
 
     Args:
-        step: which.
-        world: what `world_of` returned for its layout.
-        memory: what gives out memory: a FakeTensorMode for none at all.
+        step: training step.
+        world: world that `world_of` returned for the step's layout.
+        memory: context of the allocation, such as a FakeTensorMode to allocate nothing.
     """
     layout = step.layout
     parallel = ParallelConfig(
@@ -159,13 +160,13 @@ def laid_out(
 
 @torch.no_grad()
 def fill_(model: torch.nn.Module) -> None:
-    """Give every parameter values of which a step makes something."""
+    """Fill every parameter with a small constant, so that a step has finite values."""
     for p in model.parameters():
         local(p).fill_(0.02)
 
 
 class _HostMemory(TorchFunctionMode):
-    """Lets `memory` give what is made in the host's memory beside a model on the meta device."""
+    """A mode that makes CPU tensors under `memory` while the model is on the meta device."""
 
     def __init__(self, memory: AbstractContextManager[object]) -> None:
         super().__init__()

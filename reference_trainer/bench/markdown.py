@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table: its header and rows, a line each.
+    """Return a table with one line for the header and one for each row.
 
     Examples:
         >>> print(table(["arm", "time"], [["full rank", "1.00"]]))

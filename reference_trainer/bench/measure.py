@@ -1,4 +1,4 @@
-"""Arms in turn in one process, so that what slows the machine slows them all."""
+"""The timing of arms in alternation in one process, so that disturbances affect all of them."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ WARM_UPS = 2
 
 
 Timed = Callable[[], dict[str, float]]
-"""Does something, and returns the seconds of each of its parts by name."""
+"""A function that runs something and returns the seconds of each of its parts by name."""
 
 
 def interleaved(
     timed: Mapping[str, Timed], repeats: int, description: str
 ) -> dict[str, list[dict[str, float]]]:
-    """Run each once a round, the first one changing from round to round; return their seconds."""
+    """Run each function once per round and return its seconds; each round starts one later."""
     names = list(timed)
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     total = (WARM_UPS + repeats) * len(names)
@@ -55,12 +55,12 @@ def measure(
     """Return a record for each arm: seconds of each repeat, operations and memory.
 
     Args:
-        subject: what is run.
-        arms: (name, arm, whether compiled).
-        world: of one process.
-        rank: of the arms that have one.
-        repeats: timed rounds.
-        seed: of weights and inputs.
+        subject: workload to run.
+        arms: triples (name, arm, whether it is compiled).
+        world: world of one process.
+        rank: rank of the low-rank arms.
+        repeats: number of timed rounds.
+        seed: seed of the weights and inputs.
         recompute: `parallel.checkpoint_activations` (level "model").
         layout: `parallel.layout` (level "model").
     """
@@ -71,7 +71,7 @@ def measure(
         torch.manual_seed(seed)
         work = subject.work(prepare_, world, compiled=compiled, recompute=recompute, layout=layout)
         trained = [p for p in work.module.parameters() if p.requires_grad]
-        # Fused, for every arm: the fastest AdamW that torch has, of which full rank has the most.
+        # Every arm has torch's fastest AdamW, the fused one; full rank benefits most from it.
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         work.backward()
         optimizer.step()
@@ -81,7 +81,7 @@ def measure(
             "trained_parameters": sum(p.numel() for p in trained),
             "peak_bytes": state + peak_bytes(work.backward, world.device),
         }
-        if recompute != "selective":  # which keeps what autograd does not know of
+        if recompute != "selective":  # it keeps tensors unknown to autograd's hooks
             records[name]["kept_bytes"] = kept_bytes(work.module, work.forward)
         optimizer.zero_grad()
         timed[name] = _step(work.backward, optimizer, world.device)
@@ -95,7 +95,7 @@ def measure(
 def count(
     subject: Subject, arms: Sequence[tuple[str, str, bool]], *, rank: int
 ) -> list[dict[str, Any]]:
-    """Return a record for each arm with its operations only."""
+    """Return a record for each arm that holds only its operations."""
     return [_counted(subject, name, arm, rank) for name, arm, _ in arms]
 
 
@@ -124,7 +124,7 @@ def _step(
 
 
 def now(device: torch.device) -> float:
-    """Return the time after all that was asked of the device is done."""
+    """Return the time after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Memory of a run: what autograd keeps between forward and backward, and the allocator's peak."""
+"""The memory of a run: tensors that autograd keeps for backward, and the allocator's peak."""
 
 import os
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from relora_core.distributed.local import local
 
 
 def kept_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that autograd keeps after `forward`, parameters left out.
+    """Return the bytes that autograd keeps after `forward`, without parameters.
 
-    Tensors that share memory count once. What FSDP has gathered and freed again counts for
-    nothing, as it is saved by name only.
+    Tensors that share memory count once. Tensors that FSDP has gathered and freed again count as
+    zero, because autograd holds them without their memory.
     """
     own = {_storage(p) for p in module.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -41,7 +41,7 @@ def state_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return by how much the allocated memory rises above where it stands, while `run` runs."""
+    """Return the peak of allocated memory during `run`, minus the memory allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -49,7 +49,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports each start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else kineto logs each start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     assert profiler.profiler is not None

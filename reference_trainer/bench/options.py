@@ -1,4 +1,4 @@
-"""Options that benchmarks share, checked."""
+"""The options that benchmarks share, and their checks."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
 
 def positive(text: str) -> int:
-    """Return the number that an option gives, 1 at least."""
+    """Return the number given as an option, which must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
@@ -39,16 +39,16 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Add the options of processes that are pretended."""
+    """Add the options of pretended processes."""
     add = parser.add_argument
     add("--processes", type=positive, default=8, help="number of processes (default: 8)")
-    add("--node", type=positive, default=8, help="processes on a node (default: 8)")
+    add("--node", type=positive, default=8, help="number of processes on a node (default: 8)")
 
 
 def add_rank(parser: argparse.ArgumentParser) -> None:
-    """Add the option of the adapters' rank."""
+    """Add the option of the sites' rank."""
     parser.add_argument(
-        "--rank", type=positive, default=128, help="rank of the adapters (default: 128)"
+        "--rank", type=positive, default=128, help="rank of the sites (default: 128)"
     )
 
 
@@ -56,23 +56,24 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     """Add the options of timing."""
     add = parser.add_argument
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: auto)")
-    few = f"timed rounds (default: {results.FEWEST}; with fewer there are no ratios)"
+    few = f"number of timed rounds (default: {results.FEWEST}; fewer give no ratios)"
     add("--repeats", type=positive, default=results.FEWEST, help=few)
-    add("--seed", type=int, default=0, help="seed of weights and inputs (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the weights and inputs (default: 0)")
 
 
 def add_files(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for the files to write."""
     add = parser.add_argument
-    add("--out", type=Path, help=f"JSON lines to write (default: runs/bench/{default}.jsonl)")
-    add("--picture", type=Path, help="PNG to write (default: beside --out)")
+    add("--out", type=Path, help=f"JSON Lines file to write (default: runs/bench/{default}.jsonl)")
+    add("--picture", type=Path, help="PNG file to write (default: next to --out)")
 
 
 def shape_of(arguments: argparse.Namespace) -> LlamaShape:
     """Return the shape that `add_model` and `add_rank` describe.
 
     Raises:
-        UserError: if the rank does not fit into it, or the sequences into the batch.
+        UserError: if the rank exceeds the model's width, or the tokens are no multiple of the
+            length.
     """
     shape = preset(arguments.model, vocab_size=arguments.vocab)
     if arguments.layers:
@@ -92,7 +93,7 @@ def output_of(arguments: argparse.Namespace, default: str) -> Path:
     """Return the file to write.
 
     Raises:
-        UserError: if it is there already.
+        UserError: if the file exists already.
     """
     out: Path = arguments.out or Path(f"runs/bench/{default}.jsonl")
     if out.exists():
@@ -101,21 +102,21 @@ def output_of(arguments: argparse.Namespace, default: str) -> Path:
 
 
 def refuse_several() -> None:
-    """Raise UserError under a launcher of several processes."""
+    """Raise UserError if a launcher has started several processes."""
     if world_size() > 1:
-        raise UserError("this benchmark runs as one process: start it without torchrun")
+        raise UserError("this benchmark must run as one process: start it without torchrun")
 
 
 def head(
     arguments: argparse.Namespace, level: str, device: torch.device, *keys: str
 ) -> dict[str, Any]:
-    """Return a measurement's first record: what was measured, where, of which options."""
+    """Return a measurement's first record: the level, the environment and the options."""
     first: dict[str, Any] = {"event": "bench", **environment(device), "level": level}
     return first | {key: getattr(arguments, key) for key in keys}
 
 
 def written(records: list[dict[str, Any]], out: Path, picture: Path | None) -> list[str]:
-    """Write a measurement and return what is printed of it."""
+    """Write a measurement and return the lines to print."""
     out.parent.mkdir(parents=True, exist_ok=True)
     results.write(records, out)
     return [*shown([records], picture or out.with_suffix(".png")), f"measurement: {out}"]
@@ -130,5 +131,5 @@ def shown(measurements: list[list[dict[str, Any]]], picture: Path | None) -> lis
         draw(measurements, picture)
         lines.append(f"picture: {picture}")
     elif picture:
-        lines.append(f"no picture: it needs {results.FEWEST} repeats")
+        lines.append(f"no picture was drawn: it needs {results.FEWEST} repeats")
     return lines

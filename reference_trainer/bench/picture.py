@@ -1,4 +1,4 @@
-"""The picture of a measurement: each arm's ratio to the first one."""
+"""The figure of a measurement: the ratio of each arm to the first."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ _OURS, _OTHERS, _FLOPS = "#d94801", "#9ecae1", "black"
 
 
 def draw(measurements: Sequence[Sequence[dict[str, Any]]], picture: Path) -> None:
-    """Draw measurements side by side: bars of time against the baseline, ticks of operations.
+    """Draw measurements side by side: bars for time ratios, dotted ticks for operation ratios.
 
     Args:
-        measurements: each the records of one run of `bench`, with repeats enough for a ratio.
-        picture: the PNG to write.
+        measurements: records of each run of `bench`, with enough repeats for a ratio.
+        picture: PNG file to write.
     """
     panels = [
         (records[0], subject, arms)

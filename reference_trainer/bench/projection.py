@@ -1,4 +1,4 @@
-"""A model of what clusters that are not at hand take to send: from bytes and link speeds."""
+"""A model of communication times on clusters, from bytes and link speeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs, all alike.
+    """A cluster of identical nodes.
 
     Args:
-        name: as a table shows it.
-        gpu: of `CEILINGS`.
-        node: GPUs on a node.
-        inside: bytes a second that a GPU sends to its node.
-        outside: bytes a second that a node sends to the others.
-        near: seconds of a message's way within a node.
-        far: seconds of its way between nodes.
+        name: name in tables.
+        gpu: name of the GPU in `CEILINGS`.
+        node: number of GPUs on a node.
+        inside: bytes per second that a GPU sends within its node.
+        outside: bytes per second that a node sends to other nodes.
+        near: latency of a message within a node, in seconds.
+        far: latency of a message between nodes, in seconds.
     """
 
     name: str
@@ -36,18 +36,18 @@ CLUSTERS = (
 
 
 def seconds_of(sent: dict[str, Any], cluster: Cluster) -> float:
-    r"""Return how long collectives take: bytes over bandwidth, and hops of a message.
+    r"""Return the seconds of collectives: bytes over bandwidth, plus the latency of all hops.
 
-    All-gathers and reduce-scatters run over rings of n GPUs, so that a message hops n - 1 times,
-    between nodes as often as there are nodes; all-reduces over trees, $2 \log_2 n$ hops. A group
-    that spans nodes gets its share of what a node sends, and no more than a GPU can.
+    All-gathers and reduce-scatters use rings of n GPUs: a message makes n - 1 hops, one per node
+    between nodes. All-reduces use trees, with $2 \log_2 n$ hops. A group that spans nodes has its
+    share of the node's bandwidth, limited by the bandwidth of a GPU.
 
     Args:
-        sent: one entry of `bench traffic`: collective, processes, stride, calls, bytes.
-        cluster: where.
+        sent: entry of `bench traffic`: collective, processes, stride, calls, bytes.
+        cluster: cluster on which the collectives run.
     """
     n = sent["processes"]
-    here = min(n, max(1, cluster.node // sent["stride"]))  # of the group, on a node
+    here = min(n, max(1, cluster.node // sent["stride"]))  # processes of the group on one node
     nodes = ceil(n / here)
     if nodes == 1:
         bandwidth, far = cluster.inside, 0
@@ -68,13 +68,13 @@ def communication_seconds(
     *,
     micro_steps: int,
 ) -> float:
-    """Return how long a step's collectives take, one after the other.
+    """Return the seconds of a step's collectives, one after the other.
 
     Args:
-        step: what `bench traffic` counts of a step of one micro-step.
-        micro_step: of each further one.
-        cluster: where.
-        micro_steps: of a step.
+        step: entries of `bench traffic` for a step of one micro-step.
+        micro_step: entries of `bench traffic` for each further micro-step.
+        cluster: cluster on which the collectives run.
+        micro_steps: number of micro-steps in the step.
     """
     further = (micro_steps - 1) * sum(seconds_of(sent, cluster) for sent in micro_step)
     return sum(seconds_of(sent, cluster) for sent in step) + further

@@ -1,4 +1,4 @@
-"""The cost of a restart, against an optimizer step of full rank on the same shapes."""
+"""The cost of a restart, against a full-rank optimizer step over the same shapes."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ from reference_trainer.bench.measure import Timed, interleaved, now
 from reference_trainer.flops import block_matrices
 from reference_trainer.model.llama import LlamaShape
 
-QUANTILE = 2**24  # the most that torch.quantile takes
+QUANTILE = 2**24  # the largest size that torch.quantile accepts
 
 
 def measure_restart(
     shape: LlamaShape, device: torch.device, *, blocks: int, rank: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Time `restart_` and AdamW, as torch runs it by default and fused, over blocks' matrices.
+    """Time `restart_`, torch's default AdamW and its fused AdamW over the matrices of blocks.
 
     Args:
-        shape: of the model that has the blocks.
-        device: where.
-        blocks: how many; every cost grows alike with it.
-        rank: of the sites.
-        repeats: timed rounds.
+        shape: shape of the model.
+        device: device of the matrices.
+        blocks: number of blocks; all costs are proportional to it.
+        rank: rank of the sites.
+        repeats: number of timed rounds.
     """
     timed: dict[str, Timed] = {}
     for name, fused in (("AdamW step, full rank", None), ("the same, fused", True)):
@@ -42,7 +42,7 @@ def measure_restart(
     adamw = torch.optim.AdamW(factors, lr=1e-6)
 
     def restart() -> dict[str, float]:
-        adamw.step()  # so that there is something to merge, and moments to prune
+        adamw.step()  # gives B and the moments values to merge and prune
         began = now(device)
         relora.restart_(model, adamw)
         return {"step": now(device) - began}
@@ -53,7 +53,7 @@ def measure_restart(
 
 
 def measure_prune(device: torch.device, *, entries: int, repeats: int) -> list[dict[str, Any]]:
-    """Time pruning twice as many entries as torch.quantile gets, a power of two, against it."""
+    """Time `magnitude_prune_` on 2 * entries against `torch.quantile` on entries, a power of 2."""
     whole = torch.randn(entries, device=device)
     double = torch.randn(2 * entries, device=device)
 

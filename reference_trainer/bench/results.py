@@ -1,4 +1,4 @@
-"""A measurement on file and as a table: JSON lines of every repeat, and what follows from them."""
+"""The records of a measurement: JSON Lines files with every repeat, and tables of ratios."""
 
 import json
 import statistics
@@ -18,9 +18,9 @@ class Spread:
     """The quartiles of repeats.
 
     Args:
-        low: the first.
-        median: the second.
-        high: the third.
+        low: first quartile.
+        median: median.
+        high: third quartile.
     """
 
     low: float
@@ -29,7 +29,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return the quartiles of `values`; of a single one, it thrice.
+    """Return the quartiles of `values`; a single value is all three quartiles.
 
     Examples:
         >>> spread([1, 2, 3, 4, 5])
@@ -41,7 +41,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread | None:
-    """Return the quartiles of value / baseline round by round, or None of too few rounds.
+    """Return the quartiles of value / baseline in each round, or None if there are too few rounds.
 
     Examples:
         >>> ratio([1.0] * 7, [2.0] * 7)
@@ -55,7 +55,7 @@ def ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread | None:
 
 
 def write(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -63,7 +63,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     """Return the records of a file that `write` wrote.
 
     Raises:
-        UserError: if it is not one.
+        UserError: if the file cannot be read or is not such a file.
     """
     try:
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -71,12 +71,12 @@ def read(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {file}: {one_line(error)}") from None
     sound = records and all(isinstance(record, dict) for record in records)
     if not sound or records[0].get("event") != "bench":
-        raise UserError(f"{file} holds no measurement of `bench`")
+        raise UserError(f"{file} must hold a measurement of `bench`; it does not")
     return records
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of a measurement, the line that says where it was made first."""
+    """Return the Markdown tables of a measurement, after a line that describes its environment."""
     blocks = [_where(records[0])]
     for kind, rows_of in (("traffic", _traffic), ("peak", _peaks)):
         found = [record for record in records if record["event"] == kind]
@@ -87,7 +87,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         title = f"**{subject}**, ratios to {arms[0]['arm']}"
         blocks.append(title + "\n\n" + _markdown(rows))
     if not enough(records):
-        blocks.append(f"No ratio of times from fewer than {FEWEST} repeats.")
+        blocks.append(f"Ratios of times need at least {FEWEST} repeats.")
     return "\n\n".join(blocks)
 
 
@@ -100,7 +100,7 @@ def enough(records: Sequence[dict[str, Any]]) -> bool:
 def by_subject(
     records: Sequence[dict[str, Any]],
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Iterate over (subject, its arms), the baseline first."""
+    """Iterate over pairs (subject, its arms); the first arm is the baseline."""
     arms = [record for record in records if record["event"] == "arm"]
     for subject in dict.fromkeys(record["subject"] for record in arms):
         yield subject, [record for record in arms if record["subject"] == subject]

@@ -1,4 +1,4 @@
-"""Memory of a process in a training step, tracked on tensors that have sizes and no memory."""
+"""The memory of a process in a training step, tracked on fake tensors."""
 
 import re
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ _LOSS = re.compile(r"\.loss$")
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a process's tensors take, in bytes.
+    """The memory of a process's tensors, in bytes.
 
     Args:
-        weights: all parameters.
-        optimizer: AdamW's moments.
-        parts: all tensors, after each operation: before the first block; from the start of each
-            block's forward to the next one's, and of its backward; and, one figure, the most that
-            clipping and the optimizer's step take. All operations of the loss are one figure, too:
-            how many chunks it has depends on the tokens.
+        weights: bytes of all parameters.
+        optimizer: bytes of AdamW's moments.
+        parts: bytes of all tensors after each operation, split into parts. The first part ends at
+            the first block. Each block's forward and each block's backward begins a new part. The
+            last part is one number, the peak of clipping and the optimizer's step. The loss is also
+            one number, because its number of chunks depends on the tokens.
     """
 
     weights: int
@@ -43,19 +43,19 @@ class Tracked:
 
     @property
     def peak(self) -> int:
-        """The largest of all."""
+        """The largest number in all parts."""
         return max(map(max, self.parts))
 
 
 def track(step: Step, *, processes: int) -> Tracked:
-    """Return the memory of a training step that is not the first.
+    """Return the memory of a training step after the first.
 
-    It is what tensors take: neither the allocator's fragments, nor a device's context and its
-    communication buffers, nor the temporaries of optimizers that work on all tensors at once.
+    Only tensors count. The allocator's fragments, a device's context and communication buffers, and
+    the temporaries of optimizers that work on all tensors at once are left out.
 
     Args:
-        step: which.
-        processes: how many.
+        step: training step to track.
+        processes: number of processes.
     """
     with pretended(processes):
         world = world_of(step.layout)
@@ -63,7 +63,7 @@ def track(step: Step, *, processes: int) -> Tracked:
         stage = laid_out(step, world, memory=memory)
 
         def update() -> None:
-            # On all tensors at once it would be tracked at their whole sizes.
+            # With foreach=True, sharded tensors would be tracked at their full sizes.
             clip_grad_norm_(stage.parameters.values(), 1.0, foreach=False)
             stage.optimizer.step()
             stage.optimizer.zero_grad()
@@ -71,7 +71,7 @@ def track(step: Step, *, processes: int) -> Tracked:
         with memory:
             for p in stage.parameters.values():
                 p.grad = torch.zeros_like(p)
-            update()  # DTensor's first operations of a kind compute the shapes on whole tensors
+            update()  # the first call of each DTensor operation computes shapes at full size
             states = [t for state in stage.optimizer.state.values() for t in state.values()]
             parts_of_batch = step.parts()
             if step.accumulates:
@@ -92,19 +92,19 @@ def track(step: Step, *, processes: int) -> Tracked:
 
 
 def _unowned(model: nn.Module) -> list[Tensor]:
-    """Return the bases that FSDP2 does not own, of which the tracker does not know."""
+    """Return the bases that FSDP2 does not own, which the tracker would miss."""
     sites = (site for _, site in relora.low_rank_sites(model))
     return [local(s.weight) for s in sites if s.low_rank.merged_copy is not None]
 
 
 def _earlier(model: Llama, part: Tensor, reduce: Reduce) -> None:
-    """Take a micro-step that is not the last of its step."""
+    """Run a micro-step before the last one of its step."""
     model.set_requires_gradient_sync(reduce == "micro-step")  # type: ignore[operator]
     model(part[:, :-1], part[:, 1:]).backward()
 
 
 def _accumulated(model: nn.Module) -> list[Tensor]:
-    """Return the gradients that FSDP2 has accumulated, whole or sharded."""
+    """Return the gradients that FSDP2 has accumulated, sharded or not."""
     found = [local(p.grad) for p in model.parameters() if p.grad is not None]
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -116,10 +116,11 @@ def _accumulated(model: nn.Module) -> list[Tensor]:
 
 
 def measure_peak(step: Step) -> int:
-    """Return the peak of a real step on the CPUs of the process group that there is, in bytes.
+    """Return the peak of a real step on CPUs in the current process group, in bytes.
 
-    It is what the allocator gave to this process: what stands before a step and the most that the
-    step adds. The least of eight, as threads of gloo free some of it late, in every fourth or so.
+    The peak is the memory before the step plus the most that the step adds, as the allocator of
+    this process reports it. It is the lowest of eight steps, because gloo's threads free some
+    memory late in about every fourth step.
     """
     world = world_of(step.layout)
     stage = laid_out(step, world)
@@ -138,7 +139,7 @@ def measure_peak(step: Step) -> int:
 
 
 def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
-    """Return the record of the peak of a step: see `track`."""
+    """Return the record of a step's peak, as tracked by `track`."""
     found = track(step, processes=processes)
     return {
         "event": "peak",
@@ -151,9 +152,9 @@ def track_peak(step: Step, *, processes: int) -> dict[str, Any]:
     }
 
 
-# Torch has no types for it.
+# Torch has no types for the tracker.
 class _Timeline(FSDPMemTracker):  # type: ignore[no-untyped-call]
-    """Writes down the total after each operation, by block."""
+    """A tracker that records the total memory after each operation, by block."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

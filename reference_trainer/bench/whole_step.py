@@ -1,4 +1,4 @@
-"""The kernels of a training step of the trainer: those of its blocks, and all around them."""
+"""The kernels of the trainer's training step: those of its blocks, and all others."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Part:
 
     Args:
         name: "blocks", "gathering, embedding, head and loss", or "clipping and optimizer".
-        kernels: in it.
+        kernels: kernels of the part.
     """
 
     name: str
@@ -34,12 +34,12 @@ class Part:
 
 
 def linear_kernels(arm: str, step: Step, matrix: tuple[int, int]) -> list[Kernel]:
-    """Return the kernels of forward and backward of one linear, compiled.
+    """Return the kernels of the compiled forward and backward of one linear layer.
 
     Args:
-        arm: of `ARMS`.
-        step: which.
-        matrix: (out, in).
+        arm: name of an arm in `ARMS`.
+        step: training step.
+        matrix: shape (out, in) of the matrix.
     """
     out, inner = matrix
     with torch.device("meta"):
@@ -48,11 +48,11 @@ def linear_kernels(arm: str, step: Step, matrix: tuple[int, int]) -> list[Kernel
 
 
 def block_kernels(arm: str, step: Step) -> list[Kernel]:
-    """Return the kernels of forward and backward of one block, compiled, checkpointed as it is.
+    """Return the kernels of the compiled forward and backward of one block.
 
     Args:
-        arm: of `ARMS`.
-        step: of a micro-step's sequences.
+        arm: name of an arm in `ARMS`.
+        step: training step with the sequences of one micro-step, and its activation checkpointing.
     """
     with torch.device("meta"):
         block = Block(step.shape)
@@ -61,7 +61,7 @@ def block_kernels(arm: str, step: Step) -> list[Kernel]:
 
 
 def loss_kernels(step: Step) -> list[Kernel]:
-    """Return the kernels of the loss of a micro-step, its gradient included, compiled."""
+    """Return the kernels of the compiled loss of a micro-step, including its gradient."""
     left, vocabulary = step.sequences * step.length, step.shape.vocab_size
     dtype, found = torch.float32 if step.precision == "fp32" else torch.bfloat16, []
     while left:
@@ -76,7 +76,7 @@ def loss_kernels(step: Step) -> list[Kernel]:
 
 
 def as_arm_(module: nn.Module, arm: str, step: Step) -> torch.dtype:
-    """Make of a bare module what an arm computes a step over; return the computation's dtype."""
+    """Turn a bare module into an arm's module for a step; return the computation's dtype."""
     ARMS[arm](module, step.rank)
     dtype = torch.float32 if step.precision == "fp32" else torch.bfloat16
     if dtype != torch.float32:
@@ -103,12 +103,12 @@ def _module_kernels(
 
 
 def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]:
-    """Return the kernels of a whole step but those of the blocks, which compute nothing here.
+    """Return the kernels of a step outside the blocks; the blocks compute nothing here.
 
     Args:
-        step: of one micro-step's sequences.
-        processes: how many.
-        micro_steps: whose gradients are accumulated.
+        step: training step with the sequences of one micro-step.
+        processes: number of processes.
+        micro_steps: number of micro-steps whose gradients are accumulated.
     """
     with pretended(processes):
         world = world_of(step.layout)
@@ -142,13 +142,13 @@ def around_blocks(step: Step, *, processes: int, micro_steps: int) -> list[Part]
 
 
 def step_kernels(arm: str, step: Step, *, processes: int, micro_steps: int) -> list[Part]:
-    """Return the kernels of a whole step, blocks compiled, by part.
+    """Return the kernels of a complete step by part, with compiled blocks.
 
     Args:
-        arm: of `ARMS`, in the layout of `step`.
-        step: of one micro-step's sequences.
-        processes: how many.
-        micro_steps: whose gradients are accumulated.
+        arm: name of an arm in `ARMS`, in the layout of `step`.
+        step: training step with the sequences of one micro-step.
+        processes: number of processes.
+        micro_steps: number of micro-steps whose gradients are accumulated.
     """
     times = step.shape.layers * micro_steps
     blocks = repeated(block_kernels(arm, step), times)
@@ -161,7 +161,7 @@ def _no_loss(z: Tensor, y: Tensor, divisor: float, gradient: bool) -> Tensor:
 
 
 class _Nothing:
-    """A block's forward that launches nothing, and gives every trained parameter a gradient."""
+    """A forward for blocks that launches no kernel but gives trained parameters gradients."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer

@@ -1,4 +1,4 @@
-"""The workloads of a benchmark: one linear, one block or a whole model, with its input."""
+"""The workloads of a benchmark: a linear layer, a block or a model, with its input."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,12 +23,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}
 
 @dataclass(frozen=True)
 class Work:
-    """A subject made for one arm, ready to run.
+    """A workload built for one arm, ready to run.
 
     Args:
-        module: what is trained.
-        backward: runs forward and backward; gradients are left in `module`.
-        forward: runs forward only, and returns its output.
+        module: module to train.
+        backward: function that runs forward and backward, and leaves gradients in `module`.
+        forward: function that runs only forward, and returns the output.
     """
 
     module: nn.Module
@@ -38,17 +38,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject of which every arm makes its own.
+    """The description of a workload, from which each arm's is built.
 
     Args:
-        name: "linear 5461x2048", "block" or "model".
-        level: which kind.
-        shape: of the model that it is a part of.
-        matrix: (out, in) of a linear.
-        dtype: "fp32", "bf16" (weights too) or "mixed" (fp32 weights computed in bf16: by autocast
-            for a part, by FSDP2's policy for a model).
-        sequences: in the batch.
-        length: tokens of each.
+        name: name such as "linear 5461x2048", "block" or "model".
+        level: kind of workload.
+        shape: shape of the model that it is part of.
+        matrix: shape (out, in) of a linear layer's matrix.
+        dtype: "fp32", "bf16" (also for weights) or "mixed" (fp32 weights, computation in bf16: by
+            autocast for a linear layer or a block, by FSDP2's policy for a model).
+        sequences: number of sequences in the batch.
+        length: number of tokens in a sequence.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the batch."""
+        """The number of tokens in the batch."""
         return self.sequences * self.length
 
     def work(
@@ -73,14 +73,14 @@ class Subject:
         recompute: Checkpointing = "none",
         layout: BaseLayout = "shard",
     ) -> Work:
-        """Make it on the world's device, with values drawn from torch's global generator.
+        """Build the workload on the world's device; values come from torch's global generator.
 
         Args:
-            prepare_: makes an arm of the bare module.
-            world: of one process.
-            compiled: whether to compile it.
-            recompute: `parallel.checkpoint_activations`, of a model.
-            layout: `parallel.layout`, of a model.
+            prepare_: function that turns the bare module into an arm, in place.
+            world: world of one process.
+            compiled: whether to compile the module.
+            recompute: `parallel.checkpoint_activations`, for a model.
+            layout: `parallel.layout`, for a model.
         """
         if self.level == "model":
             parallel = ParallelConfig(
@@ -94,12 +94,12 @@ class Subject:
         draw_weights_(module, self.shape)
         if compiled:
             module.compile()
-        # Under autocast a linear's input comes from what was computed in bf16.
+        # Under autocast the input of a linear layer is already in bf16.
         autocast = self.dtype == "mixed" and self.level == "linear"
         return self._work(module, world.device, torch.bfloat16 if autocast else DTYPES[self.dtype])
 
     def on_meta(self, prepare_: Callable[[nn.Module], None]) -> Work:
-        """Make it without values, to count operations."""
+        """Build the workload on the meta device, to count operations."""
         meta = torch.device("meta")
         dtype = torch.float32 if self.dtype == "fp32" else torch.bfloat16
         return self._work(self._part(prepare_, meta, dtype), meta, dtype)
@@ -155,7 +155,7 @@ class Subject:
         inner = d if self.level == "block" else self.matrix[1]
         x = torch.randn(b, t, inner, device=device, dtype=dtype, requires_grad=True)
         table = rotary_table(t, self.shape, device) if self.level == "block" else ()
-        mixed = self.dtype == "mixed" and device.type != "meta"  # which has no autocast
+        mixed = self.dtype == "mixed" and device.type != "meta"  # meta has no autocast
 
         def forward() -> Tensor:
             bf16 = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
@@ -175,7 +175,7 @@ class Subject:
 def subjects(
     level: Level, shape: LlamaShape, *, dtype: str, sequences: int, length: int
 ) -> list[Subject]:
-    """Return the subjects of a level: for "linear", each shape of matrix that the model has."""
+    """Return the workloads of a level; "linear" has one for each matrix shape in the model."""
     whole = Subject(level, level, shape, (0, 0), dtype, sequences, length)
     if level != "linear":
         return [whole]
@@ -195,7 +195,7 @@ class _Linear(nn.Module):
 
 @torch.no_grad()
 def draw_weights_(module: nn.Module, shape: LlamaShape) -> None:
-    """Draw every matrix alike, factors included: times do not depend on values that are usual."""
+    """Draw all matrices, including factors, from one distribution; times do not depend on it."""
     for p in module.parameters():
         own = local(p)
         if p.ndim == 1:

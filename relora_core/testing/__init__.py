@@ -1,8 +1,8 @@
-"""Property tests of merges, resets and schedules: of this library's, and of your own.
+"""Property tests of merges, resets and schedules: this library's or your own.
 
 `check_low_rank`, `check_resettable`, `check_schedule` and `check_restart` check all properties of
-a subject. Each property is an assertion, which stands here too. `strategies` draw the examples, and
-`examples` has the layers and schedules that they draw. Needs hypothesis
+a subject. Each property is also available as a separate assertion. `strategies` draws the examples,
+and `examples` contains the layers and schedules that it draws. This package needs hypothesis
 (`pip install 'relora-toolkit[testing]'`).
 """
 

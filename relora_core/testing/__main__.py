@@ -1,4 +1,4 @@
-"""`python -m relora_core.testing`: every property of this library, on this machine."""
+"""The command `python -m relora_core.testing`: all checks of this library, on this machine."""
 
 import argparse
 import json
@@ -16,16 +16,16 @@ from relora_core.testing.subjects import PropertyError
 
 _EXAMPLES = """examples:
   python -m relora_core.testing
-      every check as in CI, in seconds
+      run every check as CI does, in seconds
   python -m relora_core.testing --examples 2100 --out properties.jsonl
-      2100 new examples of each property, over 100,000 in all, in about half an hour
+      draw 2100 new examples for each property, over 100,000 in total; takes about half an hour
   python -m relora_core.testing --only JaggedCosine --examples 1000
-      one check
+      run one check
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the checks and return 0, or 1 if a property is broken; both are printed."""
+    """Run the checks, print the results, and return 0, or 1 if a property does not hold."""
     parser = argparse.ArgumentParser(
         prog="python -m relora_core.testing",
         description=__doc__,
@@ -35,10 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--examples",
         type=int,
-        help=f"number of new examples of each property (default: {CI.max_examples} fixed ones)",
+        help=f"number of new examples per property (default: {CI.max_examples} fixed examples)",
     )
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--out", type=Path, help="JSON lines to write; it must not exist")
+    parser.add_argument("--out", type=Path, help="JSON Lines file to write; it must not exist yet")
     given = parser.parse_args(arguments)
     if given.examples is not None and given.examples < 1:
         parser.error(f"--examples must be at least 1; got {given.examples}")

@@ -1,4 +1,4 @@
-"""Algorithm 1 as the paper writes it, in float64, slow and plain: what all else is compared to."""
+"""The paper's Algorithm 1 in plain, slow float64: the reference for all other implementations."""
 
 import math
 from collections.abc import Callable
@@ -12,25 +12,25 @@ Matrices = dict[str, Tensor]
 
 @dataclass
 class Algorithm1:
-    r"""Two low-rank layers and their biases, trained by AdamW, restarted by merge and prune.
+    r"""Two low-rank layers and their biases, trained by AdamW; restarts merge and prune.
 
     $y = W_2' \tanh(W_1' x + b_1) + b_2$ with $W_i' = W_i + s B_i A_i$, and the loss
-    $\lVert y - t \rVert^2 / 2$ summed over a batch. All gradients are written out.
+    $\lVert y - t \rVert^2 / 2$ summed over a batch. All gradients are written out by hand.
 
     Args:
-        W: W_1 and W_2, by name.
-        A: their A.
-        B: their B.
-        b: their biases.
-        s: the scale.
-        draw: gives the A of (name, number of the restart).
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        eps: of AdamW.
-        restarts: so far.
-        steps: so far.
+        W: W_1 and W_2, by layer name.
+        A: A_1 and A_2, by layer name.
+        B: B_1 and B_2, by layer name.
+        b: b_1 and b_2, by layer name.
+        s: scale.
+        draw: function of (layer name, restart number) that returns the drawn A.
+        weight_decay: AdamW's weight decay.
+        betas: AdamW's betas.
+        eps: AdamW's eps.
+        restarts: number of restarts so far.
+        steps: number of steps so far.
         m: AdamW's first moments, by key.
-        v: its second moments.
+        v: AdamW's second moments, by key.
 
     Examples:
         >>> def one():
@@ -59,7 +59,7 @@ class Algorithm1:
     v: Matrices = field(default_factory=dict)
 
     def trained(self) -> Matrices:
-        """Return what AdamW steps: A, B and b, by key."""
+        """Return the tensors that AdamW trains, A, B and b, by key."""
         return {
             f"{name}.{key}": matrices[name]
             for key, matrices in (("lora_A", self.A), ("lora_B", self.B), ("bias", self.b))
@@ -77,14 +77,14 @@ class Algorithm1:
         return hidden @ self.whole(second).T + self.b[second]
 
     def gradients(self, x: Tensor, t: Tensor) -> Matrices:
-        """Return the gradients of the loss in A, B and b."""
+        """Return the gradients of the loss with respect to A, B and b."""
         first, second = self.W
         hidden = torch.tanh(x @ self.whole(first).T + self.b[first])
         at_output = hidden @ self.whole(second).T + self.b[second] - t
         at_hidden = (at_output @ self.whole(second)) * (1 - hidden**2)
         found = {}
         for name, signal, input in ((first, at_hidden, x), (second, at_output, hidden)):
-            dense = signal.T @ input  # of W + s B A
+            dense = signal.T @ input  # the gradient of W + s B A
             found[f"{name}.lora_A"] = self.s * self.B[name].T @ dense
             found[f"{name}.lora_B"] = self.s * dense @ self.A[name].T
             found[f"{name}.bias"] = signal.sum(0)
@@ -104,13 +104,13 @@ class Algorithm1:
             p.copy_(p - lr * self.weight_decay * p - lr * m / (v.sqrt() + self.eps))
 
     def merge(self) -> None:
-        """Lines 8 and 9, first half: W takes s B A in, and B becomes zero."""
+        """Run the first half of lines 8 and 9: add s B A to W, and set B to zero."""
         for name in self.W:
             self.W[name] = self.whole(name)
             self.B[name].zero_()
 
     def restart(self, ratio: float) -> None:
-        """Lines 8 to 12: merge, draw A anew, and prune the moments of A and B."""
+        """Run lines 8 to 12: merge, redraw A, and prune the moments of A and B."""
         self.merge()
         self.restarts += 1
         for name in self.W:
@@ -119,7 +119,7 @@ class Algorithm1:
                 self._prune(f"{name}.{which}", ratio)
 
     def _prune(self, key: str, ratio: float) -> None:
-        """Zero m and v where m is smallest, the first among equals first."""
+        """Zero m and v at the smallest entries of |m|; of equal entries, the first goes first."""
         if key not in self.m:
             return
         m, v = self.m[key].flatten().tolist(), self.v[key].flatten().tolist()

@@ -1,4 +1,4 @@
-"""Small layers and schedules, the examples that strategies draw."""
+"""Small layers and schedules that the strategies draw as examples."""
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +43,11 @@ def nineteen_twentieths(step: int) -> float:
 def warmup_then_cosine(
     optimizer: torch.optim.Optimizer, *, milestone: int
 ) -> lr_scheduler.SequentialLR:
-    """Return a warm-up followed by a cosine, by torch's `SequentialLR`.
+    """Return a warm-up followed by a cosine, combined by torch's `SequentialLR`.
 
     Args:
-        optimizer: whose rate it drives.
-        milestone: the cosine's first step.
+        optimizer: optimizer whose learning rate the scheduler sets.
+        milestone: first step of the cosine.
 
     Examples:
         >>> from torch import nn
@@ -65,11 +65,11 @@ def warmup_then_cosine(
 def constant_times_exponential(
     optimizer: torch.optim.Optimizer, *, gamma: float
 ) -> lr_scheduler.ChainedScheduler:
-    """Return two schedulers that act together, by torch's `ChainedScheduler`.
+    """Return the product of two schedulers, combined by torch's `ChainedScheduler`.
 
     Args:
-        optimizer: whose rate they drive.
-        gamma: of the exponential one.
+        optimizer: optimizer whose learning rate the schedulers set.
+        gamma: gamma of the exponential scheduler.
 
     Examples:
         >>> from torch import nn
@@ -85,12 +85,12 @@ def constant_times_exponential(
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence to itself.
+    """Self-attention over a sequence.
 
     Args:
-        width: of the sequence's vectors.
-        heads: a divisor of it.
-        dtype: of the weights.
+        width: size of the sequence's vectors.
+        heads: number of heads, a divisor of `width`.
+        dtype: dtype of the weights.
 
     Examples:
         >>> SelfAttention(4, 2)(torch.zeros(5, 2, 4)).shape
@@ -102,18 +102,18 @@ class SelfAttention(nn.Module):
         self.attend = nn.MultiheadAttention(width, heads, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what `x` attends to."""
+        """Return the attention output for `x`."""
         output: Tensor = self.attend(x, x, x)[0]
         return output
 
 
 class SelfBilinear(nn.Module):
-    """A bilinear layer of an input and itself.
+    """A bilinear layer applied to an input and itself.
 
     Args:
         inner: size of the input.
         out: size of the output.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Examples:
         >>> SelfBilinear(3, 2)(torch.zeros(5, 3)).shape
@@ -131,12 +131,12 @@ class SelfBilinear(nn.Module):
 
 
 class TransposedLinear(nn.Module):
-    """A linear layer whose weight lies `(in, out)`, as GPT-2's in transformers.
+    """A linear layer whose weight has shape `(in, out)`, like GPT-2's in transformers.
 
     Args:
         inner: size of the input.
         out: size of the output.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Examples:
         >>> TransposedLinear(3, 2)(torch.zeros(5, 3)).shape
@@ -155,12 +155,12 @@ class TransposedLinear(nn.Module):
 
 
 class NormalizedLinear(nn.Linear):
-    """A linear layer that divides each row of its weight by the row's norm.
+    """A linear layer that divides each row of its weight by the row's norm plus 1.
 
     Args:
         inner: size of the input.
         out: size of the output.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Examples:
         >>> NormalizedLinear(3, 2)(torch.zeros(5, 3)).shape
@@ -177,12 +177,12 @@ class NormalizedLinear(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """Tokens to logits by one matrix, which is embedding and head, over a linear layer.
+    """A language model whose embedding and head share one matrix, with a linear layer between.
 
     Args:
-        vocab: number of tokens.
-        width: of the vectors.
-        dtype: of the weights.
+        vocab: number of tokens in the vocabulary.
+        width: size of the hidden vectors.
+        dtype: dtype of the weights.
 
     Examples:
         >>> TiedHead(7, 3)(torch.tensor([[1, 2]])).shape
@@ -197,13 +197,13 @@ class TiedHead(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return a logit for each token."""
+        """Return the logits over the vocabulary at each position."""
         logits: Tensor = self.head(self.mix(self.embed(tokens)).tanh())
         return logits
 
 
 class Residual(nn.Sequential):
-    """x + f(x), for nesting; f keeps the width.
+    """A residual block x + f(x), which can be nested; f must keep the width.
 
     Examples:
         >>> Residual(nn.Linear(3, 3))(torch.zeros(5, 3)).shape
@@ -219,13 +219,13 @@ class Residual(nn.Sequential):
 
 
 class Experts(nn.Module):
-    """A bank of linear layers, which all see the same input.
+    """A bank of linear layers that all receive the same input.
 
     Args:
-        count: of the layers.
+        count: number of layers.
         in_features: size of the input.
         out: size of each output.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Examples:
         >>> Experts(3, 4, out=2)(torch.zeros(5, 4)).shape
@@ -240,5 +240,5 @@ class Experts(nn.Module):
         self.bank = nn.Parameter(torch.randn(count, out, in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what each layer makes of `x`."""
+        """Return the output of each layer for `x`."""
         return torch.einsum("ti,eoi->teo", x, self.bank)

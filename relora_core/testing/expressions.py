@@ -1,4 +1,4 @@
-"""Objects that are made anew for each example, and print as the code that makes them."""
+"""Factories that build a new object for each example and print as the code that builds it."""
 
 import ast
 import functools
@@ -33,15 +33,15 @@ _IMPORTS = {
 
 @dataclass(frozen=True)
 class Call:
-    """A deferred call, which prints as the code that makes it.
+    """A deferred call that prints as the code of the call.
 
-    Arguments that are deferred calls are evaluated first. Arguments given at the call come before
-    its own, so that a deferred call of an optimizer's class is a factory of optimizers.
+    Arguments that are deferred calls themselves are evaluated first. Arguments passed at call time
+    come before the stored ones, so a deferred call of an optimizer class is an optimizer factory.
 
     Args:
-        function: a class or a function.
-        args: by position.
-        kwargs: by keyword.
+        function: class or function to call.
+        args: positional arguments.
+        kwargs: keyword arguments.
 
     Examples:
         >>> layer = Call(nn.Linear, (3, 2), {"bias": False})
@@ -72,7 +72,7 @@ def _made(value: Any) -> Any:
 
 
 def written(value: Any, *first: str) -> str:
-    """Return the expression of a value; of a call, with `first` before its own arguments."""
+    """Return the source of a value; for a call, `first` precedes the stored arguments."""
     if isinstance(value, Call):
         return _call(name_of(value.function), first, value.args, value.kwargs)
     if isinstance(value, functools.partial):
@@ -93,14 +93,14 @@ def _call(
 
 
 def as_factory(value: Any, *arguments: str) -> str:
-    """Return the expression of a factory: of a call, a lambda of `arguments` that makes it."""
+    """Return the source of a factory; for a call, a lambda of `arguments` that makes the call."""
     if isinstance(value, Call):
         return f"lambda{' ' * bool(arguments)}{', '.join(arguments)}: {written(value, *arguments)}"
     return written(value)
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """Return by which name a counterexample calls a function or class."""
+    """Return the name by which a counterexample refers to a function or class."""
     if isinstance(function, functools.partial):
         return written(function)
     name = getattr(function, "__qualname__", type(function).__name__)
@@ -115,7 +115,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def code(lines: list[str], *mentioned: Any) -> str:
-    """Return a program: imports and definitions of what is mentioned, and then `lines`."""
+    """Return a program: imports and definitions of the values in `mentioned`, then `lines`."""
     imports: set[str] = set()
     definitions: dict[str, str] = {}
     for value in mentioned:
@@ -138,7 +138,7 @@ def _functions(value: Any) -> Iterator[Any]:
 
 
 def _define(name: str, value: Any, imports: set[str], definitions: dict[str, str]) -> None:
-    """Add what binds `name` to `value`: an import, or a definition and all that it needs."""
+    """Add code that binds `name` to `value`: an import, or a definition with its dependencies."""
     if name in definitions or name.partition(".")[0] in _IMPORTS:
         return
     if isinstance(value, ModuleType):
@@ -152,7 +152,7 @@ def _define(name: str, value: Any, imports: set[str], definitions: dict[str, str
         top = qualified.partition(".")[0]
         imports.add(f"from {module} import {top}" + f" as {name}" * (name not in (top, qualified)))
     else:
-        definitions[name] = ""  # its place comes after those of what it needs
+        definitions[name] = ""  # reserved: it is inserted after its dependencies
         source = _source(value, name)
         for needed, found in _needed(value, source).items():
             _define(needed, found, imports, definitions)
@@ -161,7 +161,7 @@ def _define(name: str, value: Any, imports: set[str], definitions: dict[str, str
 
 
 def _needed(value: Any, source: str) -> dict[str, Any]:
-    """Return what a definition's names mean, of those that are no builtins."""
+    """Return the values of the names in a definition, except builtins."""
     known = dict(vars(sys.modules[value.__module__]))
     if isinstance(value, FunctionType):
         known |= inspect.getclosurevars(value).nonlocals
@@ -170,7 +170,7 @@ def _needed(value: Any, source: str) -> dict[str, Any]:
 
 
 def _source(function: Any, name: str) -> str:
-    """Return the definition of what cannot be imported, as far as it is known."""
+    """Return the definition of a function that cannot be imported, or a stub if it is unknown."""
     unknown = f"{name} = ...  # {function!r}"
     try:
         if isinstance(function, FunctionType) and function.__name__ == "<lambda>":
@@ -182,7 +182,7 @@ def _source(function: Any, name: str) -> str:
 
 
 def _lambda(function: FunctionType) -> str | None:
-    """Return a lambda's own text, which may be within a longer expression."""
+    """Return the source of a lambda, which may be part of a longer expression."""
     lines, _ = inspect.findsource(function)
     text = "".join(lines)
     begins = {(line, column) for line, _, column, _ in function.__code__.co_positions()}

@@ -1,4 +1,4 @@
-"""Histories that a model may have before a property is checked."""
+"""Histories: events that a model goes through before a property is checked."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -22,22 +22,26 @@ def lived(
     inputs: Inputs | None = None,
     sites: Sites = find_sites,
 ) -> nn.Module:
-    """Return a model that has been through `events`, in their order.
+    """Return a model that has gone through `events` in order.
 
-    "fill": every B becomes random, of a norm that matters beside W; "step": a small step down the
-    gradient of all that is trained; "merge", "redraw": of every site; "forward": a pass in `eval`
-    mode; "save": the state dict is loaded by a model made anew, which goes on; "copy": a deep copy
-    goes on; "move": to float64 and back.
+    - "fill": every B becomes random, with a norm that is not negligible next to W's.
+    - "step": all trained parameters take a small gradient step.
+    - "merge", "redraw": every site is merged or redrawn.
+    - "forward": the model runs once in `eval` mode.
+    - "save": a new model loads the state dict and replaces the old one.
+    - "copy": a deep copy replaces the model.
+    - "move": the model moves to float64 and back.
 
     Args:
-        make: returns the model.
-        events: some of `EVENTS`.
-        seed: of the model's own initialization, and of what events draw.
-        inputs: of one call of it, for the model; `example_inputs` if None.
-        sites: finds the sites of layers of your own.
+        make: function that returns a new model.
+        events: events from `EVENTS`.
+        seed: seed of the model's initialization and of the events' random numbers.
+        inputs: function that returns the inputs of one call of the model; None for
+            `example_inputs`.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        ValueError: if an event is none of them.
+        ValueError: if an event is not in `EVENTS`.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -48,7 +52,7 @@ def lived(
     events = list(events)
     for event in events:
         if event not in EVENTS:
-            raise ValueError(f"an event is one of {', '.join(EVENTS)}; got {event!r}")
+            raise ValueError(f"an event must be one of {', '.join(EVENTS)}; got {event!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make()
@@ -100,7 +104,7 @@ def _after(
 
 
 def _move_(model: nn.Module) -> None:
-    """Take float tensors to float64 and back, but for those that are kept in two halves."""
+    """Move float tensors to float64 and back; skip models with split bases or mixed dtypes."""
     if any(getattr(m, "low_bits", None) is not None for m in model.modules()):
         return
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]

@@ -1,4 +1,4 @@
-"""Inputs that fit a module, and what to make of its outputs."""
+"""Inputs that fit a module, and helpers that read its outputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,14 +13,15 @@ Inputs = Callable[[nn.Module], Tensor | tuple[Tensor, ...]]
 
 
 def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
-    """Return random inputs for a model that begins with a layer whose input is known.
+    """Return random inputs for a model whose first layer has a known input shape.
 
-    One that torch ships, has `in_features`, or is a `LowRankSite`.
+    The first layer must be one of torch's, have `in_features`, or be a `LowRankSite`.
 
-    They are a batch of 5 vectors, of 2 x 5 tokens, or of 2 images one larger than the kernel.
+    The inputs are a batch of 5 vectors, of 2 x 5 tokens, of 2 sequences of 5 vectors, or of 2
+    images that are one larger than the kernel.
 
     Raises:
-        ValueError: if it begins otherwise; give `inputs=` then.
+        ValueError: if the input shape is not known; pass `inputs=` in that case.
 
     Examples:
         >>> [x.shape for x in example_inputs(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))]
@@ -28,7 +29,7 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        shapes = _shapes(module)[: None if module is model else 1]  # nested, it is given one
+        shapes = _shapes(module)[: None if module is model else 1]  # nested: one input
         if shapes:
             return tuple(torch.randn(shape, generator=generator) for shape in shapes)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -36,13 +37,13 @@ def example_inputs(model: nn.Module, *, seed: int = 0) -> tuple[Tensor, ...]:
         if isinstance(module, LowRankSite):
             return (torch.randn(5, module.lora_A.shape[1], generator=generator),)
     raise ValueError(
-        f"which inputs {type(model).__name__} takes is not known: give inputs=, a function of the "
-        "model that returns a tensor or a tuple of tensors"
+        f"the inputs of {type(model).__name__} must be known; got no layer with a known input "
+        "shape: pass inputs=, a function of the model that returns a tensor or a tuple of tensors"
     )
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    # mypy does not see that the attribute asked for is the one that is an int.
+    # mypy does not infer that `module.in_features` is an int.
     if isinstance(getattr(module, "in_features", None), int):
         return [(5, module.in_features)]  # type: ignore[list-item]
     if isinstance(module, nn.Bilinear):
@@ -62,13 +63,13 @@ def given_inputs(
     """Return the inputs of one call of a model, in the dtype of its first parameter.
 
     Args:
-        model: which.
-        inputs: makes them from the model; `example_inputs` if None.
-        seed: of torch's global generator for `inputs`, or of the examples.
+        model: model to call.
+        inputs: function that makes the inputs from the model; None for `example_inputs`.
+        seed: seed of torch's global generator while `inputs` runs, or of the example inputs.
 
     Raises:
-        ValueError: if the model begins with no layer whose input is known.
-        TypeError: if `inputs` returns anything else than tensors.
+        ValueError: if `inputs` is None and the input shape of the model's first layer is not known.
+        TypeError: if `inputs` returns anything but a tensor or a tuple of tensors.
 
     Examples:
         >>> given_inputs(nn.Linear(2, 1), lambda model: torch.ones(1, model.in_features))
@@ -83,19 +84,19 @@ def given_inputs(
     if not isinstance(given, tuple) or not all(isinstance(x, Tensor) for x in given):
         raise TypeError(
             "inputs must return a tensor or a tuple of tensors, the arguments of one call; got "
-            f"{type(given).__name__}: for any other, let the factory wrap the module"
+            f"{type(given).__name__}: for other arguments, let the factory wrap the module"
         )
     return fitting(given, model)
 
 
 def fitting(inputs: tuple[Tensor, ...], model: nn.Module) -> tuple[Tensor, ...]:
-    """Return inputs in the dtype of the model's first parameter, integers as they are."""
+    """Return floating-point inputs in the dtype of the model's first parameter, others as is."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """Return the floating-point tensors of what a module returned, in order."""
+    """Return the floating-point tensors in a module's return value, in order."""
     return [t for t in _tensors(result) if t.is_floating_point()]
 
 

@@ -1,4 +1,4 @@
-"""Model, optimizer, schedule and clock in any order of events, against Algorithm 1."""
+"""A state machine that runs a training through random events and compares it to Algorithm 1."""
 
 import copy
 import warnings
@@ -51,17 +51,17 @@ class _Saved:
 
 
 class RestartMachine(RuleBasedStateMachine):
-    """Trains two layers as the README does, through steps, restarts and whatever interrupts them.
+    """A training of two layers, as in the README, with steps, restarts and interruptions.
 
-    Rules: steps (with restarts when the clock says so), steps that are skipped, passes in `eval`
-    mode, merges between restarts, saving, loading any of what was saved into objects made anew,
-    deep copies, a move to float32 and back, other users of torch's global generator, and restarts
-    that refuse. After each, W, A, B, biases, moments and rates equal those of `Algorithm1`, to
-    1e-8.
+    The rules are: steps, with restarts when the clock says so; skipped steps; passes in `eval`
+    mode; merges between restarts; saves; loads of any earlier save into new objects; deep copies;
+    a move to float32 and back; other uses of torch's global generator; and restarts that must
+    fail. After each rule, W, A, B, biases, moments and learning rates must equal those of
+    `Algorithm1` to 1e-8.
 
     Attributes:
-        restart: of (model, optimizer, ratio).
-        jagged: makes the schedule from a smooth one and the clock.
+        restart: function of (model, optimizer, ratio).
+        jagged: function that makes the schedule from a smooth schedule and the clock.
 
     Examples:
         >>> import hypothesis
@@ -95,7 +95,7 @@ class RestartMachine(RuleBasedStateMachine):
         first: int | None,
         ratio: float,
     ) -> None:
-        """Make model, optimizer and schedule, and the reference beside them."""
+        """Make the model, the optimizer, the schedule and the reference."""
         clock = Restarts(every, min(warmup, every - 1), first=first)
         rank = min(rank, *sizes)
         self.settings = _Settings(sizes, rank, alpha, seed, clock, ratio)
@@ -104,7 +104,7 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 8), seed=st.integers(0, 9))
     def train(self, count: int, seed: int) -> None:
-        """Take steps, each after a restart if the clock says so."""
+        """Take steps, with a restart before each step at which the clock says so."""
         for number in range(count):
             self._restart_if_due()
             x, t = self._batch(100 * seed + number)
@@ -119,13 +119,13 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule()
     def skip(self) -> None:
-        """Pass over a step, as after a gradient that is not finite: the clock goes on."""
+        """Skip a step, as after a gradient that is not finite; the clock still advances."""
         self._restart_if_due()
         self._advance()
 
     @rule(seed=st.integers(0, 9))
     def evaluate(self, seed: int) -> None:
-        """Compute without gradients, in `eval` mode."""
+        """Run a forward pass without gradients, in `eval` mode."""
         x, _ = self._batch(seed)
         self.run_.model.eval()
         with torch.no_grad():
@@ -134,13 +134,13 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule()
     def merge(self) -> None:
-        """Merge between restarts, which changes no output."""
+        """Merge between restarts, which must not change any output."""
         merge_(self.run_.model)
         self.reference.merge()
 
     @rule(target=saves)
     def save(self) -> _Saved:
-        """Keep all states."""
+        """Save all states."""
         run = self.run_
         return _Saved(
             copy.deepcopy(run.model.state_dict()),
@@ -152,7 +152,7 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule(saved=consumes(saves))
     def load(self, saved: _Saved) -> None:
-        """Go on from what was kept, in objects made anew."""
+        """Continue from a saved state, in new objects."""
         self.run_ = self._made()
         self.run_.model.load_state_dict(saved.model)
         self.run_.optimizer.load_state_dict(saved.optimizer)
@@ -162,7 +162,7 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule()
     def copy(self) -> None:
-        """Go on with a deep copy, and spoil what it was made of."""
+        """Continue with a deep copy, and overwrite the original's parameters."""
         old, self.run_ = self.run_, copy.deepcopy(self.run_)
         with torch.no_grad():
             for p in old.model.parameters():
@@ -178,12 +178,12 @@ class RestartMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5))
     def disturb(self, count: int) -> None:
-        """Use torch's global generator, as anything in a process may."""
+        """Use torch's global generator, as any other code in the process may."""
         torch.rand(count)
 
     @rule()
     def refuse(self) -> None:
-        """Ask for a restart with A broken: it must raise, and change nothing."""
+        """Call a restart while A holds NaN: it must raise and change nothing."""
         run = self.run_
         site = next(site for _, site in low_rank_sites(run.model))
         kept = site.lora_A.detach().clone()
@@ -200,7 +200,7 @@ class RestartMachine(RuleBasedStateMachine):
 
     @invariant()
     def is_algorithm_1(self) -> None:
-        """Compare all that there is."""
+        """Compare all weights, moments and rates with the reference."""
         if not hasattr(self, "run_"):
             return
         run, reference = self.run_, self.reference
@@ -218,7 +218,7 @@ class RestartMachine(RuleBasedStateMachine):
         self._expect("rate", found, rate)
 
     def _advance(self) -> None:
-        with warnings.catch_warnings():  # torch's: of skipped steps, and of copied optimizers
+        with warnings.catch_warnings():  # torch warns of skipped steps and copied optimizers
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
             self.run_.schedule.step()
@@ -245,7 +245,7 @@ class RestartMachine(RuleBasedStateMachine):
             if reset.entries != entries or not (
                 share * entries - 8 <= reset.zeroed <= share * entries + 8
             ):
-                raise PropertyError(f"the report is untrue: {reset}")
+                raise PropertyError(f"the report must match the restart; got {reset}")
 
     def _made(self) -> _Run:
         model = self._model()
@@ -280,7 +280,7 @@ class RestartMachine(RuleBasedStateMachine):
         return Algorithm1(own("weight"), own("lora_A"), own("lora_B"), biases, scale, draws)
 
     def _draws(self) -> Callable[[str, int], Tensor]:
-        """Return the draws of a model that does nothing but draw."""
+        """Return the sequence of A that a separate model draws by redraws alone."""
         other = self._model()
         table = {(name, 0): site.lora_A.detach().clone() for name, site in low_rank_sites(other)}
 

@@ -1,4 +1,4 @@
-"""The checks of this library's own layers, optimizers, schedules and restarts."""
+"""The checks of this library's layers, optimizer resets, schedules and restarts."""
 
 import math
 from collections.abc import Callable
@@ -19,31 +19,31 @@ from relora_core.testing.checks.schedules import check_schedule
 from relora_core.testing.strategies.modules import low_rank_modules
 from relora_core.testing.strategies.training import calls, optimizers
 
-_HORIZON = 61  # steps, after which the kit checks no schedule
+_HORIZON = 61  # steps; the kit checks no schedule beyond them
 
 
 def wrapped(params: list[nn.Parameter], *, lr: float) -> ResettableOptimizer:
-    """Return AdamW in a `ResettableOptimizer`."""
+    """Return a `ResettableOptimizer` that wraps AdamW."""
     return ResettableOptimizer(torch.optim.AdamW(params, lr=lr))
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Return the cosine that `JaggedCosine` has between its ramps."""
+    """Return the cosine schedule that `JaggedCosine` follows outside its ramps."""
     return LambdaLR(optimizer, JaggedCosine(_HORIZON))
 
 
 def jagged_cosine(inner: LRScheduler, restarts: Restarts) -> LambdaLR:
-    """Return `JaggedCosine` in place of the cosine that is given."""
+    """Return `JaggedCosine` in place of the given cosine schedule."""
     for group in inner.optimizer.param_groups:
         group["lr"] = group["initial_lr"]
     return LambdaLR(inner.optimizer, JaggedCosine(_HORIZON, restarts))
 
 
-#: What `python -m relora_core.testing` runs, by name: each takes hypothesis' settings.
+#: The checks of `python -m relora_core.testing`, by name: functions of hypothesis settings.
 CHECKS: dict[str, Callable[[hypothesis.settings], list[Held]]] = {
     "low-rank modules": lambda profile: check_low_rank(low_rank_modules(), profile=profile),
     "low-rank modules in float16": lambda profile: check_low_rank(
-        # A W of 16 bits that is not split loses most of small merges, as the documents say.
+        # A 16-bit W that is not split loses most of each small merge, as the docs explain.
         low_rank_modules(dtypes=[torch.float16]),
         may_lose=math.inf,
         profile=profile,

@@ -1,4 +1,4 @@
-"""Models under test: their low-rank sites, and the sites' exact values."""
+"""The low-rank sites of a model under test, and their exact values."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from relora_core.sites.site import Site, low_rank_sites
 
 
 class PropertyError(AssertionError):
-    """A property that does not hold: which, by how much, and the smallest case that shows it."""
+    """The error of a property that does not hold: which, by how much, and the smallest case."""
 
 
 @runtime_checkable
@@ -43,20 +43,20 @@ class LowRankSite(Protocol):
         """The scale s."""
 
     def merge_(self) -> None:
-        """W += s B A, and B is zeroed."""
+        """Add s B A to W, and zero B."""
 
     def redraw_(self) -> None:
-        """A takes its next draw, and B is zeroed."""
+        """Draw the next A, and zero B."""
 
 
 Sites = Callable[[nn.Module], Mapping[str, LowRankSite]]
 
 
 def find_sites(model: nn.Module) -> dict[str, LowRankSite]:
-    """Return this library's sites of a model and every module that is a `LowRankSite`, by name.
+    """Return a model's sites by name: this library's, and every module that is a `LowRankSite`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the model has no site.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -70,8 +70,8 @@ def find_sites(model: nn.Module) -> dict[str, LowRankSite]:
             found[name] = module
     if not found:
         raise ValueError(
-            "the model has no low-rank site: call add_low_rank_ in its factory, or give sites=, a "
-            "function that returns {name: site} for layers of your own (see LowRankSite)"
+            "the model must have a low-rank site; got none: call add_low_rank_ in its factory, or "
+            "pass sites=, a function that returns {name: site} for your layers (see LowRankSite)"
         )
     return found
 
@@ -83,7 +83,7 @@ def has_sites(model: nn.Module) -> bool:
 
 
 def trained_scale(site: LowRankSite) -> nn.Parameter | None:
-    """Return s as the Parameter that it is at some sites of this library."""
+    """Return s as a Parameter if the site trains its scale, else None."""
     return site.low_rank.lora_scale if isinstance(site, Site) else None
 
 
@@ -100,20 +100,20 @@ def exact_weight(site: LowRankSite) -> Tensor:
 
 
 def exact_update(site: LowRankSite) -> Tensor:
-    """Return s B A in W's shape and in float64, detached."""
+    """Return s B A in float64 and in W's shape, detached."""
     A, B = site.lora_A.detach().double(), site.lora_B.detach().double()
     return (scale_of(site) * (B @ A)).view(site.weight.shape)
 
 
 def fill_B_(site: LowRankSite, seed: int) -> None:
-    """Set B to normal numbers."""
+    """Fill B with standard normal numbers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         site.lora_B.copy_(torch.randn(site.lora_B.shape, generator=generator))
 
 
 def wide_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in float64 and in `eval` mode, where rounding does not hide a wrong rule."""
+    """Return a copy in float64 and `eval` mode, so that rounding cannot hide an error."""
     twin = copy.deepcopy(model)
     sites = [site for _, site in low_rank_sites(twin)]
     exact = [exact_weight(site) for site in sites]

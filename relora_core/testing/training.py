@@ -1,4 +1,4 @@
-"""An optimizer in the middle of a training."""
+"""Optimizers that have taken some steps, and helpers that read their state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from relora_core.testing.expressions import as_factory
 
 
 def is_known(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:
-    """Whether this library knows what the optimizer keeps of `params`."""
+    """Whether this library knows the optimizer's state for `params`."""
     try:
         find_states(optimizer, params)
     except (ValueError, TypeError):
@@ -22,25 +22,25 @@ def is_known(optimizer: Optimizer, params: list[nn.Parameter]) -> bool:
 
 
 def moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
-    """Return copies of the values of all moments of `params`."""
+    """Return copies of all moments of `params`."""
     states = find_states(optimizer, params)
     return [moment.values().clone() for state in states for moment in state.moments]
 
 
 def first_moments_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
-    """Return copies of the values of each Parameter's first moment."""
+    """Return copies of each Parameter's first moment."""
     states = find_states(optimizer, params)
     return [state.moments[0].values().clone() for state in states if state.moments]
 
 
 def shared_of(optimizer: Optimizer, params: list[nn.Parameter]) -> list[Tensor]:
-    """Return copies of the statistics that entries share."""
+    """Return copies of the statistics that several entries share."""
     states = find_states(optimizer, params)
     return [statistic.clone() for state in states for statistic in state.shared]
 
 
 def scalars_of(optimizer: Optimizer, p: nn.Parameter) -> list[dict[str, Any]]:
-    """Return copies of what each optimizer inside counts of a Parameter: all but larger tensors."""
+    """Return copies of a Parameter's scalar state, such as step counts, in each inner optimizer."""
     return [
         {k: copied(v) for k, v in state.items() if not isinstance(v, Tensor) or v.numel() == 1}
         for state in states_of(optimizer, p)
@@ -49,7 +49,7 @@ def scalars_of(optimizer: Optimizer, p: nn.Parameter) -> list[dict[str, Any]]:
 
 
 def states_of(optimizer: Optimizer, p: nn.Parameter) -> list[Mapping[str, Any]]:
-    """Return what each optimizer inside keeps of a Parameter; nothing is made by looking."""
+    """Return a Parameter's state in each inner optimizer, without creating empty entries."""
     return [one.state.get(p, {}) for one in inner_optimizers(optimizer)]
 
 
@@ -67,14 +67,14 @@ def is_plain(value: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """Return a state with copies of its ordinary tensors."""
+    """Return a copy of a state in which ordinary tensors are cloned."""
     if isinstance(value, Mapping):
         return {key: copied(entry) for key, entry in value.items()}
-    return value.clone() if type(value) is Tensor else value  # codes of other libraries stay
+    return value.clone() if type(value) is Tensor else value  # quantized tensors are not cloned
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two states are the same, NaN being itself."""
+    """Whether two states are equal; NaN equals NaN."""
     if one is other:
         return True
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -94,16 +94,16 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class Trained:
-    """An optimizer in the middle of a training, made the same each time that it is called.
+    """A factory of an optimizer that has taken some steps; each call makes an identical one.
 
     Args:
-        factory: makes the optimizer from a list of Parameters.
-        shapes: of the Parameters.
-        steps: taken so far.
-        seed: of values and gradients.
-        ties: whether all entries of a gradient are equal in magnitude, as those of pruned or
-            clipped ones may be.
-        dtype: of the Parameters.
+        factory: function that makes the optimizer from a list of Parameters.
+        shapes: shapes of the Parameters.
+        steps: number of steps to take.
+        seed: seed of the values and gradients.
+        ties: whether all entries of a gradient have the same magnitude, as pruning or clipping may
+            cause.
+        dtype: dtype of the Parameters.
 
     Examples:
         >>> optimizer, params = Trained(torch.optim.AdamW, shapes=((2, 3),), steps=4)()
@@ -131,7 +131,7 @@ class Trained:
                 one.train()
             for group in one.param_groups:
                 if "weight_decay" in group:
-                    group["weight_decay"] = 0.0  # it moves what has no gradient
+                    group["weight_decay"] = 0.0  # it would move entries without a gradient
         for step in range(self.steps):
             self.step_(optimizer, params, step)
         return optimizer, params
@@ -156,7 +156,7 @@ class Trained:
 
 
 def moved_without_gradient(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Take a step with zero gradients; return for each parameter which entries it moved."""
+    """Take a step with zero gradients; return for each Parameter a mask of the moved entries."""
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.zeros_like(p)

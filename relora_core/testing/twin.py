@@ -1,4 +1,4 @@
-"""The dense twin: the same module, with W + s B A formed whole in its W's place."""
+"""The dense twin of a module: the same module with W replaced by the dense matrix W + s B A."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from relora_core.sites.site import Site
 from relora_core.testing.inputs import loss_of, outputs
 from relora_core.testing.subjects import LowRankSite, PropertyError, Sites, trained_scale
 
-_CLOSE = 1e-5  # of the largest value: float64 in all but what a module computes in float32 itself
+_CLOSE = 1e-5  # relative to the largest value; modules may compute some parts in float32
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Return a copy of a model's state dict, in which a module's extra state may be anything."""
+    """Return a copy of a model's state dict, including extra state of any type."""
     return {
         name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
         for name, value in model.state_dict().items()
@@ -27,7 +27,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def same_state(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str) -> None:
-    """Raise unless two states are the same, bit for bit; `what` precedes the name that differs."""
+    """Raise if two states differ in any bit; the message is `what` and the differing name."""
     for name in sorted(expected.keys() | actual.keys()):
         one, other = actual.get(name), expected.get(name)
         if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -42,9 +42,9 @@ def same_state(actual: Mapping[str, Any], expected: Mapping[str, Any], what: str
 def only_sites_change(
     model: nn.Module, found: Mapping[str, LowRankSite], what: str, *, buffers: bool
 ) -> Iterator[None]:
-    """Raise if a Parameter that is no W, A or B of a site is another at the end of the block.
+    """Raise if the block changes a Parameter that is not the W, A or B of a site.
 
-    Or a buffer, if `buffers`: a redraw may count in one.
+    With `buffers`, also raise if it changes a buffer; a redraw may count restarts in one.
     """
     own = {id(t) for site in found.values() for t in (site.weight, site.lora_A, site.lora_B)}
     rest: dict[str, Tensor] = dict(model.named_parameters())
@@ -54,13 +54,13 @@ def only_sites_change(
     yield
     for name, p in rest.items():
         if not torch.equal(p.detach(), before[name]):
-            raise PropertyError(f"{what} changed {name!r}, which is no W and no factor")
+            raise PropertyError(f"{what} changed {name!r}, which is neither W nor a factor")
 
 
 def same_outputs(
     one: Callable[..., object], other: Callable[..., object], inputs: Sequence[Tensor], what: str
 ) -> None:
-    """Raise unless two modules return the same, to a fraction of the largest value."""
+    """Raise if the outputs of two modules differ by more than rounding."""
     with torch.no_grad():
         pairs = list(zip(outputs(one(*inputs)), outputs(other(*inputs)), strict=True))
     for actual, expected in pairs:
@@ -68,28 +68,28 @@ def same_outputs(
 
 
 def close(actual: Tensor, expected: Tensor, what: str, *, beside: float = 0.0) -> None:
-    """Raise unless two tensors are the same, to a fraction of the largest value.
+    """Raise if two tensors differ by more than a small fraction of the largest value.
 
     Args:
-        actual: one.
-        expected: the other. What is infinite or NaN must be so in both.
-        what: begins the message.
-        beside: how large values are that these were computed with, which leave their rounding.
+        actual: tensor to check.
+        expected: reference tensor. Both must be finite at the same entries.
+        what: beginning of the error message.
+        beside: largest value in the same computation, whose rounding error is also allowed.
     """
     finite = expected.isfinite()
     if not torch.equal(actual.isfinite(), finite):
-        raise PropertyError(f"{what}: one is finite where the other is not")
+        raise PropertyError(f"{what}: only one of them is finite at some entries")
     if not finite.any():
         return
     one, other = actual[finite], expected[finite]
     largest = float(torch.maximum(one.abs().max(), other.abs().max()))
     error = float((one - other).abs().max())
     if not error <= _CLOSE * largest + 1e-9 * beside:
-        raise PropertyError(f"{what}: by {error:.3g}, of {largest:.3g} at most")
+        raise PropertyError(f"{what}: the error is {error:.3g}; the largest value is {largest:.3g}")
 
 
 def gradients_of(result: object, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of a random linear function of outputs, zero where there is none."""
+    """Return the gradients of a random linear function of the outputs; missing ones are zero."""
     loss = loss_of(result, seed=0)
     if not loss.requires_grad:
         return {name: torch.zeros_like(tensor) for name, tensor in of.items()}
@@ -102,7 +102,7 @@ def gradients_of(result: object, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def disturbed(process: int) -> Iterator[None]:
-    """Let torch's global generator be that of a process that has used it in its own way."""
+    """Run the block with torch's global generator in a state that differs between processes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + process)
         torch.rand(process + 1)
@@ -120,21 +120,22 @@ class _Term:
 
 
 class DenseTwin:
-    """A model whose every site computes with a plain matrix, W + s B A, by plain autograd.
+    """A copy of a model that computes every site with the dense matrix W + s B A.
 
-    A site of this library is removed from a copy, which leaves torch's own layer. In a layer of
-    your own B is zero and W is the sum, so that its low-rank path adds nothing.
+    Gradients come from plain autograd. This library's sites are removed from the copy, which leaves
+    torch's own layers. In your own layers, W becomes W + s B A and B becomes zero, so that the
+    low-rank path adds nothing.
 
     Args:
-        model: in float64.
-        sites: finds its sites.
+        model: model in float64.
+        sites: function that finds the model's sites.
 
     Attributes:
-        leaves: what has a gradient, by name: factors, trained scales, and all else that is trained.
-        whole: W + s B A of the last call, by site.
+        leaves: trained tensors by name: factors, trained scales and all other trained Parameters.
+        whole: W + s B A of the last call, by site name.
 
     Raises:
-        TypeError: if W or B of a layer of your own is a view.
+        TypeError: if a W, or the B of your own layer, is not a Parameter or buffer of the model.
     """
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
@@ -164,8 +165,8 @@ class DenseTwin:
             own = [] if isinstance(site, Site) else [factors[f"{name}.lora_B"]]
             if any(id(tensor) not in names for tensor in (bases[name], *own)):
                 raise TypeError(
-                    f"W and B of {name!r} must be Parameters or buffers of the model themselves, "
-                    "the same objects each time; no views of them, such as a transpose"
+                    f"W and B of {name!r} must be Parameters or buffers of the model, the same "
+                    "objects at each access; got a view or a copy, such as a transpose"
                 )
         self.whole: dict[str, Tensor] = {}
         self._terms = [

@@ -1,1 +1,1 @@
-"""The benchmarks, a command each."""
+"""The commands of the benchmarks, one per module."""

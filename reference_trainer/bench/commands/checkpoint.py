@@ -1,4 +1,4 @@
-"""The command `bench checkpoint`: steps while a checkpoint is written, against steps without."""
+"""The command `bench checkpoint`: steps while a checkpoint is written, against steps alone."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from reference_trainer.distributed import open_world
 
 EXAMPLES = """examples:
   python -m reference_trainer bench checkpoint --model 60m --vocab 256 --tokens 1024 --length 128
-      blocks of 20 steps, of every second of which the first writes a checkpoint
+      time runs of 20 steps, alternately with a checkpoint at their start and without one
 """
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_batch(parser)
     parser.add_argument(
-        "--every", type=options.positive, default=20, help="steps between checkpoints (default: 20)"
+        "--every", type=options.positive, default=20, help="steps per checkpoint (default: 20)"
     )
     options.add_timing(parser)
     options.add_files(parser, "checkpoint-MODEL")
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     options.refuse_several()
     shape = options.shape_of(arguments)

@@ -1,4 +1,4 @@
-"""The command `bench gpu-suite`: ten minutes of a GPU, measured beside the roofline."""
+"""The command `bench gpu-suite`: ten minutes of GPU measurements, compared with the roofline."""
 
 import argparse
 import signal
@@ -17,15 +17,17 @@ from reference_trainer.files import locked, write_whole
 
 EXAMPLES = """examples:
   python -m reference_trainer bench gpu-suite --minutes 9 --out docs/results/gpu
-      all nine stages on the first GPU; again, with the same --out: what has not ended well
+      run all nine stages on the first GPU; run again with the same --out to repeat only the jobs
+      that did not succeed
   python -m reference_trainer bench gpu-suite --minutes 5 --out runs/suite
-      on a machine without a GPU: every stage on small shapes, to see that it runs
+      run every stage with small shapes on a machine without a GPU, as a test
 
-Each stage runs in processes of its own, each with a time limit: one that fails, hangs, is killed or
-runs out of memory costs only itself. DIR holds results.jsonl (a line as soon as there is a figure),
-table.md and the processes' output. All stages need torch, numpy, einops, safetensors, tokenizers,
-PyYAML and tqdm; single ones pytest and hypothesis (2) and pydantic (6). The exit code is 0 once the
-time is up or every stage has been tried; the table says how each ended.
+Each stage runs in separate processes with time limits. A process that fails, hangs, is killed or
+runs out of memory does not affect the others. DIR holds results.jsonl (each figure is written as
+soon as it is measured), table.md and the processes' output. All stages need torch, numpy, einops,
+safetensors, tokenizers, PyYAML and tqdm. Stage 2 also needs pytest and hypothesis; stage 6 also
+needs pydantic. The exit code is 0 if the time is up or every stage was tried; the table shows how
+each job ended.
 """
 
 
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="directory of results, which may hold some already",
+        help="directory of the results; it may hold results of earlier runs",
     )
 
 
@@ -47,10 +49,10 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong, or the results that are there are another GPU's.
+        UserError: if an option is invalid, or the directory holds results of another GPU or torch.
     """
     if not 0 < arguments.minutes <= 1440:
-        raise UserError(f"--minutes must lie between 0 and 1440; got {arguments.minutes:g}")
+        raise UserError(f"--minutes must be between 0 and 1440; got {arguments.minutes:g}")
     directory: Path = arguments.out
     here = _here()
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,15 +72,15 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(directory: Path, here: dict[str, object]) -> bool:
-    """Return whether a suite has begun there; refuse one of another machine."""
+    """Return whether the directory holds a suite; raise UserError if it is another machine's."""
     records = read(directory)
     begun = [record for record in records if record["event"] == "suite"]
     if records and not begun:
-        raise UserError(f"{directory} holds no records of a suite: give --out another directory")
+        raise UserError(f"{directory} must hold records of a suite: give --out another directory")
     for name in ("device", "torch") if begun else ():
         if begun[0].get(name) != here[name]:
             raise UserError(
-                f"{directory} has results of {begun[0].get(name)}, and this is {here[name]}: give "
+                f"{directory} must hold results of {here[name]}; got {begun[0].get(name)}: give "
                 "--out another directory"
             )
     return bool(begun)

@@ -1,4 +1,4 @@
-"""The command `bench memory`: peak memory of a process, by layout, on tensors of sizes only."""
+"""The command `bench memory`: the peak memory of a process by layout, tracked on fake tensors."""
 
 import argparse
 import dataclasses
@@ -17,9 +17,9 @@ from reference_trainer.logging.console import hidden
 
 EXAMPLES = """examples:
   python -m reference_trainer bench memory --model 7b --processes 8
-      over processes that are only pretended
+      track the memory over pretended processes
   torchrun --nproc-per-node 2 -m reference_trainer bench memory --model 9m
-      beside what the processes that there are really take
+      also measure the memory of real processes
 """
 
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     steps, count = steps_of(arguments, "memory")
     out = options.output_of(arguments, f"memory-{arguments.model}")
@@ -60,6 +60,6 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 
 def _operations(step: Step) -> int:
-    """Return the operations of all blocks in a step, what is computed again included."""
+    """Return the operations of all blocks in a step, including recomputation."""
     kernels = block_kernels("ours" if step.layout.low_rank else "full", step)
     return step.shape.layers * sum(kernel.times * kernel.flops for kernel in kernels)

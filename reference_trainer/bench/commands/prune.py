@@ -9,7 +9,7 @@ from reference_trainer.distributed import open_world
 
 EXAMPLES = """examples:
   python -m reference_trainer bench prune
-      the smallest 99% of 2^24 entries, as many as torch.quantile takes, and of twice as many
+      time torch.quantile on 2^24 entries, its largest size, and pruning 99% of 2^25 entries
 """
 
 
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     options.refuse_several()
     out = options.output_of(arguments, "prune")

@@ -1,4 +1,4 @@
-"""The command `bench restart`: `restart_` against an optimizer step of full rank."""
+"""The command `bench restart`: `restart_` against a full-rank optimizer step."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from reference_trainer.distributed import open_world
 
 EXAMPLES = """examples:
   python -m reference_trainer bench restart --model 1.3b --blocks 2
-      merge, redraw and prune of two blocks, beside AdamW's step over the same matrices
+      time merge, redraw and prune of two blocks, and AdamW's step over the same matrices
 """
 
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=options.positive,
         default=1,
-        help="number of blocks that restart (default: 1)",
+        help="number of blocks to restart (default: 1)",
     )
     options.add_rank(parser)
     options.add_timing(parser)
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     options.refuse_several()
     shape = options.shape_of(arguments)

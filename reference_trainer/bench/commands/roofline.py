@@ -1,4 +1,4 @@
-"""The command `bench roofline`: the kernels of a step, and their times on a GPU not at hand."""
+"""The command `bench roofline`: the kernels of a step, and their modeled times on a GPU."""
 
 import argparse
 import json
@@ -26,17 +26,17 @@ _LAYOUTS = {"shard": SHARD, "replicate": REPLICATE, "replicate-bf16": BF16}
 _SHOWN = 12  # kernels of a block in the table
 EXAMPLES = """examples:
   python -m reference_trainer bench roofline --gpu h100 --model 1.3b --micro 8
-      every linear, one block and the whole step, all compiled, as ratios to full rank
+      model every linear layer, one block and the step, all compiled, as ratios to full rank
   python -m reference_trainer bench roofline --gpu rtx3090 --model 350m --micro 16 --accumulate 4
-      a step of four micro-batches on another GPU
+      model a step of four micro-steps on another GPU
   python -m reference_trainer bench roofline --layout replicate --json roofline.jsonl
-      every kernel with operations, bytes, time and what binds it, as JSON lines
+      write every kernel with its operations, bytes, time and limiting ceiling as JSON Lines
 
-Torch compiles the blocks into the graphs that a code generator is given; what lies between products
-is fused by inductor's rules. What the trainer does around the blocks runs on tensors that have
-sizes only. A kernel takes as long as its arithmetic or its memory takes at the measured ceiling,
-whichever is longer. Left out: gaps between launches, products too small or too odd to reach the
-ceiling, caches, and the network (`bench traffic` and `estimate` count that).
+Torch compiles the blocks into the graphs that it would give to a code generator. The operations
+between products are fused by inductor's rules. The rest of the trainer's step runs on fake tensors.
+The time of a kernel is that of its arithmetic or of its memory traffic at the measured ceiling,
+whichever is longer. The model leaves out gaps between launches, products whose size or shape keeps
+them below the ceiling, caches, and the network (see `bench traffic` and `estimate`).
 """
 
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--accumulate", type=options.positive, default=1, help="micro-steps in a step (default: 1)")
     add("--processes", type=options.positive, default=1, help="number of GPUs (default: 1)")
-    layouts = "parallel.layout; replicate-bf16: with relora.base=bf16 (default: shard)"
+    layouts = "parallel.layout; replicate-bf16 adds relora.base=bf16 (default: shard)"
     add("--layout", default="shard", choices=_LAYOUTS, help=layouts)
     precisions = [name for name in get_args(Precision) if name != "auto"]
     add(
@@ -62,25 +62,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the computation (default: bf16)",
     )
     names = [*(name for name in usual() if name not in ("full", "dense")), "two-paths"]
-    compared = f"compared with full, the baseline (default: {' '.join(names)})"
+    compared = f"arms to compare with full, the baseline (default: {' '.join(names)})"
     add("--arms", nargs="+", default=names, help=compared)
-    add("--json", type=Path, metavar="FILE", help="JSON lines to write, one for each kernel")
+    add("--json", type=Path, metavar="FILE", help="JSON Lines file to write, a line per kernel")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     shape, ceilings = options.shape_of(arguments), CEILINGS[arguments.gpu]
     arms = [arm for _, arm, _ in parse_arms(["full", *(n for n in arguments.arms if n != "full")])]
     if arguments.json and arguments.json.exists():
         raise UserError(f"{arguments.json} exists already: give --json another name")
     if arguments.layout == "replicate-bf16" and arguments.precision == "fp32":
-        raise UserError("--layout replicate-bf16 needs a computation in bf16; got --precision fp32")
+        raise UserError("--precision must be a bf16 one for --layout replicate-bf16; got fp32")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)  # before what takes minutes
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)  # before the long part
     keys = ("gpu", "model", "micro", "length", "accumulate", "processes", "layout", "precision")
     first = options.head(arguments, "roofline", torch.device("cpu"), *keys, "rank", "vocab")
     records = [first | {"layers": shape.layers}]
@@ -187,7 +187,7 @@ def _tables(records: Sequence[dict[str, Any]], ceilings: Ceilings) -> list[str]:
 
 
 def _longest(records: Sequence[dict[str, Any]], arm: str) -> list[str]:
-    """Return the kernels of a block that take longest."""
+    """Return a table of the slowest kernels of a block."""
     name = "ours" if any(record.get("arm") == "ours" for record in records) else arm
     own = [r for r in records if r["event"] == "kernel" and r["arm"] == name]
     longest = sorted((r for r in own if r["subject"] == "block"), key=lambda r: -r["seconds"])

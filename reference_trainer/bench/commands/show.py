@@ -1,4 +1,4 @@
-"""The command `bench show`: tables and a picture of measurements on file."""
+"""The command `bench show`: tables and a figure of recorded measurements."""
 
 import argparse
 from pathlib import Path
@@ -13,16 +13,16 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="file that a bench command wrote"
+        "files", nargs="+", type=Path, metavar="FILE", help="file written by a bench command"
     )
-    parser.add_argument("--picture", type=Path, help="PNG to write (default: none)")
+    parser.add_argument("--picture", type=Path, help="PNG file to write (default: none)")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if a file is no measurement.
+        UserError: if a file holds no measurement.
     """
     measurements = [results.read(file) for file in arguments.files]
     return options.shown(measurements, arguments.picture)

@@ -1,4 +1,4 @@
-"""The command `bench step`: a training step of a linear, a block or a model, by arms in turn."""
+"""The command `bench step`: a training step of a linear layer, a block or a model, by arm."""
 
 import argparse
 from typing import Any
@@ -11,18 +11,18 @@ from reference_trainer.config import CHECKPOINTING, ParallelConfig
 from reference_trainer.distributed import open_world
 from reference_trainer.errors import UserError
 
-EXAMPLES = f"""arms: {", ".join(ARMS)}; each also with {COMPILED} behind it
+EXAMPLES = f"""arms: {", ".join(ARMS)}; append {COMPILED} to compile one
 
 examples:
   python -m reference_trainer bench step --level block --model 1.3b --dtype bf16
-      one block at 4096 tokens: full rank, a plain parametrization, two paths, ours, PEFT
+      time one block at 4096 tokens: full rank, a plain parametrization, two paths, ours, PEFT
   python -m reference_trainer bench step --level linear --model 60m --arms full two-paths merged
-      the forms of the linear, over each shape of matrix that the model has
+      time the forms of a linear layer, for each matrix shape in the model
   python -m reference_trainer bench step --level model --model 1.3b --dtype mixed --tokens 16384 \\
       --arms full-compiled ours ours-compiled
-      the whole model as the trainer runs it; ratios are to the first arm
+      time the model as the trainer runs it; ratios are to the first arm
   python -m reference_trainer bench step --level model --model 1.3b --count
-      floating-point operations only, in a second, without memory for the weights
+      count floating-point operations only, which takes a second and no memory for the weights
 """
 
 
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         default=names,
-        help=f"arms to compare, the baseline first ({' '.join(names)})",
+        help=f"arms to compare, the baseline first (default: {' '.join(names)})",
     )
-    dtypes = "bf16: weights too; mixed: fp32 weights, computed in bf16 (default: fp32)"
+    dtypes = "bf16: also weights; mixed: fp32 weights, bf16 computation (default: fp32)"
     add("--dtype", default="fp32", choices=DTYPES, help=dtypes)
     options.add_batch(parser)
     options.add_rank(parser)
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=CHECKPOINTING,
         help="parallel.checkpoint_activations (level model; default: none)",
     )
-    layouts = "parallel.layout of ours: with --dtype mixed as the trainer lays it (level model)"
+    layouts = "parallel.layout of ours; --dtype mixed follows the trainer (level model)"
     add("--layout", default="shard", choices=("shard", "replicate"), help=layouts)
     add("--count", action="store_true", help="count operations on meta tensors and stop")
     options.add_timing(parser)
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     options.refuse_several()
     shape, arms = options.shape_of(arguments), parse_arms(arguments.arms)

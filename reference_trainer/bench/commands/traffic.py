@@ -1,4 +1,4 @@
-"""The command `bench traffic`: bytes that a process sends in a step and in a restart, by layout."""
+"""The command `bench traffic`: the bytes a process sends in a step and a restart, by layout."""
 
 import argparse
 
@@ -18,9 +18,9 @@ from reference_trainer.logging.console import hidden
 
 EXAMPLES = """examples:
   python -m reference_trainer bench traffic --model 1.3b --processes 4
-      over processes that are only pretended
+      count bytes over pretended processes
   torchrun --nproc-per-node 2 -m reference_trainer bench traffic --model 9m
-      over those that there are
+      count bytes over real processes
 """
 
 
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def steps_of(arguments: argparse.Namespace, kind: str) -> tuple[list[Step], int]:
-    """Return a step in each layout, and how many processes there are or are pretended.
+    """Return a step in each layout, and the number of real or pretended processes.
 
     Raises:
-        UserError: if the processes cannot be laid out.
+        UserError: if there are fewer than 2 processes, or they do not fill their nodes.
     """
     shape = options.shape_of(arguments)
     count = world_size() if world_size() > 1 else arguments.processes
@@ -45,7 +45,7 @@ def steps_of(arguments: argparse.Namespace, kind: str) -> tuple[list[Step], int]
         raise UserError(f"bench {kind} needs 2 processes or more; got {count}: give --processes")
     if count > arguments.node and count % arguments.node:
         raise UserError(
-            f"{count} processes are no whole number of nodes of {arguments.node}: give --node"
+            f"the number of processes must be a multiple of --node {arguments.node}; got {count}"
         )
     sequences = arguments.tokens // arguments.length
     steps = [
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     steps, count = steps_of(arguments, "traffic")
     out = options.output_of(arguments, f"traffic-{arguments.model}")

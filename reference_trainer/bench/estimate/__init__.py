@@ -1,1 +1,1 @@
-"""Memory and speed of a run, estimated before there is a machine to try it on."""
+"""Estimates of a run's memory and speed that need no GPU."""

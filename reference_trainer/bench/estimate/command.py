@@ -1,4 +1,4 @@
-"""The command `estimate`: will it fit, how many sequences at once, which layout, how fast."""
+"""The command `estimate`: whether a run fits, how many sequences fit, in which layout, how fast."""
 
 import argparse
 import multiprocessing
@@ -28,24 +28,24 @@ from reference_trainer.errors import UserError
 from reference_trainer.logging.console import hidden
 from reference_trainer.model.llama import PRESETS, LlamaShape, preset
 
-KEPT_FREE = 0.1  # of the memory: the context, NCCL's buffers, the allocator's fragments
+KEPT_FREE = 0.1  # share of the memory for the context, NCCL's buffers and fragmentation
 _ENTRY = {"fp32": 4, "bf16": 4, "pure-bf16": 2}  # bytes of a trained entry and of its moments
-# Moments, and bytes an entry of each beside those of fp32 or bf16: 8 bits have a scale a block.
+# Number of moments, and bytes per entry (None: as in _ENTRY); 8-bit blocks of 256 share a scale.
 _OPTIMIZERS = {"adamw": (2, None), "adamw8bit": (2, 1 + 4 / 256), "momentum": (1, None)}
 EXAMPLES = """examples:
   python -m reference_trainer estimate --model 1.3b --world-size 8
-      both phases on eight H100, in both layouts, by what each block keeps of its activations
+      estimate both phases on eight H100s, in all layouts, for each kind of activation checkpointing
   python -m reference_trainer estimate --model 1.3b --world-size 2 --gpu rtx3090 --length 512 \\
       --precision pure-bf16
-      whether two of 24 GB will do
+      estimate whether two GPUs of 24 GB are enough
   python -m reference_trainer estimate --model 7b --world-size 64 --optimizer adamw8bit
-      for a trainer of your own that keeps moments in 8 bits (this one has AdamW)
+      estimate your own trainer with 8-bit moments (this trainer uses AdamW)
 
-Memory is what tensors take after every operation of a training step, the gradients that several
-micro-steps accumulate included, tracked on tensors that have sizes only, with three blocks and with
-four: each further one adds the same. A tenth of a GPU is kept free. Times are a model: what kernels
-take at measured ceilings (`bench roofline`), which a GPU at best reaches, and bytes over links; the
-lower figure hides all communication behind computation, the upper one none.
+Memory is tracked on fake tensors after every operation of a training step and includes accumulated
+gradients. It is tracked with three and with four blocks, because each further block adds the same.
+A tenth of the GPU's memory is kept free. Times come from a model: kernels at measured ceilings
+(`bench roofline`), which a GPU reaches at best, and bytes over links. The lower time hides all
+communication behind computation, the upper time hides none.
 """
 
 
@@ -56,30 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab", type=int, default=32_000, help="vocabulary size (default: 32000)")
     add("--world-size", type=int, default=8, help="number of GPUs (default: 8)")
     add("--gpu", default="h100", choices=GPUS, help="GPU model (default: h100)")
-    add("--sequences", type=int, help="sequences in a step, over all GPUs (default: 64 a GPU)")
+    add("--sequences", type=int, help="sequences in a step, over all GPUs (default: 64 per GPU)")
     add("--length", type=int, default=1024, help="tokens in a sequence (default: 1024)")
-    add("--rank", type=int, default=128, help="rank of the low-rank phase (default: 128)")
+    add("--rank", type=int, default=128, help="rank of the sites (default: 128)")
     precisions = [name for name in get_args(Precision) if name != "auto"]
     add(
         "--precision",
         default="bf16",
         choices=precisions,
-        help="precision, as parallel.precision (default: bf16)",
+        help="parallel.precision (default: bf16)",
     )
     add(
         "--optimizer",
         default="adamw",
         choices=_OPTIMIZERS,
-        help="optimizer, for its moments (default: adamw)",
+        help="optimizer, which sets the size of the moments (default: adamw)",
     )
-    add("--out", type=Path, help="JSON lines to write")
+    add("--out", type=Path, help="JSON Lines file to write")
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Run the command and return what it prints.
 
     Raises:
-        UserError: if something given is wrong; nothing is written then.
+        UserError: if an option is invalid; nothing is written in that case.
     """
     shape, sequences = _checked(arguments)
     memory, cluster = GPUS[arguments.gpu]
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         for recompute in CHECKPOINTING
     ]
     options = {"processes": arguments.world_size, "moments": _share(arguments)}
-    workers = min(2, os.cpu_count() or 1)  # half a GB each
+    workers = min(2, os.cpu_count() or 1)  # each takes half a GB
     mine = sequences // arguments.world_size
     options |= {"mine": mine, "room": room}
     with ProcessPoolExecutor(
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the Markdown table."""
+    """Return the Markdown table of all rows."""
     header = ["phase", "checkpointing", "weights", "moments", "peak"]
     return markdown.table([*header, "sequences at once", "sent", "step"], map(_cells, rows))
 
@@ -133,7 +133,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def advice(rows: Sequence[Row], room: float) -> list[str]:
-    """Return whether it fits, and the options of the fastest way in which it does."""
+    """Return whether the run fits, and the options of the fastest plan that fits."""
     fitting = [row for row in rows if row.micro]
     plans = [
         (warm, low)
@@ -145,8 +145,8 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
         least = {row.phase: min(r.peak for r in rows if r.phase == row.phase) for row in rows}
         needs = ", ".join(f"{phase} {peak / GiB:.1f}" for phase, peak in least.items())
         return [
-            f"It does not fit: a sequence at a time takes {needs} GiB of {room / GiB:.1f}. "
-            "Give more GPUs, shorter sequences, or --precision pure-bf16."
+            f"It does not fit: one sequence at a time needs {needs} GiB; {room / GiB:.1f} are "
+            "available. Use more GPUs, shorter sequences, or --precision pure-bf16."
         ]
     # A quarter of the steps is the warm start, as in the paper.
     warm, low = min(plans, key=lambda plan: sum(plan[0].seconds) + 3 * sum(plan[1].seconds))
@@ -154,16 +154,16 @@ def advice(rows: Sequence[Row], room: float) -> list[str]:
     share = sum(low.seconds) / sum(warm.seconds)
     saved = (warm.peak_of(micro) - low.peak_of(micro)) / GiB
     apart = ""
-    if warm.micro != low.micro:  # there is one batch.micro for both
-        apart = f" (with {low.micro} at once, and {warm.micro} in the warm start)"
+    if warm.micro != low.micro:  # batch.micro is the same for both phases
+        apart = f" (with {low.micro} sequences at once; {warm.micro} in the warm start)"
     reduce = "micro-step" if "micro-step" in (warm.reduce, low.reduce) else "step"
     return [
-        f"It fits. The fastest way: --batch.micro {micro} --parallel.layout {low.layout} "
+        f"It fits. The fastest plan: --batch.micro {micro} --parallel.layout {low.layout} "
         f"--parallel.reduce {reduce} "
         f"--relora.base {low.base} "
         f"--parallel.checkpoint_activations {low.recompute}",
-        f"Then a step of ReLoRA takes {share:.2f} of one of the warm start{apart}, and "
-        f"{abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'}.",
+        f"Then a step of ReLoRA takes {share:.2f} of the time of a step of the warm start{apart}, "
+        f"and {abs(saved):.1f} GiB {'less' if saved >= 0 else 'more'} memory.",
     ]
 
 
@@ -183,7 +183,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[LlamaShape, int]:
     _, cluster = GPUS[arguments.gpu]
     if world > cluster.node and world % cluster.node:
         raise UserError(
-            f"--world-size must be a multiple of the GPUs of a node, {cluster.node}; got {world}"
+            f"--world-size must be a multiple of {cluster.node}, the GPUs on a node; got {world}"
         )
     if arguments.out and arguments.out.exists():
         raise UserError(f"{arguments.out} exists already: give --out another name")
@@ -191,7 +191,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[LlamaShape, int]:
 
 
 def _share(arguments: argparse.Namespace) -> float:
-    """Return the bytes of the optimizer's moments, as a share of AdamW's."""
+    """Return the size of the optimizer's moments as a ratio to AdamW's."""
     entry = _ENTRY[arguments.precision]
     count, own = _OPTIMIZERS[arguments.optimizer]
     return count * (own or entry) / (2 * entry)

@@ -1,4 +1,4 @@
-"""A model of three blocks and one of four tell what any number of them takes."""
+"""The memory of a model of any depth, extrapolated from three and four blocks."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ FEW, MORE = 3, 4  # a first block, a last one, and at least one with a block on 
 
 @dataclass(frozen=True)
 class Deep:
-    """What a process's tensors take in a step, in bytes.
+    """The memory of a process's tensors in a step, in bytes.
 
     Args:
-        weights: all parameters.
-        optimizer: AdamW's moments.
-        totals: all tensors, after each operation but those of the blocks between the first two and
-            the last two: memory is linear from block to block there, so that none is the largest.
+        weights: bytes of all parameters.
+        optimizer: bytes of AdamW's moments.
+        totals: bytes of all tensors after each operation, without the blocks between the first two
+            and the last two. Memory is linear from block to block there, so the peak is elsewhere.
     """
 
     weights: float
@@ -30,11 +30,11 @@ class Deep:
 def track_at_depth(step: Step, *, processes: int) -> Deep:
     r"""Return the memory of a training step: $m_L = m_3 + (L - 3) (m_4 - m_3)$ at each operation.
 
-    It is what `track` finds in all L blocks: each adds the same.
+    The result equals that of `track` on all L blocks, because each further block adds the same.
 
     Args:
-        step: which; L is its shape's `layers`.
-        processes: how many.
+        step: training step to track; L is `step.shape.layers`.
+        processes: number of processes.
     """
     layers = step.shape.layers
     if layers <= MORE:
@@ -52,6 +52,6 @@ def _ends(found: Tracked) -> NDArray[np.float64]:
     before, *blocks, after = found.parts
     forward, backward = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
     ends = (*forward[:2], *forward[-2:], *backward[:2], *backward[-2:])
-    # How many operations come before the first block depends on the blocks: their largest one.
+    # The number of operations before the first block depends on the depth: keep their maximum.
     head = [found.weights, found.optimizer, max(before)]
     return np.concatenate([head, *ends, after]).astype(np.float64)

@@ -1,11 +1,11 @@
-"""GPUs by name: how much they hold and send."""
+"""The memory and the link speeds of GPUs, by name."""
 
 from reference_trainer.bench.projection import CLUSTERS, Cluster
 
 GiB = 2**30
 _H100, _A100 = CLUSTERS
 
-#: Memory as CUDA reports it, in bytes, and a cluster of them; a GeForce sends over PCIe 4.0.
+#: Each GPU's memory in bytes, as CUDA reports it, and its cluster; RTX cards use PCIe 4.0.
 GPUS: dict[str, tuple[float, Cluster]] = {
     "h200": (139.8 * GiB, Cluster("H200", "h200", 8, 450e9, 400e9)),
     "h100": (79.2 * GiB, _H100),

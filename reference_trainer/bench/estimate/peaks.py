@@ -1,4 +1,4 @@
-"""The peak of a training step with any number of sequences, from two tracks of it."""
+"""The peak memory of a step for any number of sequences, extrapolated from two and three."""
 
 import gc
 from dataclasses import dataclass, replace
@@ -12,18 +12,18 @@ from reference_trainer.bench.layouts import Step
 
 @dataclass(frozen=True)
 class Peak:
-    r"""The peak of a step: $\max_t \alpha_t + n \beta_t$ bytes, $n$ sequences at once.
+    r"""The peak of a step with n sequences at once: $\max_t (\alpha_t + n \beta_t)$ bytes.
 
-    After each operation $t$ the memory is linear in n; which one is the largest depends on n. With
-    few it is where gradients are reduced or weights updated, with many where all is kept that
-    backward needs.
+    The memory after each operation $t$ is linear in n. The operation of the peak depends on n: with
+    few sequences it reduces gradients or updates weights; with many it is where autograd keeps the
+    most for backward.
 
     Args:
-        step: of one sequence.
+        step: training step of one sequence.
         weights: bytes of all parameters.
         optimizer: bytes of the optimizer's moments.
-        fixed: alpha of each operation.
-        each: beta of each operation.
+        fixed: $\alpha_t$ of each operation.
+        each: $\beta_t$ of each operation.
     """
 
     step: Step
@@ -37,7 +37,7 @@ class Peak:
         return float((self.fixed + sequences * self.each).max())
 
     def most(self, room: float) -> int:
-        """Return how many sequences fit into so many bytes; 0 for none."""
+        """Return the largest number of sequences that fit into `room` bytes; 0 for none."""
         grows = self.each > 0
         if self.at(0) > room:
             return 0
@@ -48,16 +48,16 @@ def estimate_peak(step: Step, *, processes: int, moments: float = 1.0) -> Peak:
     """Return the peak of a step.
 
     Args:
-        step: which; of one sequence.
-        processes: how many.
-        moments: bytes of the optimizer's moments, as a share of AdamW's.
+        step: training step of one sequence.
+        processes: number of processes.
+        moments: size of the optimizer's moments as a ratio to AdamW's.
     """
 
     def tracked(sequences: int) -> Deep:
-        gc.collect()  # the last one's tensors and hooks, which refer to each other
+        gc.collect()  # frees reference cycles of tensors and hooks
         return track_at_depth(replace(step, sequences=sequences), processes=processes)
 
-    two, three = tracked(2), tracked(3)  # of a single one, flattened ids are no copy
+    two, three = tracked(2), tracked(3)  # with one sequence, flattening ids copies nothing
     first, second = two.totals, three.totals
     saved = (1 - moments) * two.optimizer
     return Peak(

@@ -1,4 +1,4 @@
-"""A phase in a layout: how many sequences fit at once, what is sent and how long a step takes."""
+"""The estimate of a phase in a layout: sequences that fit, bytes sent, and seconds of a step."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,22 +23,23 @@ PHASES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A phase in a layout.
+    """The estimate of a phase in a layout.
 
     Args:
-        phase: as the table shows it.
+        phase: name in tables.
         layout: "shard" or "replicate".
         base: `relora.base`.
         recompute: `parallel.checkpoint_activations`.
         weights: bytes of parameters on a GPU.
         optimizer: bytes of moments on a GPU.
-        peak: bytes with `micro` sequences at once; with one, if none fits.
-        fits: how many sequences fit at once.
-        micro: how many of them divide the step; 0 for none.
+        peak: peak in bytes with `micro` sequences at once, or with one if none fits.
+        fits: number of sequences that fit at once.
+        micro: largest number of sequences that fits and divides the GPU's sequences; 0 for none.
         reduce: `parallel.reduce`.
         sent: bytes that a GPU sends in a step.
-        seconds: of a step, between all communication hidden and none; of none that fits, empty.
-        peaks: bytes with one sequence at once, with two, and so on to `micro`.
+        seconds: seconds of a step with all communication hidden and with none hidden; empty if no
+            sequence fits.
+        peaks: peaks in bytes with 1 to `micro` sequences at once.
     """
 
     phase: str
@@ -56,16 +57,16 @@ class Row:
     peaks: tuple[float, ...] = ()
 
     def peak_of(self, sequences: int) -> float:
-        """Return the peak in bytes with so many sequences at once, `micro` at most."""
+        """Return the peak in bytes with `sequences` at once, at most `micro`."""
         return self.peaks[sequences - 1]
 
 
 def row_of(
     step: Step, *, processes: int, moments: float, mine: int, room: float, cluster: Cluster
 ) -> Row:
-    """Return what a step of `mine` sequences takes on each GPU, as many at once as fit.
+    """Return the estimate of a step of `mine` sequences on each GPU, as many at once as fit.
 
-    Gradients are reduced once a step, in every micro-step if nothing fits otherwise.
+    Gradients are reduced once per step, or in every micro-step if nothing fits otherwise.
     """
 
     def peak_of(**changed: Any) -> Peak:
@@ -84,7 +85,7 @@ def row_of(
     total = 0.0
     if micro:
         micro_steps = mine // micro
-        counted = replace(step, recompute="none", reduce=peak.step.reduce)  # sent as often
+        counted = replace(step, recompute="none", reduce=peak.step.reduce)  # same traffic
         with pretended(processes):
             one, two = (
                 sent_at_depth(counted, partial(sent_in_step, micro_steps=n)) for n in (1, 2)

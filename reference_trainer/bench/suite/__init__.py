@@ -1,1 +1,1 @@
-"""The GPU suite: nine stages of measurements, each a process of its own, beside the roofline."""
+"""The GPU suite: nine stages of measurements in separate processes, compared with the roofline."""

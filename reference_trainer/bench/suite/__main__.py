@@ -1,4 +1,4 @@
-"""A job's process: `python -m reference_trainer.bench.suite JOB --out DIR`."""
+"""The process of a job: `python -m reference_trainer.bench.suite JOB --out DIR`."""
 
 import argparse
 import faulthandler
@@ -17,7 +17,7 @@ from reference_trainer.bench.suite.sizes import sizes
 
 
 def main() -> None:
-    """Run the job that the arguments name, with everything drawn from one seed."""
+    """Run the job named on the command line, with a fixed seed."""
     parser = argparse.ArgumentParser(description="Run a job of the GPU suite.")
     parser.add_argument("job", choices=[job.name for job in (*JOBS, EXPECTED)])
     parser.add_argument("--out", type=Path, required=True)
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this job's whole process group once the suite is gone, of which it is not told."""
+    """Kill this job's process group once the suite's process is gone, which sends no signal."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Stage 4: a block forward and backward: full rank and ours, eager and compiled."""
+"""Stage 4: forward and backward of a block, at full rank and with ours, eager and compiled."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ ARMS = {"full": FULL, "ours": SHARD, "two-paths": SHARD}
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Time each arm in turn, at each micro-batch."""
+    """Time all arms in alternation, at each micro-batch size."""
     for micro in sizes.micros:
-        torch.compiler.reset()  # or the second size would be compiled for any size
+        torch.compiler.reset()  # else the second size would compile with dynamic shapes
         runs, baselines = {}, {}
         for arm, layout in ARMS.items():
             for compiled in (False, True):
@@ -32,7 +32,7 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
 
 
 def named(arm: str, micro: int, compiled: bool) -> str:
-    """Return what a block is called in the results."""
+    """Return the name of a block in the results."""
     return f"block, {micro} sequences, {arm}, {'compiled' if compiled else 'eager'}"
 
 

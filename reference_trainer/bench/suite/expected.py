@@ -1,4 +1,4 @@
-"""The roofline of blocks and steps, and the estimate of their peaks: beside the stages, on CPUs."""
+"""The job beside the stages: on CPUs, the roofline of blocks and steps, and peaks of steps."""
 
 import torch
 
@@ -12,7 +12,7 @@ from reference_trainer.bench.whole_step import block_kernels
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Write what is expected of each block, step and peak."""
+    """Write the expected time of each block and step, and the expected peak of each step."""
     ceilings = sizes.ceilings
     for micro in sizes.micros:
         for arm, layout in blocks.ARMS.items():

@@ -16,10 +16,10 @@ _FILES = ("tests/core/test_cuda.py", "tests/core/optim/test_optimizer_table.py")
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Run the files of tests, by name, as others need packages that may be absent."""
+    """Run only the named test files, because others need packages that may be absent."""
     absent = [name for name in _FILES if not (_ROOT / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"the tests must lie beside the package; {absent[0]} is not there")
+        raise FileNotFoundError(f"the tests must be next to the package; {absent[0]} is missing")
     with tempfile.TemporaryDirectory() as directory:
         found = Path(directory) / "found.xml"
         options = ["-q", "-m", "cuda", "-p", "no:cacheprovider", f"--junitxml={found}"]
@@ -35,7 +35,7 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
     if failed:
         raise ValueError(f"every test must pass; failed: {failed}")
     if not cases or (device.type == "cuda" and "passed" not in states):
-        raise ValueError(f"the tests must run; of {len(cases)} that were found none did")
+        raise ValueError(f"at least one test must run; found {len(cases)}, and none ran")
 
 
 def _state(case: ElementTree.Element) -> str:

@@ -1,4 +1,4 @@
-"""The jobs of the suite: its nine stages, each of one process or of several in turn."""
+"""The jobs of the suite: nine stages, each of one or more jobs that run one after the other."""
 
 import sys
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ class Job:
     """A process of the suite.
 
     Args:
-        stage: its number, from 1 to 9; 0 beside all of them.
-        title: of the stage.
-        name: of the job; unique.
-        module: of this package, with a function `run`.
-        limit: seconds after which it is killed.
-        arguments: of that function, after the usual ones.
+        stage: number of the stage, from 1 to 9; 0 for the job that runs beside all stages.
+        title: title of the stage.
+        name: unique name of the job.
+        module: module of this package that has the job's function `run`.
+        limit: number of seconds after which the job is killed.
+        arguments: further arguments of `run`.
     """
 
     stage: int
@@ -26,12 +26,12 @@ class Job:
     arguments: tuple[str, ...] = ()
 
     def command(self, directory: Path) -> list[str]:
-        """Return the command that runs it."""
+        """Return the command that runs the job."""
         program = [sys.executable, "-m", "reference_trainer.bench.suite"]
         return [*program, self.name, "--out", str(directory)]
 
 
-# In the order of value: what time is left for runs first.
+# In order of importance, because time may run out before the last jobs.
 JOBS = (
     Job(1, "the machine", "machine", "machine", 60),
     Job(2, "tests that need a GPU", "tests", "gpu_tests", 150),
@@ -49,5 +49,5 @@ EXPECTED = Job(0, "the roofline", "expected", "expected", 540)
 
 
 def job_of(name: str) -> Job:
-    """Return the job of this name."""
+    """Return the job called `name`."""
     return next(job for job in (*JOBS, EXPECTED) if job.name == name)

@@ -1,4 +1,4 @@
-"""Stage 1: the machine: bandwidths, its largest product, and which kernel attends."""
+"""Stage 1: the machine's bandwidths, the speed of a large product, and the attention kernels."""
 
 import torch
 import torch.nn.functional as F

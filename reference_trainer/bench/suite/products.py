@@ -1,4 +1,4 @@
-"""Stage 3: the products of linears and heads, each beside what the roofline says of it."""
+"""Stage 3: the products of linear layers and heads, compared with the roofline."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Timed = tuple[Callable[[], object], list[Kernel]]
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Time the products of each matrix of a block, also of padded widths, and of the head."""
+    """Time the products of a block's matrices, also with padded widths, and of the head."""
     d = sizes.shape.hidden_size
     own, *padded = sizes.widths
     for tokens in (micro * sizes.length for micro in sizes.micros):
@@ -86,7 +86,7 @@ def _product(a: Tensor, b: Tensor) -> Timed:
 
 
 def _scaled(x: Tensor, W: Tensor) -> Timed:
-    """Return the product of operands that are in fp8 already, of which no ceiling is known."""
+    """Return the product of operands already in fp8; its ceiling is not known."""
     narrow = torch.float8_e4m3fn
     a, b = x.to(narrow), W.to(narrow).t()
     rows = torch.ones(x.shape[0], 1, device=x.device)

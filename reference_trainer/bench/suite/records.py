@@ -1,4 +1,4 @@
-"""The suite's results: JSON lines that every process appends as they come."""
+"""The results of a suite: a JSON Lines file to which every process appends its records."""
 
 import errno
 import json
@@ -19,23 +19,23 @@ def results_of(directory: Path) -> Path:
 
 @dataclass(frozen=True)
 class Report:
-    """Where a job writes what it has found.
+    """The writer of a job's records.
 
     Args:
-        directory: of the suite.
-        job: its name.
+        directory: directory of the suite.
+        job: name of the job.
     """
 
     directory: Path
     job: str
 
     def write(self, event: str, **values: Any) -> None:
-        """Append a record, at once and whole."""
+        """Append a complete record in one unbuffered write."""
         line = json.dumps({"event": event, "job": self.job, **values}, allow_nan=False)
         whole = line.encode() + b"\n"
         with results_of(self.directory).open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
-            if file.write(whole) < len(whole):  # what fits of it on a disk that is full
+            if file.write(whole) < len(whole):  # the disk is full: part of the line was written
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
@@ -52,12 +52,12 @@ class Report:
         """Append a figure.
 
         Args:
-            what: was measured; unique in the suite.
-            value: of it.
-            unit: "s", "bytes", "bytes/s", "FLOP/s", or what is counted.
-            expected: what the roofline says; None if another job does, or nobody.
-            baseline: what it is a ratio of.
-            more: known beside it.
+            what: name of the figure, unique in the suite.
+            value: measured value.
+            unit: "s", "bytes", "bytes/s", "FLOP/s", or the name of the counted things.
+            expected: value of the roofline; None if another job writes it or none is known.
+            baseline: name of the figure to which the table shows the ratio.
+            more: further entries of the record.
         """
         known = {"expected": expected, "baseline": baseline}
         given = {name: found for name, found in known.items() if found is not None}
@@ -65,10 +65,10 @@ class Report:
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of a suite so far; a line that a kill has cut off is removed.
+    """Return the records of a suite so far; a truncated last line is removed from the file.
 
     Raises:
-        UserError: if the file is no suite's.
+        UserError: if the file is damaged or does not belong to a suite.
     """
     file = results_of(directory)
     if not file.exists():
@@ -84,5 +84,5 @@ def read(directory: Path) -> list[dict[str, Any]]:
     if not all(
         isinstance(record, dict) and {"event", "job"} <= record.keys() for record in records
     ):
-        raise UserError(f"{file} holds no records of a suite: give --out another directory")
+        raise UserError(f"{file} must hold records of a suite: give --out another directory")
     return records

@@ -1,4 +1,4 @@
-"""Stage 9: a restart, beside an optimizer step of full rank, and exact pruning."""
+"""Stage 9: a restart, compared with a full-rank optimizer step, and exact pruning."""
 
 import statistics
 

@@ -1,4 +1,4 @@
-"""The suite's processes: started in turn, each until its time is up, whatever becomes of it."""
+"""The runner of the suite's jobs: one process after the other, each with a time limit."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from reference_trainer.logging.console import log
 
 _LOG = "log.txt"
 _OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError")
-_LAST = 5  # lines of a job, in which its error stands
-_LEAST = 5.0  # seconds, below which no job is worth starting
+_LAST = 5  # last lines of a job's output, which contain its error
+_LEAST = 5.0  # seconds; with less time left, no job is started
 
 
 @dataclass
@@ -33,16 +33,16 @@ class _Running:
 def run_jobs(
     jobs: Sequence[Job], directory: Path, *, seconds: float, beside: Job | None = None
 ) -> list[Job]:
-    """Run each job that has not ended well before; return those for which no time was left.
+    """Run each job that has not yet succeeded; return the jobs for which no time was left.
 
-    Those that have not been tried come first. A job that fails, is killed, runs out of memory or
-    of time costs only itself: its end is a record, and what it wrote before stays.
+    Jobs that have not been tried run first. A job that fails, is killed, or runs out of memory or
+    time does not affect the others: its end is recorded, and its earlier records remain.
 
     Args:
-        jobs: in order.
-        directory: of results and log.
-        seconds: for all of them.
-        beside: a job that runs all the while.
+        jobs: jobs in order.
+        directory: directory of the results and the log.
+        seconds: time limit of all jobs together.
+        beside: job that runs at the same time as the others.
     """
     deadline = time.monotonic() + seconds
     ended = {record["job"]: record["status"] for record in _ends(directory)}
@@ -70,7 +70,7 @@ def _ends(directory: Path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def _started(job: Job, directory: Path, limit: float) -> Iterator[_Running]:
-    """Start a job in a process group of its own, none of which is left when the block ends."""
+    """Start a job in its own process group, which is killed when the block ends."""
     temporary = tempfile.mkdtemp(prefix="suite-")
     file = directory / _LOG if job.stage else directory / f"{job.name}-{_LOG}"
     with file.open("ab") as output:
@@ -95,7 +95,7 @@ def _started(job: Job, directory: Path, limit: float) -> Iterator[_Running]:
 
 
 def _finish(running: _Running, directory: Path) -> None:
-    """Wait for a job to end, or for its time to be up, and write down which."""
+    """Wait until a job ends or its time is up, and record how it ended."""
     job, process = running.job, running.process
     try:
         code = process.wait(max(running.began + running.limit - time.monotonic(), 0))
@@ -122,4 +122,4 @@ def _status(code: int, file: Path) -> tuple[str, str]:
     of_memory = [line for line in lines[-_LAST:] if any(sign in line for sign in _OF_MEMORY)]
     if of_memory:
         return "out of memory", of_memory[-1]
-    return "failed", lines[-1] if lines else f"exit code {code}, without a word"
+    return "failed", lines[-1] if lines else f"exit code {code}, no output"

@@ -1,4 +1,4 @@
-"""Stage 8: two gloo processes on one device: the smallest entries of what they share."""
+"""Stage 8: pruning of a tensor that two gloo processes on one device share."""
 
 import multiprocessing
 import tempfile
@@ -19,7 +19,7 @@ _RATIOS = (0.0, 0.3, 0.9, 0.99, 1.0)
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Prune shards of uneven size, and compare them bit for bit with one process's."""
+    """Prune shards of unequal size, and compare them bit for bit with pruning in one process."""
     rows = sizes.entries // 2**8 + 1  # an odd number
     with tempfile.TemporaryDirectory() as directory:
         context = multiprocessing.get_context("spawn")
@@ -36,14 +36,14 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
             raise ValueError(f"both processes must end with 0; got {codes}")
         found = [(Path(directory) / f"{rank}").read_text() for rank in range(_PROCESSES)]
     if set(found) != {"same"}:
-        raise ValueError(f"pruned shards must be what one process prunes; got {found}")
+        raise ValueError(f"pruned shards must equal the result of one process; got {found}")
     report.measured("pruned alike, sharded or not", len(_RATIOS), "ratios", expected=len(_RATIOS))
 
 
 def _shard(rank: int, processes: int, rows: int, device: str, directory: str) -> None:
     torch.manual_seed(0)
     whole = torch.randn(rows, 64, device=device)
-    torch.rand(rank)  # each has consumed other random numbers
+    torch.rand(rank)  # each process has consumed a different count of numbers
     store = FileStore(str(Path(directory) / "store"), processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     mesh = init_device_mesh(torch.device(device).type, (processes,))
@@ -56,7 +56,7 @@ def _shard(rank: int, processes: int, rows: int, device: str, directory: str) ->
         assert isinstance(shared, DTensor)
         if not torch.equal(shared.to_local(), own.to_local()):
             differing.append(ratio)
-    found = f"other entries at ratios {differing}" if differing else "same"
+    found = f"different entries at ratios {differing}" if differing else "same"
     (Path(directory) / f"{rank}").write_text(found)
     dist.barrier()
     dist.destroy_process_group()

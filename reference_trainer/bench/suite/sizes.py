@@ -1,4 +1,4 @@
-"""The sizes of the suite: those of 1.3b on a GPU, tiny ones on a CPU."""
+"""The sizes of the suite: those of the 1.3b model on a GPU, tiny ones on a CPU."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,18 @@ class Sizes:
     """The sizes of the suite.
 
     Args:
-        device: "cuda", or "cpu", where figures mean nothing and every stage is shown to run.
-        gpu: whose ceilings are set beside; None if the GPU is not among them.
-        shape: of the model.
-        rank: of its sites.
-        length: tokens of a sequence.
-        micros: sequences at once.
-        widths: of the MLP, in the table of products: the model's, and padded ones.
-        vocabularies: likewise.
-        repeats: of what is timed.
-        entries: that are pruned, a power of two.
-        preset: of the run that is stopped and resumed.
-        run: its steps, sequences and tokens of each.
+        device: "cuda", or "cpu" for a dry run, whose figures mean nothing.
+        gpu: name of the GPU whose ceilings are compared; None if its ceilings are not known.
+        shape: shape of the model.
+        rank: rank of the sites.
+        length: number of tokens in a sequence.
+        micros: numbers of sequences at once.
+        widths: widths of the MLP in the table of products: the model's, then padded ones.
+        vocabularies: vocabulary sizes in the table of products: the model's, then padded ones.
+        repeats: number of timed rounds.
+        entries: number of entries to prune, a power of two.
+        preset: preset of the run that is stopped and resumed.
+        run: steps, sequences per step and tokens per sequence of that run.
     """
 
     device: str
@@ -43,7 +43,7 @@ class Sizes:
 
     @property
     def ceilings(self) -> Ceilings | None:
-        """The GPU's, if they are known."""
+        """The ceilings of the GPU, or None if they are not known."""
         return None if self.gpu is None else CEILINGS[self.gpu]
 
     def step(self, layout: Layout, micro: int) -> Step:
@@ -75,7 +75,7 @@ def sizes() -> Sizes:
 
 
 def gpu_of(name: str) -> str | None:
-    """Return which of `CEILINGS` a device's name means.
+    """Return the name in `CEILINGS` that matches a device's name, or None.
 
     Examples:
         >>> gpu_of("NVIDIA H100 80GB HBM3")

@@ -1,4 +1,4 @@
-"""Stage 7: how long a checkpoint keeps the training waiting."""
+"""Stage 7: the time for which a checkpoint stalls training."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ from reference_trainer.train_state import save
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Time the copies of two checkpoints of full rank, of which there is most to write."""
+    """Time the copying and writing of two full-rank checkpoints, the largest kind."""
     parallel = ParallelConfig("cuda" if device.type == "cuda" else "cpu", "bf16")
     with tempfile.TemporaryDirectory() as directory, open_world(parallel) as world:
         step = sizes.step(FULL, 1)

@@ -1,4 +1,4 @@
-"""Stage 5: the trainer's own step of the whole model, in one layout a process."""
+"""Stage 5: the trainer's own step on the full model, one layout per process."""
 
 import gc
 from collections.abc import Callable
@@ -29,18 +29,18 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 
 
 def run(report: Report, sizes: Sizes, device: torch.device, arm: str) -> None:
-    """Time a step at each micro-batch; profile one, and take its peak of memory."""
+    """Time a step at each micro-batch size, profile it, and measure its peak memory."""
     parallel = ParallelConfig("cuda" if device.type == "cuda" else "cpu", "bf16")
     with open_world(parallel) as world:
         for micro in sizes.micros:
             _measure(report, sizes.step(LAYOUTS[arm], micro), world, arm, sizes.repeats)
-            gc.collect()  # FSDP2's hooks and the model refer to each other
+            gc.collect()  # FSDP2's hooks and the model form reference cycles
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
 def named(arm: str, micro: int) -> str:
-    """Return what a step is called in the results."""
+    """Return the name of a step in the results."""
     return f"step, {micro} sequences, {arm}"
 
 
@@ -58,7 +58,7 @@ def _measure(report: Report, step: Step, world: World, arm: str, repeats: int) -
         loss = forward_backward(stage.model, parts, world)
         norm = clip_grad_norm_(stage.parameters.values(), 1.0)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        world.any(~(loss + norm).isfinite())  # what the trainer waits for
+        world.any(~(loss + norm).isfinite())  # the trainer synchronizes here too
         stage.optimizer.step()
         stage.optimizer.zero_grad()
 
@@ -80,7 +80,7 @@ def _measure(report: Report, step: Step, world: World, arm: str, repeats: int) -
 
 
 def _profiled(take: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """Return what one step asks of the device: launches, waits, copies, its longest kernels."""
+    """Return the launches, waits, copies and slowest kernels of one step."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with profile(activities=activities) as profiler:

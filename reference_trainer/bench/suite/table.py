@@ -1,4 +1,4 @@
-"""The suite's results as Markdown: measured beside the roofline, stage by stage."""
+"""The Markdown tables of a suite: measured figures and the roofline, by stage."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,15 +7,15 @@ from reference_trainer.bench import markdown
 from reference_trainer.bench.suite.jobs import EXPECTED, JOBS, Job
 
 _UNITS = {"bytes": (2**30, "GiB"), "bytes/s": (1e12, "TB/s"), "FLOP/s": (1e12, "TFLOP/s")}
-_OFF = 0.15  # by which a roofline may be wrong
+_OFF = 0.15  # largest accepted relative difference from the roofline
 
 
 def table(records: Sequence[dict[str, Any]], jobs: Sequence[Job] = JOBS) -> str:
-    """Return the tables: where it was measured, how each stage ended, and every figure.
+    """Return the tables of a suite: the environment, how each job ended, and all figures.
 
     Args:
-        records: of a suite.
-        jobs: that it has.
+        records: records of the suite.
+        jobs: jobs of the suite.
     """
     blocks = [_where(records), _ends(records, jobs)]
     dry = not all(record["cuda"] for record in records if record["event"] == "suite")
@@ -35,7 +35,7 @@ def table(records: Sequence[dict[str, Any]], jobs: Sequence[Job] = JOBS) -> str:
 
 
 def off(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what takes longer than the roofline says by more than 15 percent, or less."""
+    """Return the figures that differ from the roofline by more than 15 percent."""
     latest, expected = _both(records)
     known = {what: latest[what]["value"] / expected[what] for what in expected if what in latest}
     return [f"{what}: {share:.2f}" for what, share in known.items() if abs(share - 1) > _OFF]
@@ -44,7 +44,7 @@ def off(records: Sequence[dict[str, Any]]) -> list[str]:
 def _both(
     records: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Return the latest of each figure, and what is expected of it."""
+    """Return the latest record and the expected value of each figure."""
     latest = {r["what"]: r for r in records if r["event"] == "measured"}
     expected = {r["what"]: r["value"] for r in records if r["event"] == "expected"}
     return latest, expected | {what: r["expected"] for what, r in latest.items() if "expected" in r}

@@ -1,4 +1,4 @@
-"""Times of code on a device, with its caches emptied before each."""
+"""The timing of code on a device, with the GPU's caches flushed before each run."""
 
 import statistics
 import time
@@ -13,15 +13,15 @@ WARM_UPS = 3
 def medians(
     runs: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int
 ) -> dict[str, float]:
-    """Return the median seconds of each, all run in turn.
+    """Return the median seconds of each function; the functions run in alternation.
 
-    On CUDA they are between two events on the stream: launches of a few kernels are hidden by the
-    work that lies before, as in a step.
+    On CUDA, the time is between two events on the stream. Earlier work hides the launches of a few
+    kernels, as in a training step.
 
     Args:
-        runs: by name.
-        device: where.
-        repeats: timed rounds.
+        runs: functions to time, by name.
+        device: device on which they run.
+        repeats: number of timed rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     scrub = None
@@ -42,7 +42,7 @@ def _on_host(run: Callable[[], object]) -> float:
 
 
 def _on_stream(run: Callable[[], object], scrub: torch.Tensor) -> float:
-    # Torch has no types for it.
+    # Torch has no types for events.
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     scrub.zero_()
     begin.record()

@@ -1,4 +1,4 @@
-"""Stage 6: a run that is asked to stop, resumed, and exported."""
+"""Stage 6: a run that is stopped by a signal, resumed, and exported."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ _STOPPED = 75
 
 
 def run(report: Report, sizes: Sizes, device: torch.device) -> None:
-    """Train by the command, send SIGTERM in the low-rank phase, resume to the end."""
+    """Train with the command `train`, send SIGTERM in the low-rank phase, and resume the run."""
     if find_spec("pydantic") is None:
         raise ModuleNotFoundError("`train` needs pydantic, which is not installed")
     steps, sequences, length = sizes.run
@@ -39,7 +39,7 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
             "log.evaluate_every": steps,
             "checkpoint.every": steps,
         }
-        if device.type == "cpu":  # there is no time for the default text
+        if device.type == "cpu":  # the default text takes too long to prepare
             text = Path(directory) / "text.txt"
             text.write_text("".join(f"{n} squared is {n * n}\n" for n in range(20_000)))
             options["data.files"] = str(text)
@@ -50,19 +50,19 @@ def run(report: Report, sizes: Sizes, device: torch.device) -> None:
         while len(_steps(log, "relora")) < 2:
             if process.poll() is not None:
                 code = process.returncode
-                raise ValueError(f"the run must go on until it is stopped; it ended with {code}")
+                raise ValueError(f"the run must continue until it is stopped; got exit code {code}")
             time.sleep(0.05)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code = process.wait()
         if code != _STOPPED:
-            raise ValueError(f"a run that is asked to stop must end with {_STOPPED}; got {code}")
+            raise ValueError(f"a stopped run must end with exit code {_STOPPED}; got {code}")
         report.measured("run: from SIGTERM to its end", time.monotonic() - began)
         resume = ["--resume", "--runs", directory, "--name", "suite"]
         code = subprocess.run([*command, *resume], check=False).returncode
         exported = Path(directory) / "suite" / "export" / "model.safetensors"
         if code or not exported.is_file():
-            raise ValueError(f"a resumed run must end with 0 and an export; got {code}")
+            raise ValueError(f"a resumed run must end with exit code 0 and an export; got {code}")
         _describe(report, log)
 
 

@@ -1,1 +1,1 @@
-"""The checks: all properties of a subject in turn."""
+"""The checks: functions that check all properties of a subject, one after the other."""

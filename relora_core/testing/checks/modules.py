@@ -28,10 +28,10 @@ from relora_core.testing.subjects import LowRankSite, Sites, find_sites, has_sit
 class _Property:
     words: str
     assertion: Callable[..., None]
-    inputs: bool = True  # whether it takes those of a call
-    factory: bool = False
-    new: bool = False  # of a module that has been through nothing
-    ours: bool = False  # of this library's sites only
+    inputs: bool = True  # whether the assertion takes the inputs of a call
+    factory: bool = False  # whether it takes the factory
+    new: bool = False  # whether it needs a new module, without a history
+    ours: bool = False  # whether it applies to this library's sites only
 
 
 _PROPERTIES = [
@@ -87,33 +87,39 @@ def check_low_rank(
 ) -> list[Held]:
     """Check all properties of a module with low-rank weights.
 
-    That it computes with W + s B A, and so do its gradients; that a merge keeps the function,
-    rounds W once, changes nothing else, and can be done twice; that small merges are not lost;
-    that redraws depend on their key alone; that every factor learns, and the rank of what is
-    learned grows, of each matrix of a bank by itself; that states save and load, copies are copies,
-    and exports are plain. After any history of steps, merges, redraws, saves, loads, copies and
-    moves.
+    The properties are:
+
+    - The module and its gradients compute with W + s B A.
+    - A merge keeps the function, rounds W once, changes nothing else, and can be repeated.
+    - Small merges are not lost.
+    - A redraw depends on its key alone.
+    - Every factor learns, and the rank of the learned change grows (per matrix in a bank).
+    - States save and load, copies are independent, and exports are plain weights.
+
+    Learning is checked on a new module; all other properties are checked after random histories of
+    steps, merges, redraws, forward passes, saves, loads, copies and moves.
 
     Args:
-        make: your module's factory, or a strategy of factories (see `calls`). A module that has no
-            site yet gets sites at `targets`, of drawn rank, scale and seed.
-        targets: as of `add_low_rank_`.
-        inputs: of one call, for the module: a tensor or a tuple of them; `example_inputs` if None.
-        sites: finds the sites of layers of your own, see `LowRankSite`.
-        may_lose: the fraction that ten small merges may lose. A W of 16 bits that is not split
-            loses about all: `math.inf` accepts it.
+        make: factory of your module, or a strategy of factories (see `calls`). A module without
+            sites gets sites at `targets`, with a drawn rank, scale and seed.
+        targets: the same as in `add_low_rank_`.
+        inputs: function of the module that returns the inputs of one call, a tensor or a tuple of
+            tensors; None for `example_inputs`.
+        sites: function that finds the sites of your own layers; see `LowRankSite`.
+        may_lose: largest fraction that ten small merges may lose. A 16-bit W that is not split
+            loses nearly all of them; `math.inf` accepts that.
         skip: properties to leave out.
-        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+        profile: `CI`, `DEEP`, or your own hypothesis settings.
 
     Returns:
-        What held, and on how many examples.
+        The properties that held, each with its number of examples.
 
     Raises:
-        PropertyError: at the first property that does not hold, with the smallest case that was
-            found, as code that runs.
-        TypeError: if `make` makes no module, or one that is a site but for a name.
-        ValueError: if `make` makes one module only, the model has no place for a site, or its
-            inputs are not known.
+        PropertyError: if a property does not hold; the message contains the smallest failing case
+            as runnable code. Later properties are not checked.
+        TypeError: if `make` returns no module, or a module has only some of a site's attributes.
+        ValueError: if `make` returns the same module twice, the model has no place for a site, or
+            its inputs are not known.
 
     Examples:
         >>> few = hypothesis.settings(CI, max_examples=2)
@@ -154,7 +160,7 @@ class _Subject:
         return True
 
     def show(self, prop: _Property, case: _Case) -> str:
-        """Return the code that does what `check` does."""
+        """Return code that repeats `check`."""
         inputs = "" if self.inputs is None else written(self.inputs)
         sites = "" if self.sites is find_sites else f", sites={written(self.sites)}"
         known = (f", inputs={inputs}" if inputs else "") + sites
@@ -181,7 +187,7 @@ class _Subject:
 def _sited(
     make: Callable[[], nn.Module], targets: str | list[str], sites: Sites
 ) -> SearchStrategy[Callable[[], nn.Module]]:
-    """Return factories of the module with sites: its own, or drawn ones at `targets`."""
+    """Return factories of the module with its own sites, or with drawn sites at `targets`."""
     with torch.random.fork_rng(devices=[]):
         model = make()
     _refuse_a_near_miss(model, sites)
@@ -193,35 +199,36 @@ def _sited(
 def _try(
     make: Callable[[], nn.Module], targets: str | list[str], inputs: Inputs | None, sites: Sites
 ) -> None:
-    """Raise what is the caller's slip, and no property that fails."""
+    """Raise if an argument is invalid, before any property is checked."""
     if not callable(make) or isinstance(make, nn.Module):
         raise TypeError(
-            "make is a factory: a function of no arguments that returns a new module; got "
+            "make must be a factory, a function of no arguments that returns a new module; got "
             f"{type(make).__name__}"
         )
     model = make()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"make returned no nn.Module; got {type(model).__name__}")
+        raise TypeError(f"make must return an nn.Module; got {type(model).__name__}")
     if make() is model:
-        raise ValueError("make returned the same module twice: it must make a new one each time")
+        raise ValueError("make must return a new module at each call; got the same one twice")
     _refuse_a_near_miss(model, sites)
     if sites is find_sites and not has_sites(model) and not is_layer(model):
         add_low_rank_(model, targets, rank=1)
     with torch.no_grad():
         found = outputs(model.eval()(*given_inputs(model, inputs)))
     if not found:
-        raise TypeError("the module returns no floating-point tensor (nor a tuple or dict of them)")
+        raise TypeError("the module must return floating-point tensors, or lists or dicts of them")
 
 
 def _refuse_a_near_miss(model: nn.Module, sites: Sites) -> None:
-    """Raise if a module looks like a site and is none: its merge would never be checked."""
+    """Raise if a module has only some attributes of a site; its merge would not be checked."""
     marks = ("weight", "lora_A", "lora_B", "scale", "merge_", "redraw_")
     for name, module in model.named_modules():
         has = [mark for mark in marks if hasattr(module, mark)]
         own = isinstance(module, LowRankSite | LowRank)
         if sites is find_sites and {"lora_A", "lora_B"} & set(has) and not own:
             raise TypeError(
-                f"{type(module).__name__} {name!r} has {', '.join(has)}, but to be checked as a "
-                f"low-rank layer it lacks {', '.join(mark for mark in marks if mark not in has)}: "
-                "add it, or give sites= (see LowRankSite)"
+                f"{type(module).__name__} {name!r} must have all attributes of a low-rank site; it "
+                f"has {', '.join(has)} but lacks "
+                f"{', '.join(mark for mark in marks if mark not in has)}: add them, or pass sites= "
+                "(see LowRankSite)"
             )

@@ -1,4 +1,4 @@
-"""The check of optimizers and of their resets."""
+"""The check of an optimizer and of resets of its moments."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -16,7 +16,7 @@ from relora_core.testing.strategies.training import ratios, trained
 from relora_core.testing.training import OptimizerFactory, Trained
 
 _ANY_SIZE = "a ratio zeroes its share of more than 2**24 entries"
-# In words; the assertion; whether it takes a ratio.
+# Each property: its words, its assertion, and whether the assertion takes a ratio.
 _PROPERTIES: list[tuple[str, Callable[..., None], bool]] = [
     (
         "a full reset leaves nothing by which a step could move",
@@ -49,29 +49,36 @@ def check_resettable(
 ) -> list[Held]:
     """Check all properties of an optimizer and of a reset of its moments.
 
-    That a full reset leaves nothing by which a step could move; that a ratio zeroes its share,
-    ties or none, beyond 2**24 entries too, and keeps the bits of the rest; that other Parameters,
-    groups and counts stay; that the next step is bounded; that a reset before the first step does
-    nothing; that it commutes with saving; that it refuses NaN.
+    The properties are:
+
+    - After a full reset, a step with zero gradients moves nothing.
+    - A ratio zeroes its share of the entries and keeps the bits of the others, with or without
+      ties, and also for more than 2**24 entries.
+    - Other Parameters, groups and step counts stay the same.
+    - The step after a reset is bounded.
+    - A reset before the first step does nothing.
+    - A reset commutes with saving.
+    - A reset refuses NaN.
 
     Args:
-        make: your optimizer's factory, from a list of Parameters, or a strategy of factories (see
-            `calls`).
-        reset: of (optimizer, params, ratio), if it is not this library's.
-        prune_ratios: to draw from; `st.just(1.0)` for what can only be reset whole.
-        sizes: to draw the Parameters' shapes from; then none of more than 2**24 entries is made.
-        by_magnitude: whether the smallest entries must go; False for a reset that chooses
-            otherwise.
-        keeps_counts: whether counts of steps must stay; False for a reset that begins them anew.
+        make: factory of your optimizer, a function of a list of Parameters, or a strategy of
+            factories (see `calls`).
+        reset: function of (optimizer, params, ratio); this library's by default.
+        prune_ratios: strategy of prune ratios; `st.just(1.0)` if state can only be reset in full.
+        sizes: strategy of the Parameters' shapes. If it is given, no Parameter of more than 2**24
+            entries is checked.
+        by_magnitude: whether the smallest entries must be zeroed; False for a reset that chooses
+            entries by another rule.
+        keeps_counts: whether step counts must stay; False for a reset that restarts them.
         skip: properties to leave out.
-        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+        profile: `CI`, `DEEP`, or your own hypothesis settings.
 
     Returns:
-        What held, and on how many examples.
+        The properties that held, each with its number of examples.
 
     Raises:
-        PropertyError: at the first property that does not hold, with the smallest case that was
-            found, as code that runs.
+        PropertyError: if a property does not hold; the message contains the smallest failing case
+            as runnable code. Later properties are not checked.
 
     Examples:
         >>> import torch

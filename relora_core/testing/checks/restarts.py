@@ -1,4 +1,4 @@
-"""The check of whole restarts: against Algorithm 1, and for leftovers of old factors."""
+"""The check of restarts: against Algorithm 1, and for leftovers of the old factors."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -15,7 +15,7 @@ from relora_core.testing.properties import restarts as leftovers
 from relora_core.testing.properties.restarts import Restart, restart_by_relora
 from relora_core.testing.properties.schedules import Jagged
 
-_BEGIN = "state = Machine()"  # of the steps of a machine's run, which are notes of the error
+_BEGIN = "state = Machine()"  # the first line of hypothesis' notes on a failing run
 
 
 _ALGORITHM = "a training is Algorithm 1, whatever interrupts it"
@@ -35,23 +35,24 @@ def check_restart(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check that a restart is Algorithm 1's, in a training that is interrupted in every way.
+    """Check that a restart follows Algorithm 1, in a training with all kinds of interruptions.
 
-    Runs `RestartMachine`: model, AdamW, schedule and clock against a plain float64 model of the
-    paper's algorithm. And checks that nothing that was made of the old factors outlives them:
-    gradients, moments, other owners of W, a restart that was broken off; each may be refused.
+    The check runs `RestartMachine`, which compares the model, AdamW, the schedule and the clock
+    with the paper's algorithm in plain float64. It also checks that nothing computed from the old
+    factors remains: gradients, moments, other modules that share W, and an interrupted restart. In
+    each of these cases the restart may raise an error instead.
 
     Args:
-        restart: of (model, optimizer, ratio), if it is not this library's `restart_`.
-        jagged: makes the schedule from a smooth one and the clock.
+        restart: function of (model, optimizer, ratio); this library's `restart_` by default.
+        jagged: function that makes the schedule from a smooth schedule and the clock.
         skip: properties to leave out.
-        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+        profile: `CI`, `DEEP`, or your own hypothesis settings.
 
     Returns:
-        What held, and on how many examples.
+        The properties that held, each with its number of examples.
 
     Raises:
-        PropertyError: if it is another algorithm, with the shortest run of it that was found.
+        PropertyError: if a property does not hold; the message contains the shortest failing run.
 
     Examples:
         >>> held = check_restart(profile=hypothesis.settings(CI, max_examples=2))
@@ -72,7 +73,7 @@ def check_restart(
     if _ALGORITHM not in skip:
         told = checks.telling(_ALGORITHM, functools.partial(_show, restart, jagged))
         with torch.random.fork_rng(devices=[]), told:
-            # The steps of the shortest run are among the notes that it makes then.
+            # At normal verbosity, hypothesis adds the steps of the shortest run as notes.
             normal = hypothesis.Verbosity.normal
             noted = hypothesis.settings(profile, verbosity=normal, print_blob=False)
             run_state_machine_as_test(Machine, settings=noted)

@@ -1,4 +1,4 @@
-"""Properties checked in turn, each down to the smallest case that breaks it."""
+"""The runner of checks, which shrinks each failure to the smallest failing case."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from relora_core.testing.subjects import PropertyError
 
-# Each is said, or hypothesis takes it from its own profile, another one where CI is set.
+# All are set here: hypothesis' own profile would supply the others, and it differs in CI.
 _COMMON: dict[str, Any] = {
     "print_blob": False,
     "deadline": None,
@@ -22,9 +22,9 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
     "verbosity": hypothesis.Verbosity.quiet,
 }
-#: Seconds: the same examples every time.
+#: Profile that takes seconds; the examples are the same in every run.
 CI = hypothesis.settings(max_examples=40, derandomize=True, stateful_step_count=15, **_COMMON)
-#: Minutes: new examples every time.
+#: Profile that takes minutes; the examples are new in every run.
 DEEP = hypothesis.settings(max_examples=2100, derandomize=False, stateful_step_count=40, **_COMMON)
 
 Case = TypeVar("Case")
@@ -35,8 +35,8 @@ class Held:
     """A property that held.
 
     Args:
-        property: in words.
-        examples: number of examples that it was checked on.
+        property: the property in words.
+        examples: number of examples it was checked on.
     """
 
     property: str
@@ -45,16 +45,16 @@ class Held:
 
 @dataclass
 class Checks:
-    """Properties that are checked in turn.
+    """A runner of properties, one after the other.
 
     Args:
-        profile: how many examples, and which.
-        properties: all that there are, in words.
-        skip: those to leave out.
-        held: those that have held so far.
+        profile: hypothesis settings, which choose the examples.
+        properties: all properties, in words.
+        skip: properties to leave out.
+        held: properties that have held so far.
 
     Raises:
-        ValueError: if one that is to be passed over is none of them.
+        ValueError: if `skip` is a string or contains an unknown property.
     """
 
     profile: hypothesis.settings
@@ -66,7 +66,7 @@ class Checks:
         known = list(self.properties)
         unknown = [prop for prop in self.skip if prop not in known]
         if isinstance(self.skip, str) or unknown:
-            raise ValueError(f"skip is a list of properties, of {known}; got {self.skip!r}")
+            raise ValueError(f"skip must be a list of properties from {known}; got {self.skip!r}")
 
     def check(
         self,
@@ -78,13 +78,14 @@ class Checks:
         """Check one property.
 
         Args:
-            prop: in words.
-            cases: the examples.
-            holds: raises if the property does not hold on a case; returns whether it applies.
-            show: returns the code that repeats that.
+            prop: the property in words.
+            cases: strategy of the cases.
+            holds: function that raises if the property does not hold on a case, and returns whether
+                it applies to the case.
+            show: function that returns code that repeats the check of a case.
 
         Raises:
-            PropertyError: if it does not hold, of the smallest case that was found.
+            PropertyError: if the property does not hold, with the smallest failing case.
         """
         if prop in self.skip:
             return
@@ -105,7 +106,7 @@ class Checks:
             self.held.append(Held(prop, count))
 
     def telling(self, prop: str, show: Callable[[Exception], str]) -> "_Telling":
-        """Return a context that adds property and smallest case to an error raised in it."""
+        """Return a context that adds the property and the smallest case to any error."""
         return _Telling(prop, show, self.held)
 
 
@@ -131,6 +132,6 @@ class _Telling:
         shown = "\n".join(f"    {line}".rstrip() for line in self.show(error).splitlines())
         before = "".join(f"\n  held: {one.property} ({one.examples} examples)" for one in self.held)
         raise PropertyError(
-            f"broken: {self.prop}\n  {said}\n\nThe smallest case that was found, as code:\n\n"
+            f"broken: {self.prop}\n  {said}\n\nThe smallest failing case, as code:\n\n"
             f"{shown}\n{before}"
         ) from error

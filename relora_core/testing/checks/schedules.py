@@ -36,25 +36,31 @@ def check_schedule(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check everything that a jagged schedule properties.
+    """Check all properties of a jagged schedule.
 
-    That the rate is zero at each restart, the smooth schedule's outside the ramps and between them
-    inside, that it resumes exactly from any step, and keeps a rate that is changed by hand.
+    The properties are:
+
+    - The rate is zero at each restart.
+    - Outside the ramps it is the smooth schedule's; in a ramp it is between zero and that rate, and
+      it rises from each restart.
+    - `get_last_lr()` returns the rate that is set.
+    - The schedule resumes exactly from any step.
+    - A rate that is changed by hand is kept as the smooth schedule keeps it.
 
     Args:
-        jagged: makes the schedule from a smooth one and the clock.
-        inner: makes the smooth schedule for an optimizer, or a strategy of such factories; every
-            scheduler that torch ships if None. Runs go past the second restart.
-        restarts: the clock, or a strategy of clocks; any if None.
+        jagged: function that makes the schedule from a smooth schedule and the clock.
+        inner: factory of the smooth schedule, a function of an optimizer, or a strategy of
+            factories; None for every scheduler in torch. Runs go past the second restart.
+        restarts: clock, or a strategy of clocks; None for any clock.
         skip: properties to leave out.
-        profile: `CI`, `DEEP` or settings of hypothesis of your own.
+        profile: `CI`, `DEEP`, or your own hypothesis settings.
 
     Returns:
-        What held, and on how many examples.
+        The properties that held, each with its number of examples.
 
     Raises:
-        PropertyError: at the first property that does not hold, with the smallest case that was
-            found, as code that runs.
+        PropertyError: if a property does not hold; the message contains the smallest failing case
+            as runnable code. Later properties are not checked.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -81,7 +87,7 @@ def _rates(jagged: Jagged, inner: Schedule, restarts: Restarts, more: int) -> Ra
 
 
 def _steps(restarts: Restarts, more: int) -> int:
-    """Return how many steps go `more` steps past the second restart."""
+    """Return the length of a run that ends `more` steps past the second restart."""
     return restarts.full_until + restarts.anneal + restarts.every + more
 
 

@@ -1,1 +1,1 @@
-"""The properties, an assertion each."""
+"""The properties, with one assertion for each."""

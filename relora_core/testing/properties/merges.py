@@ -1,4 +1,4 @@
-"""The properties of a merge, and of the function that a module with sites computes."""
+"""Assertions of the properties of a merge, and of the function of a module with sites."""
 
 import copy
 import math
@@ -32,15 +32,15 @@ from relora_core.testing.twin import (
 
 
 def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) -> None:
-    r"""Assert that the module computes with $W + s B A$ and with nothing else.
+    r"""Assert that the module computes with $W + s B A$ and nothing else.
 
     Args:
-        model: with low-rank sites; a float64 copy of it is checked.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites; a float64 copy of it is checked.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if an output is another than the dense twin's.
+        PropertyError: if an output differs from the dense twin's.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -48,24 +48,24 @@ def assert_is_dense(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
     """
     wide = wide_copy(model)
     x = fitting(inputs, wide)
-    same_outputs(wide, DenseTwin(wide, sites), x, "the output is not that of W + s B A")
+    same_outputs(wide, DenseTwin(wide, sites), x, "the output differs from that of W + s B A")
 
 
 def assert_gradients_are_dense(
     model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
 ) -> None:
-    """Assert that all gradients are those of the dense twin, and that W has none.
+    """Assert that all gradients equal those of the dense twin, and that W has none.
 
-    Those of A, B and whatever else is trained, and of the inputs: of a random linear function of
-    the outputs.
+    The gradients are of a random linear function of the outputs, with respect to A, B, all other
+    trained Parameters, and the inputs.
 
     Args:
-        model: with low-rank sites.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if one is another, or W is trained.
+        PropertyError: if a gradient differs, or W is trained.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -75,7 +75,7 @@ def assert_gradients_are_dense(
     found = sites(wide)
     for name, site in found.items():
         if site.weight.requires_grad:
-            raise PropertyError(f"W of {name!r} is trained: freeze it (requires_grad_(False))")
+            raise PropertyError(f"W of {name!r} must be frozen: call requires_grad_(False)")
     x = [t.detach().clone() for t in fitting(inputs, wide)]
     twin = DenseTwin(wide, sites)
     own: dict[str, Tensor] = {n: p for n, p in wide.named_parameters() if p.requires_grad}
@@ -89,7 +89,7 @@ def assert_gradients_are_dense(
     expected = gradients_of(twin(*x), {**{n: twin.leaves[n] for n in names}, **floats})
     largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
     for name in (*names, *floats):
-        what = f"the gradient of {name!r} is not the dense one"
+        what = f"the gradient of {name!r} differs from the dense twin's"
         close(actual[name], expected[name], what, beside=largest)
 
 
@@ -99,12 +99,12 @@ def assert_merge_keeps_function(
     """Assert that a merge of all sites changes no output.
 
     Args:
-        model: with low-rank sites.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if an output moves.
+        PropertyError: if an output changes.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -115,22 +115,22 @@ def assert_merge_keeps_function(
     merged = copy.deepcopy(wide)
     for site in sites(merged).values():
         site.merge_()
-    same_outputs(merged, wide, fitting(inputs, wide), "a merge moved the output")
+    same_outputs(merged, wide, fitting(inputs, wide), "a merge changed the output")
 
 
 def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> None:
-    """Assert that a merge makes of W the number nearest to W + s B A, and nothing else.
+    """Assert that a merge sets W to W + s B A, rounded once, and changes nothing else.
 
-    W may be half a unit of its last place away, and what a product in fp32 (or W's dtype, if that
-    is wider) may be. W stays the same Parameter, frozen; B becomes zero, or A does; nothing else of
-    the model changes.
+    The allowed error is half a unit in W's last place, plus the rounding of a product in fp32 (or
+    in W's dtype, if that is wider). W must stay the same frozen Parameter, B or A must become zero,
+    and nothing else in the model may change.
 
     Args:
-        model: with low-rank sites.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if W, B or anything else is not as required.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -148,25 +148,26 @@ def assert_merge_adds_update(model: nn.Module, *, sites: Sites = find_sites) -> 
         W, dtype = bases[name]
         if site.weight is not W or W.dtype != dtype or W.requires_grad or W.grad_fn:
             raise PropertyError(
-                f"a merge must write into W, which stays a frozen Parameter: {name!r}"
+                f"a merge must write into W, which must stay the same frozen Parameter: {name!r}"
             )
         error = (exact_weight(site) - expected[name]).abs()
         if not bool((error <= allowed[name]).all()):
             worst = int((error / allowed[name].clamp(min=1e-300)).argmax())
             raise PropertyError(
-                f"a merge left W of {name!r} {error.flatten()[worst].item():.3g} away from "
-                f"W + s B A; rounding explains {allowed[name].flatten()[worst].item():.3g}"
+                f"after a merge, W of {name!r} differs from W + s B A by "
+                f"{error.flatten()[worst].item():.3g}; rounding explains at most "
+                f"{allowed[name].flatten()[worst].item():.3g}"
             )
         if exact_update(site).any():
-            raise PropertyError(f"a merge must zero B, or s B A counts twice: {name!r}")
+            raise PropertyError(f"a merge must zero B, or s B A is counted twice: {name!r}")
 
 
 def assert_merge_is_idempotent(model: nn.Module, *, sites: Sites = find_sites) -> None:
-    """Assert that merging twice is merging once, bit for bit.
+    """Assert that a second merge changes nothing, bit for bit.
 
     Args:
-        model: with low-rank sites.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        sites: function that finds the sites of your own layers.
 
     Raises:
         PropertyError: if the second merge changes anything.
@@ -190,15 +191,15 @@ def assert_merges_add_up(
 
     $\lVert (W_{10} - W_0) - \sum_i s B_i A_i \rVert^2 \le$ `may_lose`$^2$
     $\cdot \sum_i \lVert s B_i A_i \rVert^2$, with each $\lVert s B_i A_i \rVert$ a thousandth of
-    $\lVert W \rVert$. A W of 16 bits loses more than half: `split_bases_` keeps what it lacks.
+    $\lVert W \rVert$. A 16-bit W loses more than half; `split_bases_` keeps its missing bits.
 
     Args:
-        model: with low-rank sites.
-        sites: finds the sites of layers of your own.
-        may_lose: the fraction that may be lost.
+        model: module with low-rank sites.
+        sites: function that finds the sites of your own layers.
+        may_lose: largest fraction that may be lost.
 
     Raises:
-        PropertyError: if more is lost.
+        PropertyError: if the merges lose more.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -213,7 +214,7 @@ def assert_merges_add_up(
             fill_B_(site, seed=number)
             size = float(exact_update(site).norm())
             if not size:
-                break  # no A to speak of: another property
+                break  # A is zero, which another property checks
             with torch.no_grad():
                 site.lora_B.mul_(1e-3 * norm / size)
             total += exact_update(site)
@@ -224,12 +225,12 @@ def assert_merges_add_up(
         if not lost <= may_lose:
             raise PropertyError(
                 f"ten small merges into W of {name!r} ({site.weight.dtype}) lost {lost:.0%} of "
-                "what they added: keep its fp32 value (split_bases_, or W in float32)"
+                "what they added: keep W in fp32 (with split_bases_, or as float32)"
             )
 
 
 def _rounding(site: LowRankSite) -> Tensor:
-    """Return how far rounding may leave W from W + s B A, entry by entry."""
+    """Return, for each entry, how far a rounded W may be from W + s B A."""
     W, total = exact_weight(site), exact_weight(site) + exact_update(site)
     A, B = site.lora_A.detach().double().abs(), site.lora_B.detach().double().abs()
     summed = W.abs() + abs(scale_of(site)) * (B @ A).view(W.shape)

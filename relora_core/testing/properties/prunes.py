@@ -1,4 +1,4 @@
-"""The properties of pruned moments: how much a reset zeroes, an assertion each."""
+"""Assertions of how much of an optimizer's moments a reset zeroes."""
 
 import torch
 
@@ -19,15 +19,15 @@ from relora_core.testing.training import (
 def assert_full_reset_stands_still(
     case: Trained, *, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert that after a full reset a step without gradient moves nothing, wherever p is.
+    """Assert that a step with zero gradients moves nothing after a full reset.
 
-    The Parameters are redrawn before, as a restart does; then all moments are reset (ratio 1), and
-    a step follows whose gradients are zero. It tells true zeros from codes that only look like
-    them, and an optimizer that steps copies of its own from one that steps the Parameters.
+    The Parameters are redrawn first, as in a restart. Then all moments are reset (ratio 1), and the
+    optimizer takes a step with zero gradients. This detects quantized moments that only look like
+    zero, and optimizers that step their own copies of the Parameters.
 
     Args:
-        case: the optimizer.
-        reset: of (optimizer, params, ratio).
+        case: factory of the optimizer.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
         PropertyError: if an entry moves.
@@ -46,12 +46,12 @@ def assert_full_reset_stands_still(
     if any(moved):
         raise PropertyError(
             f"after a full reset, a step with zero gradients moved {sum(moved)} of "
-            f"{sum(p.numel() for p in params)} entries: moments are left (or copies of the "
-            "parameters, which a redraw did not reach; or it decays what has no gradient: then "
-            "make it without)"
+            f"{sum(p.numel() for p in params)} entries: the reset left some moments, or the "
+            "optimizer steps its own copies of the Parameters, or it decays entries without a "
+            "gradient (in that case, check it without weight decay)"
         )
     if any(bool(statistic.any()) for statistic in shared):
-        raise PropertyError("a full reset left statistics that entries of a moment share")
+        raise PropertyError("a full reset left statistics that several entries share")
 
 
 def assert_prune_keeps_its_share(
@@ -61,21 +61,23 @@ def assert_prune_keeps_its_share(
     reset: ResetFunction = reset_by_relora,
     by_magnitude: bool = True,
 ) -> None:
-    r"""Assert that a reset zeroes `ratio` of the entries of each moment, and leaves the others.
+    r"""Assert that a reset zeroes a share `ratio` of each moment's entries and keeps the others.
 
-    Counted by value, to within one entry of $ratio \cdot n$, ties or none; what is not zero has the
-    bits that it had. Of a Parameter's first moment the smallest go. Where the optimizer's state is
-    not known to this library (`declare_moments`), the entries that a step without gradient moves
-    are counted instead.
+    The number of zeros must be within one of $ratio \cdot n$, with or without ties. All other
+    entries must keep their bits. In a Parameter's first moment, the smallest entries must be
+    zeroed. If this library does not know the optimizer's state (see `declare_moments`), the
+    assertion counts the entries that a step with zero gradients moves.
 
     Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
-        by_magnitude: whether the smallest must go; False for a reset that chooses otherwise.
+        case: factory of the optimizer.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
+        by_magnitude: whether the smallest entries must be zeroed; False for a reset that chooses
+            entries by another rule.
 
     Raises:
-        PropertyError: if more or fewer are zeroed, others change, or the report is untrue.
+        PropertyError: if the number of zeros is wrong, other entries change, or the report is
+            wrong.
 
     Examples:
         >>> assert_prune_keeps_its_share(Trained(torch.optim.AdamW), ratio=0.9)
@@ -90,29 +92,30 @@ def assert_prune_keeps_its_share(
     leading = list(zip(first, first_moments_of(optimizer, params), strict=False))
     if len(before) != len(after):
         raise PropertyError(
-            f"of {len(before)} moments {len(after)} are left: a reset prunes them, and deletes none"
+            f"a reset must keep all {len(before)} moments; got {len(after)}: prune moments instead "
+            "of deleting them"
         )
     for old, new in zip(before, after, strict=True):
         count, zeros = old.numel(), int((new == 0).sum())
         most = ratio * count + 1 + int((old == 0).sum())
         if not ratio * count - 1 <= zeros <= most:
             raise PropertyError(
-                f"a reset of ratio {ratio:g} left {zeros} of a moment's {count} entries zero"
+                f"after a reset with ratio {ratio:g}, {zeros} of {count} entries of a moment are 0"
             )
         if bool(((new != old) & (new != 0)).any()):
-            raise PropertyError("a reset changed a moment's entry that it did not zero")
+            raise PropertyError("a reset changed an entry of a moment without zeroing it")
     for old, new in leading if by_magnitude else []:
         gone, kept = old[new == 0].abs(), old[new != 0].abs()
         if gone.numel() and kept.numel() and gone.max() > kept.min():
             raise PropertyError(
-                f"a reset zeroed an entry of the first moment of magnitude {gone.max():.3g}, and "
-                f"kept one of {kept.min():.3g}"
+                f"a reset zeroed an entry of magnitude {gone.max():.3g} in the first moment and "
+                f"kept an entry of magnitude {kept.min():.3g}"
             )
     if isinstance(report, ResetReport) and before:
         counts = sum(int((new == 0).sum()) for new in after)
         already = sum(int((old == 0).sum()) for old in before)
         if not counts - already <= report.zeroed <= counts:
-            raise PropertyError(f"the report says {report.zeroed} zeroed; {counts} are zero")
+            raise PropertyError(f"the report says {report.zeroed} were zeroed; {counts} are 0")
 
 
 def assert_any_size_is_pruned(
@@ -120,16 +123,15 @@ def assert_any_size_is_pruned(
 ) -> None:
     """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
 
-    Beyond that `torch.quantile` raises, and a reset that passes over what it cannot rank does
-    nothing.
+    For such a size `torch.quantile` raises, and a reset that catches this error does nothing.
 
     Args:
-        factory: makes the optimizer from a list of Parameters.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
+        factory: function that makes the optimizer from a list of Parameters.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
-        PropertyError: if the share is another.
+        PropertyError: if the share of zeros is wrong.
 
     Examples:
         >>> from functools import partial
@@ -149,6 +151,6 @@ def _count_moving(case: Trained, ratio: float, reset: ResetFunction) -> None:
         most, least = p.numel() * (1 - ratio) + 1, int(before.sum()) - p.numel() * ratio - 1
         if not least <= int(now.sum()) <= most:
             raise PropertyError(
-                f"after a reset of ratio {ratio:g}, a step with zero gradients moved "
-                f"{int(now.sum())} of {p.numel()} entries; without it, {int(before.sum())}"
+                f"after a reset with ratio {ratio:g}, a step with zero gradients moved "
+                f"{int(now.sum())} of {p.numel()} entries; without the reset, {int(before.sum())}"
             )

@@ -1,4 +1,4 @@
-"""The properties of a redraw: keyed draws, factors that learn, a rank that grows."""
+"""Assertions of the properties of a redraw: keyed draws, learning factors, and growing rank."""
 
 import copy
 
@@ -20,18 +20,18 @@ from relora_core.testing.twin import DenseTwin, disturbed, gradients_of, only_si
 
 
 def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> None:
-    """Assert that a redraw depends on nothing that processes may not have in common.
+    """Assert that a redraw depends only on state that all processes share.
 
-    Copies of the model that have used torch's global generator differently draw the same A, bit
-    for bit; each draw is another than the one before and than that of another site; B is zero;
-    W and all else stay.
+    Copies of the model must draw the same A, bit for bit, even if torch's global generator is in
+    different states. Each draw must differ from all earlier draws and from those of other sites. B
+    must be zero, and W and everything else must stay the same.
 
     Args:
-        model: with low-rank sites.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if a draw repeats or differs between copies, or anything else changes.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -46,7 +46,7 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
             taken = [site.lora_A.detach().clone() for site in found.values()]
             for scale in map(trained_scale, found.values()):
                 if scale is not None:
-                    scale.detach().mul_(2)  # so that one that is taken back is seen
+                    scale.detach().mul_(2)  # so that a redraw that restores the scale is detected
             draws.append({})
             for number in (1, 2):
                 for name, site in found.items():
@@ -54,36 +54,36 @@ def assert_redraw_is_keyed(model: nn.Module, *, sites: Sites = find_sites) -> No
                         site.redraw_()
                     A = site.lora_A.detach()
                     if site.lora_B.any() or not torch.equal(exact_weight(site), bases[name]):
-                        raise PropertyError(f"a redraw must zero B and leave W: {name!r}")
+                        raise PropertyError(f"a redraw must zero B and keep W: {name!r}")
                     again = any(A.shape == B.shape and torch.equal(A, B) for B in taken)
-                    if again and A.numel() > 1:  # one entry may have two values only
+                    if again and A.numel() > 1:  # a single entry may have only two values
                         raise PropertyError(
-                            f"redraw {number} of {name!r} gave an A that there was already: key it "
-                            "by the site's name and by the number of the restart"
+                            f"redraw {number} of {name!r} repeated an earlier A: seed the draw by "
+                            "the site's name and the number of the restart"
                         )
                     taken.append(A.clone())
                     draws[-1][f"{name} at redraw {number}"] = taken[-1]
     for which, A in draws[0].items():
         if not torch.equal(A, draws[1][which]):
             raise PropertyError(
-                f"two processes that had used torch's global generator differently drew another A "
-                f"of {which}: draw from a generator of its own, seeded by (seed, name, restart)"
+                f"two processes with different states of torch's global generator drew different A "
+                f"for {which}: use a separate generator, seeded by (seed, name, restart)"
             )
 
 
 def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) -> None:
-    """Assert that every site learns: B from the first step of each cycle on, A from the second.
+    """Assert that every site learns: B from the first step of each cycle, A from the second.
 
-    As the model is, and after each of two restarts: that B has a gradient, and A once B has
-    followed it, wherever W + s B A has one.
+    In the new model and after each of two restarts, B must have a gradient wherever W + s B A has
+    one, and so must A after B has taken a step.
 
     Args:
-        model: with low-rank sites, just made.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: new module with low-rank sites.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if a factor has none.
+        PropertyError: if a factor has no gradient.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -100,7 +100,7 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
             dense = gradients_of(result, twin.whole)
             for name, gradient in gradients_of(wide(*x), factors).items():
                 if not gradient.any() and dense[name].any():
-                    when = f"after {cycle} restarts" if cycle else "at first"
+                    when = f"after {cycle} restarts" if cycle else "before the first restart"
                     raise PropertyError(f"{which} of {name!r} has no gradient {when}")
                 if gradient.any():
                     with torch.no_grad():
@@ -111,16 +111,16 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
 
 
 def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
-    r"""Assert that $\mathrm{rank}(W_k - W_0) \le k r$, and grows with each of three restarts.
+    r"""Assert that $\mathrm{rank}(W_k - W_0) \le k r$, and that it grows with each restart.
 
-    Until it is all that W has to give.
+    The assertion makes three restarts. The rank must grow until W has full rank.
 
     Args:
-        model: with low-rank sites.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if the rank exceeds its bound or does not grow.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -135,7 +135,7 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
         for k in (1, 2, 3):
             fill_B_(site, seed=k)
             size = float(exact_update(site).norm())
-            with torch.no_grad():  # as large as W, whatever the scale is
+            with torch.no_grad():  # make s B A as large as W
                 site.lora_B.mul_((float(first.norm()) or 1.0) / (size or 1.0))
             site.merge_()
             site.redraw_()
@@ -149,6 +149,6 @@ def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
             if k > 1 and found <= before < most:
                 raise PropertyError(
                     f"W of {name!r} has changed by rank {found} after {k} merges of rank {rank}, "
-                    f"and by rank {before} after {k - 1}: A must be drawn anew"
+                    f"and by rank {before} after {k - 1}: redraw A at each restart"
                 )
             before = found

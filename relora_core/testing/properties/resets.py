@@ -1,4 +1,4 @@
-"""The properties of a reset: what it leaves as it was, and what it refuses, an assertion each."""
+"""Assertions of what a reset of an optimizer leaves unchanged, and of what it refuses."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ ResetFunction = Callable[[Optimizer, list[nn.Parameter], float], object]
 
 
 def reset_by_relora(optimizer: Optimizer, params: list[nn.Parameter], ratio: float) -> ResetReport:
-    """Reset by this library: `reset_optimizer_` with `prune_ratio=ratio`."""
+    """Reset with this library: call `reset_optimizer_` with `prune_ratio=ratio`."""
     return reset_optimizer_(optimizer, params, prune_ratio=ratio)
 
 
@@ -40,17 +40,18 @@ def assert_reset_leaves_the_rest(
 ) -> None:
     """Assert that a reset of one Parameter's moments changes nothing else, now or later.
 
-    Not the values of Parameters, nor groups and their hyperparameters, nor the state of another
-    Parameter, nor a count of steps; and the next step moves the others as it would have.
+    The Parameters, the groups' hyperparameters, the states of other Parameters and the step counts
+    must stay the same, and the next step must move the other Parameters as it would without the
+    reset.
 
     Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
-        keeps_counts: whether the Parameter's own counts must stay.
+        case: factory of the optimizer.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
+        keeps_counts: whether the Parameter's own step counts must stay.
 
     Raises:
-        PropertyError: if one changes.
+        PropertyError: if any of these changes.
 
     Examples:
         >>> assert_reset_leaves_the_rest(Trained(torch.optim.AdamW), ratio=0.9)
@@ -68,7 +69,7 @@ def assert_reset_leaves_the_rest(
     if not equal(groups_of(optimizer), groups_of(twin)):
         raise PropertyError("a reset changed a group's hyperparameters")
     if keeps_counts and not equal(scalars_of(optimizer, params[0]), scalars_of(twin, same[0])):
-        raise PropertyError("a reset changed the count of steps, or another number")
+        raise PropertyError("a reset changed the step count or another scalar state")
     case.step_(optimizer, params, case.steps)
     case.step_(twin, same, case.steps)
     if not all(torch.equal(p, q) for p, q in zip(params[1:], same[1:], strict=True)):
@@ -78,18 +79,18 @@ def assert_reset_leaves_the_rest(
 def assert_next_step_is_bounded(
     case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert that a step without gradient after a reset is no larger than four usual ones.
+    """Assert that a step with zero gradients after a reset is at most four times a usual step.
 
-    A's gradient is zero while B is. Where a first moment outlives its second, such a step is as
-    large as lr m / eps.
+    A's gradient is zero while B is zero. If a reset keeps a first moment but zeroes its second
+    moment, such a step is as large as lr m / eps.
 
     Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
+        case: factory of the optimizer.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
-        PropertyError: if an entry leaps.
+        PropertyError: if an entry moves farther.
 
     Examples:
         >>> assert_next_step_is_bounded(Trained(torch.optim.AdamW), ratio=0.9)
@@ -106,26 +107,26 @@ def assert_next_step_is_bounded(
     leap = _farthest(params, before)
     if not leap <= 4 * usual:
         raise PropertyError(
-            f"after a reset, a step with zero gradients moved an entry by {leap:.3g}; before it, "
-            f"steps moved them by {usual:.3g} at most: prune all moments of an entry together"
+            f"after a reset, a step with zero gradients moved an entry by {leap:.3g}; earlier "
+            f"steps moved entries by at most {usual:.3g}: prune all moments of an entry together"
         )
 
 
 def assert_reset_before_the_first_step(
     case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert that a reset of an optimizer without state makes none, and changes no later step.
+    """Assert that a reset before the first step creates no state and changes no later step.
 
-    `optimizer.state` is a defaultdict: looking for `state[p]` makes an empty entry, after which
-    distributed checkpoints load nothing.
+    `optimizer.state` is a defaultdict: reading `state[p]` creates an empty entry, and distributed
+    checkpoints then load nothing.
 
     Args:
-        case: the optimizer; its steps are taken after the reset.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
+        case: factory of the optimizer; the steps are taken after the reset.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
-        PropertyError: if it makes state, or a step differs.
+        PropertyError: if the reset creates state, or a later step differs.
 
     Examples:
         >>> assert_reset_before_the_first_step(Trained(torch.optim.AdamW))
@@ -135,25 +136,26 @@ def assert_reset_before_the_first_step(
     reset(optimizer, params, ratio)
     for one, other in zip(inner_optimizers(optimizer), inner_optimizers(twin), strict=True):
         if len(one.state) != len(other.state):
-            raise PropertyError("a reset before the first step made entries of the state")
+            raise PropertyError("a reset before the first step created entries of the state")
     for number in range(case.steps):
         case.step_(optimizer, params, number)
         case.step_(twin, same, number)
     if not all(torch.equal(p, q) for p, q in zip(params, same, strict=True)):
-        raise PropertyError("a reset before the first step changed later ones")
+        raise PropertyError("a reset before the first step changed later steps")
 
 
 def assert_reset_commutes_with_saving(
     case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert that to save, load and reset is to reset, save and load, and neither loses anything.
+    """Assert that a reset gives the same result before and after saving and loading.
 
-    Both go on for two steps, bit for bit as an optimizer that was reset and never saved.
+    In either order, two further steps must equal those of an optimizer that was reset and never
+    saved, bit for bit.
 
     Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
+        case: factory of the optimizer.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
         PropertyError: if the Parameters differ.
@@ -180,11 +182,11 @@ def assert_reset_commutes_with_saving(
         ends[order] = [p.detach().clone() for p in params]
     for order, values in ends.items():
         if not all(map(torch.equal, values, ends["never saved"])):
-            raise PropertyError(f"an optimizer that was {order}, goes on otherwise than one never")
+            raise PropertyError(f"an optimizer that was {order} must continue like one never saved")
 
 
 def can_hold_nan(case: Trained) -> bool:
-    """Whether the last Parameter has moments that are ordinary tensors, and known."""
+    """Whether the last Parameter has moments that are known and ordinary tensors."""
     optimizer, params = case()
     known = is_known(optimizer, params) and moments_of(optimizer, params[-1:])
     states = states_of(optimizer, params[-1])
@@ -194,24 +196,24 @@ def can_hold_nan(case: Trained) -> bool:
 def assert_nan_is_refused(
     case: Trained, *, ratio: float = 0.5, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert that a reset of moments that hold NaN raises, and changes nothing.
+    """Assert that a reset raises and changes nothing if moments hold NaN.
 
-    No entry is smaller than NaN: a threshold that is one empties the whole moment, silently.
+    Every comparison with NaN is false, so a NaN threshold silently zeroes the entire moment.
 
     Args:
-        case: the optimizer.
-        ratio: from 0 to 1.
-        reset: of (optimizer, params, ratio).
+        case: factory of the optimizer.
+        ratio: prune ratio, from 0 to 1.
+        reset: function of (optimizer, params, ratio).
 
     Raises:
-        PropertyError: if it does not raise a ValueError, or the state changes.
-        ValueError: if the optimizer keeps no moment that could hold one.
+        PropertyError: if the reset does not raise a ValueError, or the state changes.
+        ValueError: if the last Parameter has no known, ordinary moment that could hold NaN.
 
     Examples:
         >>> assert_nan_is_refused(Trained(torch.optim.AdamW))
     """
     if not can_hold_nan(case):
-        raise ValueError("the last Parameter has no moments that are known and ordinary tensors")
+        raise ValueError("the last Parameter must have moments that are known, ordinary tensors")
     optimizer, params = case()
     tensors = [t for s in states_of(optimizer, params[-1]) for t in s.values() if is_plain(t)]
     for tensor in tensors:
@@ -222,9 +224,9 @@ def assert_nan_is_refused(
         reset(optimizer, params, ratio)
     except ValueError:
         if not equal([s for p in params for s in states_of(optimizer, p)], before):
-            raise PropertyError("a reset refused a NaN, and changed the state before") from None
+            raise PropertyError("a reset must not change the state before it refuses NaN") from None
         return
-    raise PropertyError("a reset ranked a moment that holds NaN: refuse it (a ValueError)")
+    raise PropertyError("a reset must raise a ValueError if a moment holds NaN; it did not")
 
 
 def _farthest(params: Sequence[nn.Parameter], before: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""The properties of a restart about all that was made of the old factors, an assertion each."""
+"""Assertions that a restart leaves nothing that was computed from the old factors."""
 
 import copy
 import warnings
@@ -20,19 +20,19 @@ Restart = Callable[[nn.Module, Optimizer, float], object]
 
 
 def restart_by_relora(model: nn.Module, optimizer: Optimizer, ratio: float) -> RestartReport:
-    """Restart by this library: `restart_` with `prune_ratio=ratio`."""
+    """Restart with this library: call `restart_` with `prune_ratio=ratio`."""
     return restart_(model, optimizer, prune_ratio=ratio)
 
 
 def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
-    """Assert that a gradient of the old factors is refused, or gone after the restart.
+    """Assert that a restart refuses gradients of the old factors, or clears them.
 
     Args:
-        restart: of (model, optimizer, ratio).
-        seed: of the weights and of the data.
+        restart: function of (model, optimizer, ratio).
+        seed: seed of the weights and the data.
 
     Raises:
-        PropertyError: if the next step would use it.
+        PropertyError: if the next step would use such a gradient.
 
     Examples:
         >>> from relora_core import restart_
@@ -42,27 +42,23 @@ def assert_no_old_gradient_is_used(restart: Restart, *, seed: int = 0) -> None:
     _backward(model, seed)
     before = _copied(model, optimizer)
     if _refused(restart, model, optimizer):
-        same_state(
-            _copied(model, optimizer), before, "a restart that refuses gradients has changed"
-        )
+        same_state(_copied(model, optimizer), before, "a restart that refused gradients changed")
         return
     for name, site in low_rank_sites(model):
         for which, p in (("lora_A", site.lora_A), ("lora_B", site.lora_B)):
             if p.grad is not None and p.grad.any():
-                raise PropertyError(
-                    f"{which} of {name!r} still has a gradient of the factor that it was"
-                )
+                raise PropertyError(f"{which} of {name!r} still has the gradient of the old factor")
 
 
 def assert_frozen_moments_are_reset(restart: Restart, *, seed: int = 0) -> None:
-    """Assert that the moments of a factor that is frozen for now are reset with it.
+    """Assert that a restart also resets the moments of a factor that is currently frozen.
 
     Args:
-        restart: of (model, optimizer, ratio).
-        seed: of the weights and of the data.
+        restart: function of (model, optimizer, ratio).
+        seed: seed of the weights and the data.
 
     Raises:
-        PropertyError: if a full reset leaves some.
+        PropertyError: if a full reset leaves some of these moments.
 
     Examples:
         >>> from relora_core import restart_
@@ -72,18 +68,18 @@ def assert_frozen_moments_are_reset(restart: Restart, *, seed: int = 0) -> None:
     frozen = _sites(model)[0].lora_A.requires_grad_(False)
     restart(model, optimizer, 1.0)
     if optimizer.state[frozen]["exp_avg"].any():
-        raise PropertyError("a frozen A was redrawn, and the moments of the old one are kept")
+        raise PropertyError("a frozen A was redrawn, but the moments of the old A were kept")
 
 
 def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
-    """Assert that a module that shares W keeps what it computes, or that the restart refuses.
+    """Assert that a restart keeps the values of a module that shares W, or refuses to run.
 
     Args:
-        restart: of (model, optimizer, ratio).
-        seed: of the weights and of the data.
+        restart: function of (model, optimizer, ratio).
+        seed: seed of the weights and the data.
 
     Raises:
-        PropertyError: if a merge has changed it.
+        PropertyError: if a merge has changed the module's values.
 
     Examples:
         >>> from relora_core import restart_
@@ -96,20 +92,20 @@ def assert_second_owners_are_safe(restart: Restart, *, seed: int = 0) -> None:
     kept = owner.W.clone()
     before = _copied(whole, optimizer)
     if _refused(restart, whole, optimizer):
-        same_state(_copied(whole, optimizer), before, "a restart that refuses a tie has changed")
+        same_state(_copied(whole, optimizer), before, "a restart that refused a tie changed")
     elif not torch.equal(owner.W, kept):
         raise PropertyError("a merge has changed a module that shares W with a site")
 
 
 def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> None:
-    """Assert that of two optimizers, in a list, both are reset; or that the restart refuses.
+    """Assert that a restart resets both optimizers in a list of two, or refuses to run.
 
     Args:
-        restart: of (model, optimizer, ratio).
-        seed: of the weights and of the data.
+        restart: function of (model, optimizer, ratio).
+        seed: seed of the weights and the data.
 
     Raises:
-        PropertyError: if one has kept its moments, or a refusal has changed something.
+        PropertyError: if an optimizer keeps its moments, or a refused restart changes anything.
 
     Examples:
         >>> from relora_core import restart_
@@ -127,27 +123,25 @@ def assert_several_optimizers_are_reset(restart: Restart, *, seed: int = 0) -> N
     before = [_copied(model, one) for one in several]
     if _refused(restart, model, several):
         for kept, one in zip(before, several, strict=True):
-            same_state(
-                _copied(model, one), kept, "a restart that refuses two optimizers has changed"
-            )
+            same_state(_copied(model, one), kept, "a restart that refused two optimizers changed")
         return
     for one, params in zip(several, factors, strict=True):
         if any(one.state[p]["exp_avg"].any() for p in params):
-            raise PropertyError("of two optimizers one has kept its moments")
+            raise PropertyError("one of two optimizers has kept its moments")
 
 
 def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
-    """Assert that a restart that is broken off is finished by the next call, or refused by it.
+    """Assert that the next call finishes an interrupted restart, or refuses it.
 
-    Wherever it is, the function must be the one before, or the next call must raise. It is broken
-    off before each operation that writes: between two of those, every tensor is the same.
+    The restart is interrupted before each operation that writes to a tensor. After the next call,
+    the model must compute the same function as before the restart, or that call must raise.
 
     Args:
-        restart: of (model, optimizer, ratio).
-        seed: of the weights and of the data.
+        restart: function of (model, optimizer, ratio).
+        seed: seed of the weights and the data.
 
     Raises:
-        PropertyError: if the next call goes on from another function.
+        PropertyError: if the next call succeeds and the model computes another function.
 
     Examples:
         >>> from relora_core import restart_
@@ -165,18 +159,18 @@ def assert_broken_off_is_found(restart: Restart, *, seed: int = 0) -> None:
             return
         if not _refused(restart, one, its) and (one(x) - expected).abs().max() > 1e-8:
             raise PropertyError(
-                f"broken off at operation {operation}, a restart has changed the function, and the "
-                "next one goes on from there"
+                f"a restart interrupted at operation {operation} changed the function, and the "
+                "next call did not refuse it"
             )
         operation += 1
 
 
-# Torch has no types for it.
+# Torch has no types for the mode.
 class _BreakOff(DispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Runs out of memory at one operation of those that write."""
+    """A mode that raises an out-of-memory error at one of the operations that write."""
 
     def __init__(self, at: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # nor for this
+        super().__init__()  # type: ignore[no-untyped-call]  # nor for `__init__`
         self.at, self.count, self.broke = at, 0, False
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""The properties of saving, copying and removing: each cancels or commutes."""
+"""Assertions that saving, copying and removing cancel or commute with other operations."""
 
 import copy
 from collections.abc import Callable
@@ -18,19 +18,20 @@ from relora_core.testing.twin import disturbed, same_outputs, same_state, state_
 def assert_saves_and_loads(
     model: nn.Module, make: Callable[[], nn.Module], *inputs: Tensor, sites: Sites = find_sites
 ) -> None:
-    """Assert that a state dict holds all there is: loaded anew, the model goes on the same.
+    """Assert that a state dict is complete: a model that loads it continues identically.
 
-    After a redraw, a model that is made anew, from another state of the global generator, and loads
-    it gives the same outputs, and after merges and redraws of both the same state, bit for bit.
+    The model is redrawn and saved. A new model, made with another state of the global generator,
+    loads the state dict. It must give the same outputs, and after merges and redraws of both models
+    it must have the same state, bit for bit.
 
     Args:
-        model: with low-rank sites.
-        make: returns another of its kind.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        make: function that returns a new model of the same kind.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if an output or a state differs.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -38,7 +39,7 @@ def assert_saves_and_loads(
         >>> assert_saves_and_loads(make(), make, torch.ones(1, 3))
     """
     one = copy.deepcopy(model).eval()
-    for site in sites(one).values():  # so that there is a count of restarts to lose
+    for site in sites(one).values():  # so that the restart count is not zero
         site.redraw_()
     with disturbed(3):
         other = make().eval()
@@ -47,7 +48,7 @@ def assert_saves_and_loads(
         with torch.no_grad():
             for y, again in zip(outputs(one(*x)), outputs(other(*x)), strict=True):
                 if not torch.equal(y, again):
-                    raise PropertyError("a model that loaded the state dict computes otherwise")
+                    raise PropertyError("a model that loaded the state dict has other outputs")
     for number in (1, 2):
         for process, which in enumerate((one, other)):
             with disturbed(process):
@@ -56,22 +57,22 @@ def assert_saves_and_loads(
                     site.merge_()
                 for site in found.values():
                     site.redraw_()
-        what = f"restart {number} after saving and loading differs from one without in"
+        what = f"restart {number} after saving and loading differs from one without a save in"
         same_state(state_of(other), state_of(one), what)
 
 
 def assert_copies_are_independent(
     model: nn.Module, *inputs: Tensor, sites: Sites = find_sites
 ) -> None:
-    """Assert that a forward pass changes nothing, nor does a merge of a deep copy.
+    """Assert that neither a forward pass nor a merge of a deep copy changes the model.
 
     Args:
-        model: with low-rank sites.
-        inputs: of one call of it.
-        sites: finds the sites of layers of your own.
+        model: module with low-rank sites.
+        inputs: inputs of one call of the model.
+        sites: function that finds the sites of your own layers.
 
     Raises:
-        PropertyError: if one does.
+        PropertyError: if the model's state changes.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -91,18 +92,19 @@ def assert_copies_are_independent(
 
 
 def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
-    """Assert that register and remove cancel, and that removal after a merge keeps the function.
+    """Assert that register and remove cancel, and that a merge before removal keeps the function.
 
-    Of sites of this library: the Parameters of the plain module are the same objects, in the same
-    order, with the same bits, however often sites come and go; merged, the plain module computes
-    the same, and has the state that `merged_state_dict` gives.
+    This applies to this library's sites. After sites are registered and removed, the plain module's
+    Parameters must be the same objects, in the same order, with the same bits. After a merge and
+    removal, the plain module must compute the same function and have the state that
+    `merged_state_dict` returns.
 
     Args:
-        model: with low-rank sites.
-        inputs: of one call of it.
+        model: module with low-rank sites.
+        inputs: inputs of one call of the model.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if a Parameter, an output or the state differs.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -124,7 +126,7 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
     for (name, p, value), (_, same) in zip(first, again, strict=True):
         if p is not same or not torch.equal(value, same.detach()):
             raise PropertyError(
-                f"register and remove changed {name!r}, or put another in its place"
+                f"register and remove changed {name!r}, or replaced it by another Parameter"
             )
 
     wide = wide_copy(model)
@@ -132,20 +134,21 @@ def assert_removal_cancels(model: nn.Module, *inputs: Tensor) -> None:
     state = copy.deepcopy(merged_state_dict(merged))
     for _, site in list(low_rank_sites(merged)):
         remove_low_rank(site.module, site.tensor_name)
-    same_outputs(merged, wide, fitting(inputs, wide), "removing the merged sites moved the output")
-    same_state(state_of(merged), state, "merged_state_dict is not the merged module's state:")
+    same_outputs(merged, wide, fitting(inputs, wide), "removing merged sites changed the output")
+    same_state(state_of(merged), state, "merged_state_dict differs from the merged module in")
 
 
 def assert_export_is_merged(model: nn.Module) -> None:
-    """Assert that an export has W + s B A of every site under its plain name, and no factor.
+    """Assert that an export holds W + s B A of every site under its plain name, and no factors.
 
-    Whatever wraps the model and answers for it. For this library's sites.
+    This must also hold for a wrapper that delegates `state_dict` to the model. It applies to this
+    library's sites.
 
     Args:
-        model: with low-rank sites.
+        model: module with low-rank sites.
 
     Raises:
-        PropertyError: if not.
+        PropertyError: if a name or a value differs from the merged module's.
 
     Examples:
         >>> from relora_core import register_low_rank
@@ -160,15 +163,15 @@ def assert_export_is_merged(model: nn.Module) -> None:
         found = merged_state_dict(wrapped)
         if found.keys() != plain.keys():
             other = sorted(found.keys() ^ plain.keys())
-            raise PropertyError(f"an export has other names than the plain module: {other}")
+            raise PropertyError(f"an export and the plain module differ in the names {other}")
         for name, value in plain.items():
             tensors = isinstance(value, Tensor)
             if not (torch.equal(found[name], value) if tensors else found[name] == value):
-                raise PropertyError(f"{name} of an export is not what a merge makes of it")
+                raise PropertyError(f"{name!r} in an export must be its merged value; it differs")
 
 
 class _Delegating(nn.Module):
-    """A wrapper that answers for what is in it."""
+    """A wrapper that delegates `state_dict` to the module inside."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The properties of a jagged schedule, an assertion each."""
+"""Assertions of the properties of a jagged schedule."""
 
 import copy
 import math
@@ -20,13 +20,13 @@ Jagged = Callable[[LRScheduler, Restarts], LRScheduler]
 
 @dataclass(frozen=True)
 class Rates:
-    """A run of a jagged schedule, beside one of the schedule that it is made of.
+    """The learning rates of a jagged schedule and of its smooth schedule.
 
     Args:
-        jagged: makes the schedule from a smooth one and the clock.
-        inner: makes the smooth one for an optimizer.
-        restarts: the clock.
-        steps: of the run.
+        jagged: function that makes the schedule from a smooth schedule and the clock.
+        inner: function that makes the smooth schedule for an optimizer.
+        restarts: clock.
+        steps: number of steps in the run.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -41,18 +41,19 @@ class Rates:
     steps: int
 
     def of_inner(self, *, halved_at: int | None = None) -> list[list[float]]:
-        """Return the rate of each group at each step, without a restart.
+        """Return the smooth schedule's rate of each group at each step.
 
-        With `halved_at` somebody halves them by hand before that step.
+        If `halved_at` is given, all rates are halved by hand before that step.
         """
         return self._walked(self.inner(_optimizer()), self.steps, halved_at=halved_at)
 
     def of_jagged(
         self, *, saved_at: int | None = None, told: bool = False, halved_at: int | None = None
     ) -> list[list[float]]:
-        """Return the rate of each group at each step, once saved and loaded if asked.
+        """Return the jagged schedule's rate of each group at each step.
 
-        With `told` it is what `get_last_lr()` says; `halved_at` is as of `of_inner`.
+        If `saved_at` is given, the schedule is saved and loaded at that step. If `told`, the rates
+        are those of `get_last_lr()`. `halved_at` is the same as in `of_inner`.
         """
         schedule = self.jagged(self.inner(_optimizer()), self.restarts)
         if saved_at is None:
@@ -95,13 +96,13 @@ class Rates:
 
 
 def assert_zero_at_restarts(case: Rates) -> None:
-    """Assert that the rate is zero at the step of each restart, the first and all others.
+    """Assert that the rate is zero at the step of every restart, including the first.
 
     Args:
-        case: the run.
+        case: run to check.
 
     Raises:
-        PropertyError: if it is not, so that the merge meets a step of full size.
+        PropertyError: if it is not, so that a full-size step follows the merge.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -111,17 +112,17 @@ def assert_zero_at_restarts(case: Rates) -> None:
     for rates in case.of_jagged():
         for step, rate in enumerate(rates):
             if case.restarts.at(step) and rate != 0:
-                raise PropertyError(f"the rate at the restart of step {step} is {rate:g}, not 0")
+                raise PropertyError(f"the rate at the restart at step {step} is {rate:g}, not 0")
 
 
 def assert_smooth_outside_ramps(case: Rates) -> None:
-    """Assert that outside the ramps the rate is that of the smooth schedule, to 1e-12.
+    """Assert that outside the ramps the rate is the smooth schedule's, to 1e-12.
 
     Args:
-        case: the run.
+        case: run to check.
 
     Raises:
-        PropertyError: if the ramps have fed on themselves, or touched what they should not.
+        PropertyError: if the rate differs, for example because ramps compound.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -132,23 +133,23 @@ def assert_smooth_outside_ramps(case: Rates) -> None:
         for step, (rate, plain) in enumerate(zip(rates, smooth, strict=True)):
             if case.restarts.factor(step) == 1 and not math.isclose(rate, plain, rel_tol=1e-12):
                 raise PropertyError(
-                    f"the rate at step {step}, outside the ramps, is {rate:g}; the smooth "
-                    f"schedule's is {plain:g}"
+                    f"the rate at step {step}, outside the ramps, must be the smooth schedule's "
+                    f"{plain:g}; got {rate:g}"
                 )
 
 
 def assert_ramps_rise(case: Rates) -> None:
-    """Assert that a ramp lies between zero and the smooth rates around it, and rises to its end.
+    """Assert that rates in a ramp are between zero and the smooth rates nearby, and that they rise.
 
-    After a restart the rate's share of the smooth one grows with each step of the warm-up, to the
-    last.
+    After a restart, the ratio of the rate to the smooth rate must grow with each step until the end
+    of the warm-up.
 
     Args:
-        case: the run.
+        case: run to check.
 
     Raises:
-        PropertyError: if it is negative, larger than the smooth schedule is anywhere in the
-            ramp, or does not rise.
+        PropertyError: if a rate is negative or larger than every smooth rate nearby, or the ratio
+            does not grow.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -162,28 +163,27 @@ def assert_ramps_rise(case: Rates) -> None:
             largest = max(smooth[max(0, step - reach) : step + reach + 1])
             if not 0 <= rate <= largest * (1 + 1e-12):
                 raise PropertyError(
-                    f"the rate at step {step} is {rate:g}; around it the smooth schedule's is "
-                    f"{largest:g} at most"
+                    f"the rate at step {step} must be from 0 to {largest:g}, the largest smooth "
+                    f"rate nearby; got {rate:g}"
                 )
             warming = any(clock.at(step - since) for since in range(1, clock.warmup + 1))
             if warming and smooth[step - 1] > 0 and smooth[step] > 0:
                 before, share = rates[step - 1] / smooth[step - 1], rate / smooth[step]
                 if not before < share:
                     raise PropertyError(
-                        f"after the restart, the rate's share of the smooth one goes from "
-                        f"{before:g} to {share:g} at step {step}: it must rise until the end of "
-                        "the warm-up"
+                        f"the ratio of the rate to the smooth rate must grow until the end of the "
+                        f"warm-up; at step {step} it goes from {before:g} to {share:g}"
                     )
 
 
 def assert_rate_is_told(case: Rates) -> None:
-    """Assert that `get_last_lr()` is the rate of each group, at every step.
+    """Assert that `get_last_lr()` returns the rate of each group at every step.
 
     Args:
-        case: the run.
+        case: run to check.
 
     Raises:
-        PropertyError: if it is another.
+        PropertyError: if it returns another rate.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -195,19 +195,19 @@ def assert_rate_is_told(case: Rates) -> None:
         for step, (rate, said) in enumerate(zip(rates, own, strict=True)):
             if rate != said:
                 raise PropertyError(
-                    f"at step {step} get_last_lr() says {said:g}, and the rate is {rate:g}"
+                    f"get_last_lr() at step {step} must be the rate, {rate:g}; got {said:g}"
                 )
 
 
 def assert_schedule_resumes(case: Rates, *, at: int) -> None:
-    """Assert that a schedule made anew goes on exactly from the state of one at any step.
+    """Assert that a new schedule continues exactly from a state saved at step `at`.
 
     Args:
-        case: the run.
-        at: the step at which schedule and optimizer are saved and loaded.
+        case: run to check.
+        at: step at which the schedule and the optimizer are saved and loaded.
 
     Raises:
-        PropertyError: if a later rate is another.
+        PropertyError: if a later rate differs.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -218,20 +218,20 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
         for step, (rate, again) in enumerate(zip(rates, resumed, strict=True)):
             if rate != again:
                 raise PropertyError(
-                    f"saved and loaded at step {at}, the schedule gives {again:g} at step {step}; "
-                    f"never saved, {rate:g}"
+                    f"a schedule saved and loaded at step {at} gives {again:g} at step {step}; one "
+                    f"never saved gives {rate:g}"
                 )
 
 
 def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
-    """Assert that a rate that somebody has changed is kept as the smooth schedule keeps it.
+    """Assert that a rate changed by hand is kept as the smooth schedule keeps it.
 
     Args:
-        case: the run.
-        at: the step before which the rates are halved by hand, outside the ramps.
+        case: run to check.
+        at: step before which the rates are halved by hand; it must be outside the ramps.
 
     Raises:
-        PropertyError: if a later rate outside the ramps is another than the smooth one's.
+        PropertyError: if a later rate outside the ramps differs from the smooth schedule's.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -245,8 +245,8 @@ def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
             full = case.restarts.factor(step) == 1
             if full and not math.isclose(rates[step], smooth[step], rel_tol=1e-12):
                 raise PropertyError(
-                    f"halved by hand before step {at}, the rate at step {step} is "
-                    f"{rates[step]:g}; the smooth schedule's is {smooth[step]:g}"
+                    f"after the rate is halved by hand before step {at}, the rate at step {step} "
+                    f"must be the smooth schedule's {smooth[step]:g}; got {rates[step]:g}"
                 )
 
 

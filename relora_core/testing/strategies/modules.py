@@ -24,7 +24,7 @@ from relora_core.testing.examples import (
 from relora_core.testing.expressions import Call
 from relora_core.testing.history import EVENTS, Event
 
-# Small, prime, one, and far apart: a matrix of 1 x 31, say.
+# One and small primes, some far apart, so that a matrix may be 1 x 31.
 _SIZES = st.sampled_from([1, 2, 3, 5, 7, 31])
 
 
@@ -33,14 +33,14 @@ _ALPHAS = st.none() | st.sampled_from([1.0, 2.0, 0.5, 7.0])
 
 @st.composite
 def layers(draw: DrawFn, dtype: torch.dtype = torch.float32) -> Call:
-    """Draw a layer of any kind that may have a low-rank site, without one.
+    """Draw a layer of any kind that may have a low-rank site; the layer has none yet.
 
-    Linear, Embedding, Conv1d to 3d and transposed (groups, strides), Bilinear, attention's
-    `out_proj`, and layers that use their weight by operators of their own.
+    The kinds are Linear, Embedding, convolutions (Conv1d to Conv3d and transposed, with groups),
+    Bilinear, attention, and layers that use their weight with operators of their own.
 
     Args:
-        draw: hypothesis gives it.
-        dtype: of the weights.
+        draw: draw function, passed by hypothesis.
+        dtype: dtype of the weights.
 
     Examples:
         >>> from hypothesis import find
@@ -73,14 +73,14 @@ def layers(draw: DrawFn, dtype: torch.dtype = torch.float32) -> Call:
 def low_rank_modules(
     draw: DrawFn, dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16)
 ) -> Call:
-    """Draw modules with low-rank sites: single layers, stacks, nested ones, tied ones, banks.
+    """Draw modules with low-rank sites: single layers, stacks, nested or tied modules, and banks.
 
-    With any rank that fits, any scale, biases or none, seeds, a trained scale, dropout; a W of
-    bfloat16 is split (`split_bases_`), as one that keeps its value must be.
+    The rank is any that fits. The scale, the seed, biases, trained scales and dropout vary. A
+    bfloat16 W is split by `split_bases_`; otherwise it would lose small merges.
 
     Args:
-        draw: hypothesis gives it.
-        dtypes: of the weights.
+        draw: draw function, passed by hypothesis.
+        dtypes: dtypes of the weights.
 
     Examples:
         >>> from hypothesis import find
@@ -117,13 +117,13 @@ def low_rank_modules(
 
 @st.composite
 def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") -> Call:
-    """Draw factories of a module with low-rank sites, of any rank that fits, scale and seed.
+    """Draw factories of a module with low-rank sites; the rank, the scale and the seed vary.
 
     Args:
-        draw: hypothesis gives it.
-        make: of the module, without sites.
-        targets: as of `add_low_rank_`; a module that is itself a layer becomes a site for "*".
-            None: the projections of an attention.
+        draw: draw function, passed by hypothesis.
+        make: factory of the module without sites.
+        targets: the same as in `add_low_rank_`. If "*" and the module is itself a layer, the layer
+            becomes the site. If None, the input projections of an attention become sites.
 
     Examples:
         >>> from hypothesis import find
@@ -157,7 +157,7 @@ def with_sites(draw: DrawFn, make: Call, targets: str | list[str] | None = "*") 
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module has itself a weight that may be a site."""
+    """Whether a module itself has a weight that may become a site."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim > 1
 
@@ -176,10 +176,10 @@ def with_split_bases(model: nn.Module) -> nn.Module:
 
 
 def histories(longest: int = 6) -> SearchStrategy[list[Event]]:
-    """Draw what a model has been through: events for `lived`, in any order.
+    """Draw the history of a model: events for `lived`, in any order.
 
     Args:
-        longest: how many at most.
+        longest: largest number of events.
 
     Examples:
         >>> from hypothesis import find

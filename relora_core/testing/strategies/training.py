@@ -23,11 +23,11 @@ from relora_core.testing.training import Trained
 def calls(
     function: Callable[..., Any], /, **arguments: SearchStrategy[Any]
 ) -> SearchStrategy[Call]:
-    """Draw calls of a function or class with arguments by keyword: factories that can be printed.
+    """Draw deferred calls of a function or class: factories that print as code.
 
     Args:
-        function: what makes your module, or optimizer.
-        arguments: a strategy for each argument that is to vary.
+        function: function or class that makes your module or optimizer.
+        arguments: strategy for each keyword argument.
 
     Examples:
         >>> from hypothesis import find
@@ -41,8 +41,8 @@ def calls(
 def optimizers() -> SearchStrategy[Call]:
     """Draw factories of every torch optimizer whose moments a reset can prune.
 
-    Adafactor, whose statistics can only be reset whole, is none of them; nor are ASGD, Rprop and
-    LBFGS, which are refused.
+    Adafactor is left out because its statistics can only be reset in full; ASGD, Rprop and LBFGS
+    are left out because a reset refuses them.
 
     Examples:
         >>> from hypothesis import find
@@ -70,10 +70,10 @@ def optimizers() -> SearchStrategy[Call]:
 
 
 def shapes(most: int = 3) -> SearchStrategy[tuple[tuple[int, ...], ...]]:
-    """Draw the shapes of an optimizer's Parameters: two at least, of one to three dimensions.
+    """Draw the shapes of an optimizer's Parameters: at least two, with one to three dimensions.
 
     Args:
-        most: how many.
+        most: largest number of Parameters.
 
     Examples:
         >>> from hypothesis import find
@@ -85,7 +85,7 @@ def shapes(most: int = 3) -> SearchStrategy[tuple[tuple[int, ...], ...]]:
 
 
 def ratios() -> SearchStrategy[float]:
-    """Draw prune ratios: any, and those that trainers use.
+    """Draw prune ratios: any from 0 to 1, and often the usual ones.
 
     Examples:
         >>> from hypothesis import find
@@ -101,8 +101,8 @@ def clocks(draw: DrawFn, longest: int = 12) -> Restarts:
     """Draw a clock: any period, warm-up, anneal and first restart.
 
     Args:
-        draw: hypothesis gives it.
-        longest: the period at most.
+        draw: draw function, passed by hypothesis.
+        longest: longest period.
 
     Examples:
         >>> from hypothesis import find
@@ -118,10 +118,10 @@ def clocks(draw: DrawFn, longest: int = 12) -> Restarts:
 
 
 def schedules(longest: int = 60) -> SearchStrategy[Call]:
-    """Draw factories of every scheduler that torch ships, from an optimizer.
+    """Draw factories of torch's schedulers; each factory is a function of an optimizer.
 
     Args:
-        longest: how many steps they must last.
+        longest: number of steps that every scheduler must support.
 
     Examples:
         >>> from hypothesis import find
@@ -156,11 +156,11 @@ def schedules(longest: int = 60) -> SearchStrategy[Call]:
 def trained(
     factories: SearchStrategy[Any], sizes: SearchStrategy[tuple[tuple[int, ...], ...]] | None = None
 ) -> SearchStrategy[Trained]:
-    """Draw optimizers in the middle of a training: of any seed, with ties or none.
+    """Draw optimizers that have taken some steps, with any seed and with or without ties.
 
     Args:
-        factories: of optimizers, as `optimizers()`.
-        sizes: to draw the Parameters' shapes from; `shapes()` if None.
+        factories: strategy of optimizer factories, such as `optimizers()`.
+        sizes: strategy of the Parameters' shapes; None for `shapes()`.
 
     Examples:
         >>> from hypothesis import find
