@@ -22,8 +22,8 @@ class LowRankSite(Protocol):
     adapter class and pass it by `sites=`.
 
     `weight` is W, `(out, ...)`; `lora_A` is A, `(rank, in)`, `in` being the product of W's other
-    dimensions; `lora_B` is B, `(out, rank)`; `scale` is s. All three tensors are Parameters of the
-    module. `merge_()` adds s B A to W and zeroes B; `redraw_()` draws a new A and zeroes B.
+    dimensions; `lora_B` is B, `(out, rank)`; `scale` is s. All three tensors are Parameters (or
+    buffers) of the module. `merge_()` adds s B A to W and zeroes B; `redraw_()` draws a new A and zeroes B.
     """
 
     @property

@@ -218,7 +218,7 @@ class TestTheCommand:
     def test_it_runs_what_is_not_on_file_yet(self, command, capsys):
         arguments, out = command
         assert main([*arguments, "--dry-run"]) == 0
-        assert "1 of them" in capsys.readouterr().out
+        assert "1 trials of tune can be planned now" in capsys.readouterr().out
         assert main(arguments) == 0
         lines = out.read_text().splitlines()
         assert [json.loads(line)["arm"] for line in lines] == [
@@ -235,7 +235,7 @@ class TestTheCommand:
         assert last == first
         capsys.readouterr()
         assert main([*arguments, "--dry-run"]) == 0
-        assert "0 of them" in capsys.readouterr().out
+        assert "0 trials of tune can be planned now" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("content", "message"),

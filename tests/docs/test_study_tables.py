@@ -155,5 +155,5 @@ class TestShow:
 
     def test_a_study_without_trials_is_refused(self, tmp_path, capsys):
         assert main(["--show", "--out", str(tmp_path / "none.jsonl")]) == 2
-        assert "holds no trial to show" in capsys.readouterr().err
+        assert "must hold a trial to show" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())

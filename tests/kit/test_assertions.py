@@ -55,15 +55,19 @@ WITH_INPUTS = {
     "assert_copies_are_independent",
 }
 BROKEN = [
-    broken("assert_is_dense", Unscaled, "is not that of W"),
-    broken("assert_gradients_are_dense", Negated, "gradient of '.lora_A' is not the dense one"),
-    broken("assert_merge_keeps_function", layers.MergeWithoutScale, "a merge moved the output"),
-    broken("assert_merge_adds_update", layers.MergeThroughHalf, "away from W"),
+    broken("assert_is_dense", Unscaled, "differs from that of W"),
+    broken(
+        "assert_gradients_are_dense", Negated, "gradient of '.lora_A' differs from the dense twin's"
+    ),
+    broken("assert_merge_keeps_function", layers.MergeWithoutScale, "a merge changed the output"),
+    broken("assert_merge_adds_update", layers.MergeThroughHalf, "differs from W"),
     broken("assert_merge_is_idempotent", layers.MergeKeepsB, "a second merge changed 'weight'"),
     broken("assert_merges_add_up", layers.SixteenBitsRoundedOnce, "lost"),
-    broken("assert_redraw_is_keyed", layers.GlobalDraw, "differently drew another A"),
-    broken("assert_learns", layers.ZeroFactors, "lora_B of '' has no gradient at first"),
-    broken("assert_rank_grows", layers.SameDraw, "A must be drawn anew"),
+    broken("assert_redraw_is_keyed", layers.GlobalDraw, "drew different A"),
+    broken(
+        "assert_learns", layers.ZeroFactors, "lora_B of '' has no gradient before the first restart"
+    ),
+    broken("assert_rank_grows", layers.SameDraw, "redraw A at each restart"),
     broken("assert_copies_are_independent", Counted, "a forward pass changed 'restart'"),
 ]
 
@@ -98,8 +102,8 @@ def test_a_state_dict_that_lacks_the_count_is_not_all():
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (functools.partial(remove_low_rank, merge=False), "moved the output"),
-        (lambda module, name: replaced(remove_low_rank(module, name)), "put another"),
+        (functools.partial(remove_low_rank, merge=False), "changed the output"),
+        (lambda module, name: replaced(remove_low_rank(module, name)), "or replaced it by another"),
     ],
     ids=["forgets to merge", "puts another Parameter there"],
 )

@@ -121,7 +121,7 @@ def test_a_reset_of_all_that_has_the_parameter_s_shape_is_found():
 
 def test_an_optimizer_that_steps_copies_is_found():
     report = found(testing.check_resettable, resets.Masters)
-    assert "or copies of the parameters, which a redraw did not reach" in report
+    assert "steps its own copies of the Parameters" in report
     assert_code_repeats_it(report)
 
 

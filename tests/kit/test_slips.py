@@ -70,13 +70,13 @@ class TestOfTheCaller:
     @pytest.mark.parametrize(
         ("make", "error", "message"),
         [
-            (nn.Linear(3, 2), TypeError, "make is a factory: .* got Linear"),
-            (lambda: 3, TypeError, "returned no nn.Module; got int"),
-            (functools.partial(lambda m: m, nn.Linear(3, 2)), ValueError, "same module twice"),
-            (Misnamed, TypeError, "Misnamed '' has .*, but .* it lacks scale"),
+            (nn.Linear(3, 2), TypeError, "make must be a factory, .* got Linear"),
+            (lambda: 3, TypeError, "make must return an nn.Module; got int"),
+            (functools.partial(lambda m: m, nn.Linear(3, 2)), ValueError, "got the same one twice"),
+            (Misnamed, TypeError, "Misnamed '' must have .* but lacks scale"),
             (Tied, ValueError, "tied"),
             (lambda: nn.LayerNorm(3), ValueError, "matches no module"),
-            (lambda: Nothing(3, 2), TypeError, "returns no floating-point tensor"),
+            (lambda: Nothing(3, 2), TypeError, "must return floating-point tensors"),
         ],
     )
     def test_a_wrong_factory_is_refused(self, make, error, message):
@@ -91,7 +91,7 @@ class TestOfTheCaller:
             )
 
     def test_promises_to_skip_are_spelt_as_they_are(self):
-        with pytest.raises(ValueError, match="skip is a list of properties"):
+        with pytest.raises(ValueError, match="skip must be a list of properties"):
             testing.check_schedule(relora.JaggedLR, skip=["the rate"])
 
     def test_those_to_skip_are_not_looked_at(self):
@@ -207,7 +207,7 @@ class TestOfNobody:
         testing.check_resettable(adamw, reset=anew, keeps_counts=False, skip=skip, **options)
         testing.check_resettable(adamw, reset=at_random, by_magnitude=False, **options)
         assert "of magnitude" in found(testing.check_resettable, adamw, reset=at_random)
-        assert "count of steps" in found(testing.check_resettable, adamw, reset=anew)
+        assert "step count" in found(testing.check_resettable, adamw, reset=anew)
 
     def test_what_did_not_apply_is_not_among_what_held(self):
         class Own(torch.optim.SGD):
@@ -292,7 +292,7 @@ class TestOfAReset:
 
     def test_a_buffer_that_a_merge_clears_is_found(self):
         report = found(testing.check_low_rank, BufferCleared)
-        assert "a merge changed 'restart', which is no W and no factor" in report
+        assert "a merge changed 'restart', which is neither W nor a factor" in report
 
 
 class TestTheProgram:

@@ -113,7 +113,8 @@ def assert_learns(model: nn.Module, *inputs: Tensor, sites: Sites = find_sites) 
 def assert_rank_grows(model: nn.Module, *, sites: Sites = find_sites) -> None:
     r"""Assert that $\mathrm{rank}(W_k - W_0) \le k r$, and that it grows with each restart.
 
-    The assertion makes three restarts. The rank must grow until W has full rank.
+    The assertion makes three restarts. The rank must grow until W has full rank; of a bank, the
+    largest rank among its matrices is checked.
 
     Args:
         model: module with low-rank sites.

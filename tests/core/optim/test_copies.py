@@ -135,7 +135,7 @@ class TestCopies:
         slow = [p.detach().clone() for p in trained(model)]
         optimizer.register_step_post_hook(lambda *_: slow[0].add_(1))
         with pytest.raises(
-            ValueError, match=r"AdamW._optimizer_step_post_hooks holds what looks like copies"
+            ValueError, match="post_hooks holds what looks like copies"
         ):
             relora.restart_(model, optimizer)
 

@@ -110,7 +110,7 @@ class TestCommand:
         assert self.run("block", "--repeats", "6", "--arms", "full", "ours") == 0
         printed = capsys.readouterr().out
         assert " to " not in printed.replace("ratios to full", "")
-        assert "No ratio of times from fewer than 7 repeats" in printed
+        assert "Ratios of times need at least 7 repeats" in printed
         assert not (tmp_path / "block.png").exists()
 
     @pytest.mark.parametrize("level", ["restart", "prune"])
@@ -144,8 +144,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (["--arms", "full", "lora"], "unknown arm lora: there are full, dense"),
-            (["--arms", "full", "full"], "an arm comes twice"),
+            (["--arms", "full", "lora"], "--arms must be among full, dense"),
+            (["--arms", "full", "full"], "--arms must name each arm once"),
             (["--tokens", "33"], "--tokens must be a multiple of --length; got tokens=33"),
             (["--rank", "129"], "--rank must be at most 128, the model's width; got 129"),
             (["--level", "restart"], "invalid choice: 'restart'"),

@@ -64,7 +64,7 @@ class TestAStageCostsOnlyItself:
         errors = {r["job"]: r["error"] for r in read(tmp_path) if r["event"] == "end"}
         assert errors["killed"] == "by SIGKILL"
         assert "rank must be 1 at least" in errors["failed"]
-        assert errors["silent"] == "exit code 3, without a word"
+        assert errors["silent"] == "exit code 3, no output"
         assert errors["odd"] == "by signal 40"
 
     def test_nothing_of_a_job_is_left_when_its_time_is_up(self, tmp_path):
@@ -151,7 +151,7 @@ class TestASuiteGoesOn:
     def test_not_for_a_time_that_is_none(self, tmp_path, minutes, capsys):
         out = tmp_path / "new"
         assert main(["bench", "gpu-suite", "--minutes", minutes, "--out", str(out)]) == 2
-        assert "--minutes must lie between 0 and 1440" in capsys.readouterr().err
+        assert "--minutes must be between 0 and 1440" in capsys.readouterr().err
         assert not out.exists()
 
 

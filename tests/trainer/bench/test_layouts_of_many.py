@@ -87,7 +87,10 @@ class TestCommand:
             (["memory", "--rank", "999"], "--rank must be at most 128"),
             (["traffic", "--processes", "1"], "bench traffic needs 2 processes or more; got 1"),
             (["memory", "--processes", "1"], "bench memory needs 2 processes or more; got 1"),
-            (["traffic", "--processes", "6", "--node", "4"], "6 processes are no whole number of"),
+            (
+                ["traffic", "--processes", "6", "--node", "4"],
+                "the number of processes must be a multiple of --node 4; got 6",
+            ),
         ],
     )
     def test_refuses_and_writes_nothing(self, tmp_path, capsys, given, message):

@@ -260,10 +260,13 @@ class TestCommand:
         ("given", "message"),
         [
             (["--gpu", "tpu"], "invalid choice: 'tpu'"),
-            (["--arms", "lora"], "unknown arm lora"),
+            (["--arms", "lora"], "--arms must be among"),
             (["--rank", "129"], "--rank must be at most 128"),
             (["--micro", "0"], "must be at least 1; got 0"),
-            (["--layout", "replicate-bf16", "--precision", "fp32"], "needs a computation in bf16"),
+            (
+                ["--layout", "replicate-bf16", "--precision", "fp32"],
+                "--precision must be a bf16 one for --layout replicate-bf16",
+            ),
             (["--json", __file__], "exists already: give --json another name"),
         ],
     )
