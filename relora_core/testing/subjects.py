@@ -23,7 +23,8 @@ class LowRankSite(Protocol):
 
     `weight` is W, `(out, ...)`; `lora_A` is A, `(rank, in)`, `in` being the product of W's other
     dimensions; `lora_B` is B, `(out, rank)`; `scale` is s. All three tensors are Parameters (or
-    buffers) of the module. `merge_()` adds s B A to W and zeroes B; `redraw_()` draws a new A and zeroes B.
+    buffers) of the module. `merge_()` adds s B A to W and zeroes B; `redraw_()` draws a new A and
+    zeroes B.
     """
 
     @property

@@ -56,17 +56,13 @@ WITH_INPUTS = {
 }
 BROKEN = [
     broken("assert_is_dense", Unscaled, "differs from that of W"),
-    broken(
-        "assert_gradients_are_dense", Negated, "gradient of '.lora_A' differs from the dense twin's"
-    ),
+    broken("assert_gradients_are_dense", Negated, "gradient of '.lora_A' differs"),
     broken("assert_merge_keeps_function", layers.MergeWithoutScale, "a merge changed the output"),
     broken("assert_merge_adds_update", layers.MergeThroughHalf, "differs from W"),
     broken("assert_merge_is_idempotent", layers.MergeKeepsB, "a second merge changed 'weight'"),
     broken("assert_merges_add_up", layers.SixteenBitsRoundedOnce, "lost"),
     broken("assert_redraw_is_keyed", layers.GlobalDraw, "drew different A"),
-    broken(
-        "assert_learns", layers.ZeroFactors, "lora_B of '' has no gradient before the first restart"
-    ),
+    broken("assert_learns", layers.ZeroFactors, "lora_B of '' has no gradient before"),
     broken("assert_rank_grows", layers.SameDraw, "redraw A at each restart"),
     broken("assert_copies_are_independent", Counted, "a forward pass changed 'restart'"),
 ]

@@ -134,9 +134,7 @@ class TestCopies:
         optimizer = torch.optim.AdamW(trained(model))
         slow = [p.detach().clone() for p in trained(model)]
         optimizer.register_step_post_hook(lambda *_: slow[0].add_(1))
-        with pytest.raises(
-            ValueError, match="post_hooks holds what looks like copies"
-        ):
+        with pytest.raises(ValueError, match="post_hooks holds what looks like copies"):
             relora.restart_(model, optimizer)
 
     @pytest.mark.parametrize("padding", [0, 5, 900])
