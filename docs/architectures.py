@@ -1,4 +1,4 @@
-"""Sites of architectures of transformers: the function at registration, at a restart and reloaded.
+"""Sites in transformers' architectures: the function once registered, restarted and reloaded.
 
     python docs/architectures.py --out docs/results/architectures/architectures.jsonl
 

@@ -53,7 +53,7 @@ class RestartReport:
 
     @property
     def zeroed_fraction(self) -> float:
-        """The fraction of the adapters' moments that was zeroed, exactly."""
+        """The fraction of the factors' moments that was zeroed, exactly."""
         return self.reset.zeroed_fraction
 
 

@@ -122,9 +122,9 @@ class JaggedCosine:
     multiple of the period, `adjust_step` 0). Pass the object to `LambdaLR`.
 
     Args:
-        total: $T$, in steps, at least 1.
+        total: $T$, the length of the whole schedule in steps, at least 1.
         restarts: the clock; None for a smooth schedule.
-        warmup: $w$, in steps, less than `total`; 0 for none.
+        warmup: $w$, the length of the initial warm-up in steps, less than `total`; 0 for none.
         min_ratio: the factor at the end, from 0 to 1.
 
     Raises:

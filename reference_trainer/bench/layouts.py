@@ -1,4 +1,4 @@
-"""The layouts of a model over real or pretended processes, for counting bytes and memory."""
+"""The layouts of a model over real or simulated processes, for counting bytes and memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -83,7 +83,7 @@ def _grouped(entries: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return a model's sites, its Parameters trained at full rank, and the large ones of these.
+    """Return a model's sites, its Parameters trained at full rank, and which of these are large.
 
     Under FSDP2 every process must call it.
 

@@ -174,7 +174,7 @@ class UpdateSpectra:
             copy_from_full_(own, whole[name])
 
     def reserve_(self, restarts: int) -> None:
-        """Allocate what is kept after `restarts` restarts, to be filled through `state_dict`.
+        """Allocate the tensors kept after `restarts` restarts, for a checkpoint to fill in place.
 
         Args:
             restarts: the number of restarts, 0 or more.

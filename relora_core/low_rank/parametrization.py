@@ -40,12 +40,12 @@ class LowRank(nn.Module):
     which trains neither until the first restart.
 
     Args:
-        base: $W$, `(out, ...)`. $A$, `(rank, in)`, and $B$, `(out, rank)`, have its dtype and
-            device; `in` is the product of the other dimensions. If tensor parallelism has split
+        base: the base $W$, `(out, ...)`. $A$, `(rank, in)`, and $B$, `(out, rank)`, have its dtype
+            and device; `in` is the product of the other dimensions. If tensor parallelism has split
             $W$ by rows, $B$ is split in the same way; if by columns, $A$ is.
         batch_dims: the number of leading batch dimensions of $W$. Each matrix has its own A and B:
             with 1, for a bank `(E, out, in)`, A is `(E, rank, in)` and B is `(E, out, rank)`.
-        rank: $r$, from 1 to `min(out, in)`.
+        rank: $r$, the rank of $B A$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$, positive; `rank` (so $s$ = 1) if None.
         seed: the seed of every draw, from 0 to 2**63 - 1.
         name: distinguishes this site's draws from those of other sites; `add_low_rank_` gives the

@@ -29,13 +29,13 @@ def register_low_rank(
 
     Linear layers, embeddings and other products with the tensor then compute two paths, which
     form neither the sum nor $W$'s gradient. Every other operation receives the materialized sum.
-    The same Parameter object moves to `module.parametrizations.<tensor_name>.original`, and its
+    The Parameter object itself moves to `module.parametrizations.<tensor_name>.original`, and its
     gradient is dropped. Call this before `fully_shard` and before building the optimizer.
 
     Args:
         module: the module to change in place.
         tensor_name: the name of the Parameter to parametrize; it has two or more dimensions.
-        rank: $r$, from 1 to `min(out, in)`.
+        rank: $r$, the rank of $B A$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$ = `alpha / rank`; `rank` if None.
         seed: the seed of every draw of $A$.
         name: distinguishes this site's draws from those of other sites with the same seed. If it

@@ -24,8 +24,8 @@ def magnitude_prune_(tensor: Tensor, *, ratio: float) -> Tensor:
     but it empties a tensor of equal values and fails above 2**24 entries.
 
     Args:
-        tensor: floating point, any shape, changed in place.
-        ratio: from 0 to 1; 1 zeroes everything.
+        tensor: the tensor to prune in place; floating point, of any shape.
+        ratio: the fraction of its entries to zero, from 0 to 1; 1 zeroes everything.
 
     Returns:
         `tensor`.
@@ -59,8 +59,8 @@ def random_prune_(tensor: Tensor, *, ratio: float, seed: int = 0) -> Tensor:
     world size makes the same choice. The global generator is left alone.
 
     Args:
-        tensor: floating point, any shape, changed in place.
-        ratio: from 0 to 1; 1 zeroes everything.
+        tensor: the tensor to prune in place; floating point, of any shape.
+        ratio: the fraction of its entries to zero, from 0 to 1; 1 zeroes everything.
         seed: the seed of the choice.
 
     Returns:

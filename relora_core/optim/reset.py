@@ -90,9 +90,10 @@ def reset_optimizer_(
         optimizer: any torch optimizer whose moments are known (see `declare_moments`), or a
             wrapper around one; or a list, tuple or dict of several.
         params: the parameters whose moments to prune; all are the optimizer's.
-        prune_ratio: from 0 to 1, the fraction to zero as in `magnitude_prune_`; 1 zeroes all.
-        masks: "joint" or "independent".
-        rule: "magnitude", or "random" as in `random_prune_`.
+        prune_ratio: the fraction of each moment's entries to zero, from 0 to 1, counted as in
+            `magnitude_prune_`; 1 zeroes all.
+        masks: "joint", one mask for all moments of a parameter, or "independent", one for each.
+        rule: "magnitude" zeroes the smallest entries, "random" a random choice (`random_prune_`).
         reset_step: whether to start the parameters' step counts again, so that Adam corrects the
             bias of the new moments as at the start of training. The authors' code never does this.
         seed: the seed of the random rule, which is also keyed by each parameter's index in

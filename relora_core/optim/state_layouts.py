@@ -114,10 +114,10 @@ def declare_moments(
     0 is not zero.
 
     Args:
-        optimizer_class: the class; subclasses with the same state follow it.
+        optimizer_class: the class to declare, along with its subclasses that have the same state.
         moments: keys of `optimizer.state[p]` that are running averages of the gradient or of its
             powers, of the parameter's shape. The first one's magnitudes choose a joint mask.
-        others: keys that a reset leaves alone.
+        others: keys of `optimizer.state[p]` that a reset leaves alone.
         clock: keys of the parameter's step counts, each with its initial value; `{"step": 0}` if
             None. `reset_step` sets them to it.
         copies: keys of copies of the parameter that later steps start from, such as one in higher

@@ -17,8 +17,8 @@ def split_bases_(model: nn.Module) -> nn.Module:
     Forward and backward use the bfloat16 half. A merge adds s B A to the fp32 value of both halves,
     so even a small update is not lost. (A merge into a W of bfloat16 alone rounds most of a small
     update away.) W takes 2 bytes per entry on its device and 2 on the host, which are accessed only
-    at merges. A and B do not change; for example, they are fp32 and computed in bfloat16 under
-    autocast or under FSDP2's mixed precision.
+    at merges. A and B keep their dtype; they may be fp32, for example, and be cast to bfloat16 by
+    autocast or by FSDP2's mixed precision.
 
     W must be whole on this process: on one device, left out of FSDP2
     (`fully_shard(ignored_params=...)`), or under DDP (split after wrapping, because wrapping makes

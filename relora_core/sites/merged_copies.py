@@ -52,8 +52,8 @@ def keep_merged_(
     Args:
         model: a model with low-rank sites, before `fully_shard`.
         dtype: the dtype of the computation, bfloat16 or float16.
-        mesh: the mesh of FSDP2. W is sharded by rows over its last dimension; if None, W stays
-            unsharded.
+        mesh: the mesh of FSDP2. W is sharded by rows over the mesh's last dimension; if None, W
+            stays unsharded.
 
     Returns:
         Every W that has a copy, for `ignored_params`.

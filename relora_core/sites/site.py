@@ -26,7 +26,7 @@ class Site:
 
     Args:
         module: the module that owns the tensor.
-        tensor_name: the tensor's name in it.
+        tensor_name: the tensor's name in `module`.
     """
 
     module: nn.Module

@@ -58,7 +58,7 @@ def add_low_rank_(
             `*.self_attn.in_proj_weight`, `*.experts.*_proj`, but not `*.self_attn.*`. In a
             ParameterList or ParameterDict, matching the qualified name suffices. A module with
             several names is one site, under its first name.
-        rank: $r$.
+        rank: $r$, the rank of each site's $B A$, from 1 to `min(out, in)`.
         alpha: the numerator of $s$ = `alpha / rank`, with each site's own rank; that rank if None.
         seed: the seed of every draw, which is also keyed by the site's name and restart number.
         rank_pattern: `{glob: rank}` for sites of another rank; the first matching glob applies.

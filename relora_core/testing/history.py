@@ -34,14 +34,14 @@ def lived(
 
     Args:
         make: function that returns a new model.
-        events: events from `EVENTS`.
+        events: names of events, from the list above.
         seed: seed of the model's initialization and of the events' random numbers.
-        inputs: function that returns the inputs of one call of the model; None for
-            `example_inputs`.
+        inputs: function that returns the inputs of one call of the model; None for random inputs
+            that fit the first layer.
         sites: function that finds the sites of your own layers.
 
     Raises:
-        ValueError: if an event is not in `EVENTS`.
+        ValueError: if an event is not in the list above.
 
     Examples:
         >>> from relora_core import register_low_rank

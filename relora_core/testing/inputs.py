@@ -64,8 +64,9 @@ def given_inputs(
 
     Args:
         model: model to call.
-        inputs: function that makes the inputs from the model; None for `example_inputs`.
-        seed: seed of torch's global generator while `inputs` runs, or of the example inputs.
+        inputs: function that makes the inputs from the model; None for random inputs that fit the
+            first layer.
+        seed: seed of torch's global generator while `inputs` runs, or of the random inputs.
 
     Raises:
         ValueError: if `inputs` is None and the input shape of the model's first layer is not known.

@@ -1,4 +1,4 @@
-"""A state machine that runs a training through random events and compares it to Algorithm 1."""
+"""A state machine that compares a training run, under random events, with Algorithm 1."""
 
 import copy
 import warnings
@@ -51,7 +51,7 @@ class _Saved:
 
 
 class RestartMachine(RuleBasedStateMachine):
-    """A training of two layers, as in the README, with steps, restarts and interruptions.
+    """A training run of two layers, as in the README, with steps, restarts and interruptions.
 
     The rules are: steps, with restarts when the clock says so; skipped steps; passes in `eval`
     mode; merges between restarts; saves; loads of any earlier save into new objects; deep copies;

@@ -43,7 +43,7 @@ def jagged_cosine(inner: LRScheduler, restarts: Restarts) -> LambdaLR:
 CHECKS: dict[str, Callable[[hypothesis.settings], list[Held]]] = {
     "low-rank modules": lambda profile: check_low_rank(low_rank_modules(), profile=profile),
     "low-rank modules in float16": lambda profile: check_low_rank(
-        # A 16-bit W that is not split loses more than half of small merges, as the docs explain.
+        # A 16-bit W that is not split loses part of small merges, as the docs explain.
         low_rank_modules(dtypes=[torch.float16]),
         may_lose=math.inf,
         profile=profile,

@@ -11,15 +11,15 @@ from relora_core.sites.site import Site, low_rank_sites
 
 
 class PropertyError(AssertionError):
-    """The error of a property that does not hold: which, by how much, and the smallest case."""
+    """A property does not hold; a check names it and shows the smallest failing case as code."""
 
 
 @runtime_checkable
 class LowRankSite(Protocol):
     """A low-rank site, one weight W + s B A: this library's, or a layer of your own.
 
-    `find_sites` finds a module that has these attributes. For one with other names, write an
-    adapter class and pass it by `sites=`.
+    `find_sites` finds a module that has these attributes. For one with other names, write a class
+    that wraps it and has these; `sites=` takes a function that returns such objects by name.
 
     `weight` is W, `(out, ...)`; `lora_A` is A, `(rank, in)`, `in` being the product of W's other
     dimensions; `lora_B` is B, `(out, rank)`; `scale` is s. All three tensors are Parameters (or

@@ -1,4 +1,4 @@
-"""The contract's quickstart, pasted behind a small model of a reader's own."""
+"""The project's agreed quickstart, pasted as it is after a small model of the reader's own."""
 
 QUICKSTART = """
 import torch, relora_core as relora

@@ -1,4 +1,4 @@
-"""Imports that every forked process would make anew."""
+"""Imports that every forked process would otherwise repeat."""
 
 # Imported for those that are forked, not for this file.
 import torch._dynamo

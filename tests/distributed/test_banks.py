@@ -1,4 +1,4 @@
-"""Under FSDP2 banks of experts, and what stands beside a restart, are as on one process."""
+"""Banks of experts under FSDP2 match one process; refusals, loading, interrupted restarts."""
 
 import types
 

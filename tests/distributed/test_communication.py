@@ -1,4 +1,4 @@
-"""Bytes on the wire: counted alike on real processes and on pretended ones, and as by formula."""
+"""Bytes on the wire: the same on real and on simulated processes, and by formula."""
 
 import pytest
 import torch
@@ -116,5 +116,5 @@ def test_low_rank_steps_send_so_much_of_what_full_rank_sends(name, shard, replic
 def test_a_collective_whose_bytes_are_not_known_is_refused():
     with pretended(2):
         tensors = [torch.zeros(2), torch.zeros(2)]
-        with pytest.raises(NotImplementedError, match="c10d::gather_ are not known"):
+        with pytest.raises(NotImplementedError, match="c10d::gather_ is not in _KNOWN"):
             sent_by(lambda: dist.gather(tensors[0], tensors))

@@ -1,4 +1,4 @@
-"""Every block trains compiled, from one graph, on several processes too, and as without."""
+"""Compiled blocks share one graph and train as uncompiled ones do, on several processes too."""
 
 import pytest
 import torch

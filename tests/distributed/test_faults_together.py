@@ -1,4 +1,4 @@
-"""A fault of one process is decided on by all: a step that is skipped, a run that is stopped."""
+"""All processes decide together on a fault of one: to skip the step, or to stop the run."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A process that skips a restart, or makes another one, is an error that names it, not a hang."""
+"""A process that skips a restart or makes another one causes an error that names it, not a hang."""
 
 import time
 from datetime import timedelta

@@ -1,6 +1,6 @@
-"""Over weights that tensor parallelism has split a run is that of one process.
+"""With weights split by tensor parallelism, a run equals that of one process.
 
-By rows and by columns, alone and under FSDP2, whose shards are strided then.
+Split by rows and by columns, alone and under FSDP2, whose shards are then strided.
 """
 
 import math

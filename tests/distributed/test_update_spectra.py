@@ -1,4 +1,4 @@
-"""The spectrum of what restarts merged is one process's, however the model is spread."""
+"""The spectrum of what restarts merged equals one process's, however the model is sharded."""
 
 import math
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""The processes of a run wait for each other, and say who did not come."""
+"""The processes of a run wait for each other, and name any that is missing."""
 
 import time
 from pathlib import Path

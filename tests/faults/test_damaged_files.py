@@ -1,4 +1,4 @@
-"""Every file that is read, damaged in every way: one clear error, or something that is no damage.
+"""Every file that is read, damaged in every way: one clear error, or a file that is still valid.
 
 What has a checksum (checkpoints, tokens, their index, each line of the log) admits
 no change of meaning. What is the user's own (text, a tokenizer, a configuration, a published model)

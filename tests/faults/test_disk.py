@@ -1,4 +1,4 @@
-"""A run that can write no more, or hangs, says so and leaves whole what it had."""
+"""A run that can no longer write, or hangs, says so and leaves its earlier files whole."""
 
 import os
 import random

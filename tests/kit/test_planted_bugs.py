@@ -1,4 +1,4 @@
-"""The kit finds every bug that is planted, with the smallest case as code that runs; no other."""
+"""The kit finds every planted bug and no other, with the smallest case as code that runs."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""A caller's slip is named as one, sound code raises no alarm, and small bugs are bugs too."""
+"""A caller's mistake is reported as one, sound code passes, and small bugs are found too."""
 
 import functools
 import math

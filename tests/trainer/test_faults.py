@@ -1,4 +1,4 @@
-"""A fault within a run is skipped, saved or stopped, on all processes alike."""
+"""After a fault, a run skips the step, or saves, or stops, on all processes alike."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""Options: every field by file and command line, unknown names refused with the nearest."""
+"""Options: every field by file and command line; an unknown name's error gives the nearest."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Narrow weights, whole ones and their layouts: what is kept in how many bits, and resumed."""
+"""Weights in fp32, bf16 or halves, in each layout: what is kept, and what a resume gives."""
 
 from pathlib import Path
 

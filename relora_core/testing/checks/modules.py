@@ -104,10 +104,10 @@ def check_low_rank(
             sites gets sites at `targets`, with a drawn rank, scale and seed.
         targets: the same as in `add_low_rank_`.
         inputs: function of the module that returns the inputs of one call, a tensor or a tuple of
-            tensors; None for `example_inputs`.
+            tensors; None for random inputs that fit the first layer.
         sites: function that finds the sites of your own layers; see `LowRankSite`.
-        may_lose: largest fraction that ten small merges may lose. A 16-bit W that is not split
-            loses nearly all of them; `math.inf` accepts that.
+        may_lose: largest fraction of ten small merges that may be lost. A 16-bit W that is not
+            split loses more than half; `math.inf` accepts that.
         skip: properties to leave out.
         profile: `CI`, `DEEP`, or your own hypothesis settings.
 

@@ -35,7 +35,7 @@ def check_restart(
     skip: Collection[str] = (),
     profile: hypothesis.settings = CI,
 ) -> list[Held]:
-    """Check that a restart follows Algorithm 1, in a training with all kinds of interruptions.
+    """Check that a restart follows Algorithm 1, in a training run with all kinds of interruptions.
 
     The check runs `RestartMachine`, which compares the model, AdamW, the schedule and the clock
     with the paper's algorithm in plain float64. It also checks that nothing computed from the old

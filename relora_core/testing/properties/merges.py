@@ -191,7 +191,7 @@ def assert_merges_add_up(
 
     $\lVert (W_{10} - W_0) - \sum_i s B_i A_i \rVert^2 \le$ `may_lose`$^2$
     $\cdot \sum_i \lVert s B_i A_i \rVert^2$, with each $\lVert s B_i A_i \rVert$ a thousandth of
-    $\lVert W \rVert$. A 16-bit W loses more than half; `split_bases_` keeps its missing bits.
+    $\lVert W \rVert$. A bfloat16 W loses more than half; `split_bases_` keeps its missing bits.
 
     Args:
         model: module with low-rank sites.

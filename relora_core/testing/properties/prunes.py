@@ -121,7 +121,7 @@ def assert_prune_keeps_its_share(
 def assert_any_size_is_pruned(
     factory: OptimizerFactory, *, ratio: float = 0.9, reset: ResetFunction = reset_by_relora
 ) -> None:
-    """Assert `assert_prune_keeps_its_share` for a Parameter of more than 2**24 entries.
+    """Assert that a reset zeroes its share of a Parameter of more than 2**24 entries.
 
     For such a size `torch.quantile` raises, and a reset that catches this error does nothing.
 

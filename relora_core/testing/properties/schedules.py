@@ -25,7 +25,7 @@ class Rates:
     Args:
         jagged: function that makes the schedule from a smooth schedule and the clock.
         inner: function that makes the smooth schedule for an optimizer.
-        restarts: clock.
+        restarts: clock that says when restarts are due.
         steps: number of steps in the run.
 
     Examples:
@@ -102,7 +102,7 @@ def assert_zero_at_restarts(case: Rates) -> None:
         case: run to check.
 
     Raises:
-        PropertyError: if it is not, so that a full-size step follows the merge.
+        PropertyError: if it is not zero; a step of normal size would then follow the merge.
 
     Examples:
         >>> from relora_core import JaggedLR
@@ -224,7 +224,7 @@ def assert_schedule_resumes(case: Rates, *, at: int) -> None:
 
 
 def assert_hand_changed_rate_is_kept(case: Rates, *, at: int) -> None:
-    """Assert that a rate changed by hand is kept as the smooth schedule keeps it.
+    """Assert that a rate changed by hand is kept as the smooth schedule would keep it.
 
     Args:
         case: run to check.

@@ -1,4 +1,4 @@
-"""Three ranks of a matrix are those of its definition, whatever the matrix."""
+"""The three ranks of a matrix agree with their definitions, whatever the matrix."""
 
 import math
 

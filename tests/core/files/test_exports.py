@@ -1,4 +1,4 @@
-"""An export meets every site, whatever a wrapper calls it; what it cannot meet it refuses."""
+"""An export includes every site, whatever a wrapper calls it, or refuses if it cannot."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The table of optimizers: what each keeps, and which promises cannot be kept for it, and why."""
+"""The table of optimizers: what each keeps, and which properties cannot hold for it, and why."""
 
 import importlib
 import warnings

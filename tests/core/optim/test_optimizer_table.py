@@ -1,4 +1,4 @@
-"""Every promise of a reset and of the wrapper, for every optimizer of the table."""
+"""Every property of a reset and of the wrapper, for every optimizer of the table."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""The linear: equal to the dense sum in both of its forms, at the cost of neither's gradient."""
+"""The linear: equal to the dense sum in both of its forms, without the dense sum's gradient."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""Averages that torch keeps of a model with sites are of its merged weights."""
+"""Torch's averages of a model with sites are averages of its merged weights."""
 
 import copy
 import pickle

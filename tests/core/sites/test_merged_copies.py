@@ -1,4 +1,4 @@
-"""Merged copies: forward reads what a step, a merge or a loading has left, and no other."""
+"""Merged copies: forward reads the copy made after the last step, merge or load, and no other."""
 
 import copy
 import gc

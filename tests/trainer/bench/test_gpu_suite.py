@@ -1,4 +1,4 @@
-"""The GPU suite: a stage costs only itself, whatever becomes of it; what is found stays."""
+"""The GPU suite: a stage that fails costs only itself, and results found so far are kept."""
 
 import json
 import os

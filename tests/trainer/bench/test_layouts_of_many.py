@@ -1,4 +1,4 @@
-"""`bench traffic` and `bench memory`, and the model of clusters that is made of what they count."""
+"""`bench traffic` and `bench memory`, and the model of clusters built from what they count."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Files written past the page cache hold what was given, whatever the file system wants."""
+"""Files written past the page cache hold what was given, whatever the file system requires."""
 
 import errno
 import fcntl

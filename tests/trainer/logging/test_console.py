@@ -1,4 +1,4 @@
-"""Standard output holds lines, a bar is drawn on terminals only, and both can be asked away."""
+"""Standard output holds lines, a bar is drawn on terminals only, and both can be turned off."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""The peak of a process's memory is what it held at most, since it was asked to look."""
+"""A process's peak memory is the most that it has held since the measurement began."""
 
 import resource
 import sys
