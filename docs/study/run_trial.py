@@ -49,9 +49,10 @@ def run_trial(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> dict[s
     config = config_of(trial, data, runs, compiled=compiled)
     try:
         train(config, resume=begun(config))
-        diverged = False
     except SharedError:
-        diverged = True
+        if not _has_diverged(config):
+            raise
+    diverged = _has_diverged(config)
     records = read(config.directory / "metrics.jsonl")
     warm, rest = trial.warm_steps, trial.steps - trial.warm_steps
     sizes = {"sequences": trial.sequences, "length": trial.length, "rank": trial.arm.rank}
@@ -69,6 +70,13 @@ def run_trial(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> dict[s
         "ranks": {name: [cycle[name] for cycle in ranks] for name in spectra},
         "spectra": spectra,
     }
+
+
+def _has_diverged(config: Config) -> bool:
+    """Whether the run has ended after too many skipped steps in a row."""
+    records, most = read(config.directory / "metrics.jsonl"), config.optim.most_skips
+    steps = [r["event"] for r in records if r["event"] == "step" or r["event"] == "skipped"]
+    return steps[-most:] == ["skipped"] * most
 
 
 def config_of(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> Config:
