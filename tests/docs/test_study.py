@@ -19,7 +19,7 @@ from reference_trainer.data.batches import Batches
 from reference_trainer.data.index import read_index
 from reference_trainer.data.prepare import prepare
 from reference_trainer.data.windows import open_windows
-from reference_trainer.errors import UserError
+from reference_trainer.errors import Stopped, UserError
 from reference_trainer.model.llama import Llama
 from reference_trainer.parallelize import init_weights_
 from reference_trainer.phases import Envelope
@@ -252,6 +252,26 @@ class TestTheCommand:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
         assert out.read_text() == content
+
+    def test_a_file_that_cannot_be_written_is_refused_before_any_trial(
+        self, command, capsys, monkeypatch
+    ):
+        arguments, _ = command
+        monkeypatch.setattr("run_study.run_trial", None)
+        for wrong in (
+            ["--out", "/dev/null/x"],
+            ["--runs", "/dev/null/x", "--data", "/dev/null/x/d"],
+        ):
+            assert main([*arguments, *wrong]) == 2
+            assert capsys.readouterr().err.startswith("error: ")
+
+    @pytest.mark.parametrize(("raised", "code"), [(Stopped, 75), (KeyboardInterrupt, 130)])
+    def test_one_that_is_stopped_says_so_by_its_exit_code(self, command, monkeypatch, raised, code):
+        def stopped(*arguments, **options):
+            raise raised
+
+        monkeypatch.setattr("run_study.run_trial", stopped)
+        assert main(command[0]) == code
 
     def test_bad_arguments_are_refused(self, command, capsys):
         arguments, out = command
