@@ -6,7 +6,6 @@ python docs/run_study.py --model 1m --plan tune
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,9 +22,10 @@ from reference_trainer.config import DataConfig
 from reference_trainer.data.index import read_index, verify_data
 from reference_trainer.data.prepare import prepare
 from reference_trainer.environment import environment
-from reference_trainer.errors import SharedError, Stopped, UserError, one_line
+from reference_trainer.errors import UserError
 from reference_trainer.files import fresh_directory, write_whole
 from reference_trainer.logging.console import open_terminal
+from reference_trainer.main import exit_code
 
 EXAMPLES = """examples:
   python docs/run_study.py --model 1m --plan tune
@@ -44,25 +44,10 @@ A trial with a record is not run again, and an interrupted trial is resumed.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code.
-
-    0; 2 if an option or a file is invalid; 75 if it was asked to stop and has saved its trial; 130
-    for Ctrl-C. The next call resumes the trial.
-    """
+    """Run the program and return its exit code; the next call resumes a trial that was stopped."""
     given = _parser().parse_args(arguments)
     open_terminal(logging.WARNING if given.quiet else logging.INFO)
-    try:
-        _run(given)
-    except (UserError, OSError) as error:
-        if not isinstance(error, SharedError):  # already printed
-            sys.stderr.write(f"error: {one_line(error)}\n")
-        return 2
-    except Stopped:
-        return os.EX_TEMPFAIL
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
-    return 0
+    return exit_code(lambda: _run(given))
 
 
 def _parser() -> argparse.ArgumentParser:

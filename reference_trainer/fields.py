@@ -1,10 +1,12 @@
 """Fields of the configuration: a default, a help text and bounds, declared together."""
 
 import dataclasses
+from operator import ge, gt, le, lt
 from typing import Any
 
 from reference_trainer.errors import UserError
 
+_HOLDS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 STRICT = {"extra": "forbid", "allow_inf_nan": False}  # for pydantic, which validates files
 
 
@@ -59,23 +61,8 @@ def require_bounds(options: Any, prefix: str) -> None:
         if not bounds or value is None:
             continue
         numbers = value if isinstance(value, tuple) else (value,)
-        holds = all(_within(number, **bounds) for number in numbers)
+        holds = all(_HOLDS[name](n, bound) for n in numbers for name, bound in bounds.items())
         require(holds, f"{prefix}{field.name} must be {in_words(**bounds)}", got=value)
-
-
-def _within(
-    value: float,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> bool:
-    return (
-        (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
 
 
 def in_words(

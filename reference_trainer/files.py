@@ -24,8 +24,11 @@ def replaced(file: Path) -> Iterator[Path]:
     Raises:
         UserError: if `file` exists and is not a regular file.
     """
-    if file.exists() and not file.is_file():
-        raise UserError(f"{file} must be a regular file; it is a directory, a device or a pipe")
+    if file.exists():
+        try:
+            whole.refuse_irregular(file)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     with whole.replaced(file) as partial:
         yield partial
 

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NoReturn
@@ -101,32 +101,45 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code.
+    """Run a command and return its `exit_code`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_code(lambda: _run(given), debug="--debug" in given)
+
+
+def _run(given: Sequence[str]) -> None:
+    path, commands = _path(given)
+    if commands and given[len(path) :] and given[len(path)] not in ("-h", "--help"):
+        first = given[len(path)]
+        if first.startswith("-"):
+            raise UserError(
+                f"{first} must come after a command: give one of {', '.join(commands)} first"
+            )
+    known, unknown = parser(*path).parse_known_args(given)
+    if unknown:
+        raise known.parser.unknown(unknown[0])
+    open_terminal(known.heard)
+    for line in known.run(known):
+        print(line, flush=True)  # noqa: T201 - what the command was asked for
+
+
+def exit_code(program: Callable[[], None], *, debug: bool = False) -> int:
+    """Run a program and return its exit code; each process prints its own errors.
 
     The exit code is 0; 2 for a wrong argument or an unusable file; 75 for a run that was asked to
-    stop and has saved a checkpoint; 130 for Ctrl-C. Each process prints its own errors.
+    stop and has saved a checkpoint; 130 for Ctrl-C.
+
+    Args:
+        program: the program.
+        debug: whether to raise errors of the exit code 2, for their traceback.
     """
-    given = sys.argv[1:] if arguments is None else arguments
     try:
-        path, commands = _path(given)
-        if commands and given[len(path) :] and given[len(path)] not in ("-h", "--help"):
-            first = given[len(path)]
-            if first.startswith("-"):
-                raise UserError(
-                    f"{first} must come after a command: give one of {', '.join(commands)} first"
-                )
-        known, unknown = parser(*path).parse_known_args(given)
-        if unknown:
-            raise known.parser.unknown(unknown[0])
-        open_terminal(known.heard)
-        for line in known.run(known):
-            print(line, flush=True)  # noqa: T201 - what the command was asked for
+        program()
     except (UserError, OSError) as error:
         if not isinstance(error, SharedError):  # the first process has printed it already
             rank = os.environ.get("RANK")
             where = f" on process rank {rank} ({socket.gethostname()})" if rank else ""
             sys.stderr.write(f"error{where}: {one_line(error)}\n")
-        if "--debug" in given:
+        if debug:
             raise
         return 2
     except Stopped:

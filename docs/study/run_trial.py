@@ -47,12 +47,13 @@ def run_trial(trial: Trial, data: Path, runs: Path, *, compiled: bool) -> dict[s
         compiled: whether to compile steps, which needs a C++ compiler.
     """
     config = config_of(trial, data, runs, compiled=compiled)
+    diverged = False
     try:
         train(config, resume=begun(config))
     except SharedError:
-        if not _has_diverged(config):
+        diverged = _has_diverged(config)
+        if not diverged:
             raise
-    diverged = _has_diverged(config)
     records = read(config.directory / "metrics.jsonl")
     warm, rest = trial.warm_steps, trial.steps - trial.warm_steps
     sizes = {"sequences": trial.sequences, "length": trial.length, "rank": trial.arm.rank}

@@ -1,7 +1,7 @@
 """A trial: one arm, at one size, from one seed."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from reference_trainer.model.llama import LlamaShape, preset
@@ -70,10 +70,6 @@ class Trial:
     def period(self) -> int:
         """The number of steps in a cycle; the last cycle may be shorter."""
         return -(-(self.steps - self.warm_steps) // self.arm.cycles)
-
-    def of_full_rank(self) -> "Trial":
-        """Return the full-rank trial with the same learning rate and warm start."""
-        return replace(self, arm=Arm(FULL, self.arm.lr, self.arm.warm_start))
 
     def key(self) -> dict[str, Any]:
         """Return the values that identify this trial, as JSON values."""

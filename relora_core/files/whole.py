@@ -44,11 +44,12 @@ def replaced(file: Path) -> Iterator[Path]:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(file)
-        directory = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # so that the new name survives a power cut
-        finally:
-            os.close(directory)
+        if os.name == "posix":  # Windows opens no directories
+            directory = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)  # so that the new name survives a power cut
+            finally:
+                os.close(directory)
     finally:
         partial.unlink(missing_ok=True)
 
